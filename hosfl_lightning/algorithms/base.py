@@ -1,0 +1,113 @@
+"""The six steps of a round, shared by every method that cuts the model and returns λ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from hosfl_lightning.aggregation import combine
+from hosfl_lightning.clients import Client, Cohort
+from hosfl_lightning.optim import SGD, Basis, UpdateRule
+from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, Update
+
+if TYPE_CHECKING:
+    from hosfl_lightning.orchestrator import Orchestrator
+    from hosfl_lightning.servers import SplitModule
+
+
+class Algorithm(ABC):
+    """What a method does at steps 2 to 6; sampling, data, hooks, logging and checkpoints are the orchestrator's.
+
+    Args:
+        client_optimizer: The update rule on θ_c.
+    """
+
+    def __init__(self, client_optimizer: UpdateRule | None = None) -> None:
+        self.client_optimizer = client_optimizer if client_optimizer is not None else SGD()
+        self.client: Client
+
+    @property
+    def name(self) -> str:
+        """As reported in the summary."""
+        return type(self).__name__
+
+    def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
+        """Callbacks the method needs beside those that were given."""
+        return []
+
+    def setup(self, module: SplitModule, seed: int) -> None:
+        """Build the client; called once the module is on its device."""
+        self.client = self.make_client(module, seed)
+
+    @abstractmethod
+    def make_client(self, module: SplitModule, seed: int) -> Client:
+        """The client of this method, over ``module.client_half`` and ``module.client_parameters``."""
+
+    @abstractmethod
+    def basis(self, round: int) -> Basis | None:
+        """In what the clients answer in this round; None: they do not answer."""
+
+    def training_round(self, trainer: Orchestrator, round: int, cohorts: list[Cohort]) -> Tensor:
+        """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d."""
+        batches = [trainer.to_device(cohort.batch) for cohort in cohorts]
+        anchors = [self.client.forward(batch, cohort.rows) for batch, cohort in zip(batches, cohorts)]
+        inbox = [self.send(trainer, round, cohort, z) for cohort, z in zip(cohorts, anchors)]
+        loss, multipliers = trainer.server.step(inbox)
+        basis = self.basis(round)
+        if basis is None:
+            return loss
+        answers = []
+        for cohort, batch, z, group, sent in zip(cohorts, batches, anchors, multipliers, inbox):
+            received = [trainer.transport.down(message) for message in group]
+            multiplier = unpack_multipliers(received, sent, z)
+            values = self.answer(batch, z, multiplier, cohort, basis)
+            answers += [
+                trainer.transport.up(ProjectedGradients(round, k, basis.describe(), v, n))
+                for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms)
+            ]
+        update = trainer.transport.down(self.aggregate(answers), receivers=len(answers))
+        self.client.apply(update.coefficients.to(loss.device), basis)
+        return loss
+
+    def send(self, trainer: Orchestrator, round: int, cohort: Cohort, z: Tensor) -> list[SmashedData]:
+        """Step 2, up: each client's z, labels and mask; padding and the joint batch's extra width stay behind."""
+        messages = []
+        for k, rows, width in zip(cohort.clients, cohort.rows, cohort.widths):
+            labels = cohort.batch["labels"][rows]
+            mask = cohort.batch["attention_mask"][rows, :width].bool()
+            labels = labels[:, :width] if labels.dim() > 1 else labels
+            messages.append(trainer.transport.up(SmashedData.pack(round, k, z[rows, :width], labels, mask)))
+        return messages
+
+    def answer(
+        self, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort, basis: Basis
+    ) -> Tensor:
+        """Step 4: ``(K, basis.size)`` coefficients."""
+        return self.client.answer(batch, z, multiplier, cohort.rows, basis)
+
+    def aggregate(self, answers: list[ProjectedGradients]) -> Update:
+        """Step 5: ``v̄ = Σ_k w_k v_k`` and everything needed to apply it."""
+        return combine(answers, self.client.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The client's optimizer."""
+        return {"client_optimizer": self.client.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.client.optimizer.load_state_dict(state["client_optimizer"])
+
+
+def unpack_multipliers(received: list[Multiplier], sent: list[SmashedData], z: Tensor) -> Tensor:
+    """Each client's λ in the place of its rows of the joint batch, zero at padding."""
+    whole = torch.zeros_like(z)
+    row = 0
+    for multiplier, smashed in zip(received, sent):
+        examples, width = smashed.mask.shape
+        whole[row : row + examples, :width] = multiplier.unpack(smashed.mask)
+        row += examples
+    return whole

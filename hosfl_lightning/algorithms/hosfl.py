@@ -1,0 +1,101 @@
+"""HO-SFL: the server backpropagates, the clients do not, scalars are aggregated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from hosfl_lightning.algorithms.base import Algorithm
+from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
+from hosfl_lightning.clients import Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder
+from hosfl_lightning.optim.zeroth_order import check_probe_settings
+from hosfl_lightning.wire import ProjectedGradients, Update
+
+if TYPE_CHECKING:
+    from hosfl_lightning.servers import SplitModule
+
+C = TypeVar("C", bound=Callback)
+
+
+class HOSFL(Algorithm):
+    r"""Hybrid-order split federated learning: scalars up, scalars down, whatever the model's size.
+
+    ::
+
+        server   θ_s ← rule(Σ_k w_k ∂ℓ_k/∂θ_s),  λ_k = ∂ℓ_k/∂z_k
+        client   v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩,  p = 1..P
+        all      ĝ = (1/P) Σ_p (Σ_k w_k v_kp) u_p,  θ_c ← rule(θ_c, ĝ)
+
+    Step 4 is `LagrangianUpdate`, steps 5 and 6 are `DimensionFreeAggregation`; each is added when the recipe has none.
+
+    Args:
+        probes: ``P``, directions a round; the client runs ``P + 1`` forwards (``2P + 1`` when central).
+        mu: ``μ``, smoothing length.
+        estimator: ``forward`` (the paper's) or ``central``.
+        distribution: Of the directions: ``rademacher`` or ``gauss16``.
+        client_optimizer: Update rule on θ_c.
+        first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.
+
+    Raises:
+        ValueError: For a setting out of range.
+
+    Reference: HO-SFL, arXiv 2603.14773, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        probes: int = 2,
+        mu: float = 1e-3,
+        estimator: str = "forward",
+        distribution: str = "rademacher",
+        client_optimizer: UpdateRule | None = None,
+        first_order_optimizer: UpdateRule | None = None,
+    ) -> None:
+        super().__init__(client_optimizer)
+        self.first_order_optimizer = first_order_optimizer
+        self.probes, self.mu, self.estimator, self.distribution = probes, mu, estimator, distribution
+        check_probe_settings(probes, mu, estimator, distribution)
+
+    def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
+        """The two steps that are callbacks.
+
+        Raises:
+            ValueError: Two of a kind.
+        """
+        self.lagrangian_update, first = _one_of(LagrangianUpdate, given)
+        self.aggregation, second = _one_of(DimensionFreeAggregation, given)
+        return first + second
+
+    def make_client(self, module: SplitModule, seed: int) -> Client:
+        """A `ForwardOnlyClient` with layer-wise probes."""
+        named = module.client_parameters
+        optimizer = ZerothOrder(
+            named.items(), self.client_optimizer, module=module.client_half, probes=self.probes, mu=self.mu,
+            estimator=self.estimator, distribution=self.distribution, seed=seed,
+        )  # fmt: skip
+        return ForwardOnlyClient(module.client_half, optimizer)
+
+    def basis(self, round: int) -> Basis:
+        """``SharedDirections`` of the round."""
+        return self.client.optimizer.basis(round)
+
+    def answer(
+        self, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort, basis: Basis
+    ) -> Tensor:
+        """Step 4 is the callback."""
+        return self.lagrangian_update.answer(self.client, batch, z, multiplier, cohort, basis)
+
+    def aggregate(self, answers: list[ProjectedGradients]) -> Update:
+        """Step 5 is the callback."""
+        return self.aggregation.aggregate(answers, self.client.optimizer)
+
+
+def _one_of(kind: type[C], given: list[Callback]) -> tuple[C, list[Callback]]:
+    found = [callback for callback in given if isinstance(callback, kind)]
+    if len(found) > 1:
+        raise ValueError(f"trainer.callbacks holds {len(found)} {kind.__name__}; a round has one, remove the others")
+    return (found[0], []) if found else ((made := kind()), [made])

@@ -1,0 +1,15 @@
+"""Lightning callbacks: steps of the round, and monitors."""
+
+from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
+from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
+from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
+from hosfl_lightning.callbacks.progress import RoundProgressBar
+
+__all__ = [
+    "CommunicationMonitor",
+    "DimensionFreeAggregation",
+    "LagrangianUpdate",
+    "PeakMemoryMonitor",
+    "RoundProgressBar",
+]

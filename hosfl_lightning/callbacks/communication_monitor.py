@@ -1,0 +1,57 @@
+"""CommunicationMonitor: what crossed the cut, in bytes of encoded messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
+
+
+class CommunicationMonitor(Callback):
+    """Reports the length of the serialised messages, by kind and direction.
+
+    A message to several receivers counts once for each.
+
+    | logged key | meaning | unit |
+    |---|---|---|
+    | ``comm/<kind>_bytes`` | this round, all clients; kind is smashed_data, multiplier, projected_gradients, update | bytes |
+    | ``comm/up_bytes``, ``comm/down_bytes`` | this round, all clients and kinds | bytes |
+    | ``comm/total_bytes`` | since the first round | bytes |
+    """
+
+    def __init__(self) -> None:
+        self.totals: Counter[str] = Counter()
+        self.client_rounds = 0
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the round and add it to the totals."""
+        by_kind: Counter[str] = Counter()
+        by_direction: Counter[str] = Counter(up=0, down=0)
+        for sent in trainer.transport.ledger:
+            by_kind[sent.kind] += sent.bytes * sent.receivers
+            by_direction[sent.direction] += sent.bytes * sent.receivers
+        self.totals += by_kind
+        self.client_rounds += sum(len(cohort.clients) for cohort in batch)
+        for kind, value in by_kind.items():
+            pl_module.log(f"comm/{kind}_bytes", value)
+        for direction, value in by_direction.items():
+            pl_module.log(f"comm/{direction}_bytes", value)
+        pl_module.log("comm/total_bytes", sum(self.totals.values()))
+
+    @property
+    def per_client_round(self) -> dict[str, float]:
+        """Mean bytes of one client in one round, by kind; zero for a kind that never travelled."""
+        return {kind: self.totals[kind] / max(self.client_rounds, 1) for kind in KINDS}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": dict(self.totals), "client_rounds": self.client_rounds}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.totals, self.client_rounds = Counter(state_dict["totals"]), state_dict["client_rounds"]

@@ -1,0 +1,41 @@
+"""DimensionFreeAggregation: steps 5 and 6 of a round, scalars in, one update out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from hosfl_lightning.aggregation import combine
+from hosfl_lightning.optim import ZerothOrder
+from hosfl_lightning.wire import ProjectedGradients, Update
+
+
+class DimensionFreeAggregation(Callback):
+    r"""``v̄_p = Σ_k w_k v_kp``, then ``θ_c ← rule(θ_c, (1/P) Σ_p v̄_p u_p)`` at every client alike.
+
+    What travels is ``P`` scalars each way; no weight vector, whatever the model's size.
+
+    | logged key | meaning | unit |
+    |---|---|---|
+    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``, about the norm of the client's gradient | nats per unit of θ |
+    | ``client/lr`` | learning rate of the update | – |
+
+    Reference: HO-SFL, arXiv 2603.14773; DeComFL, arXiv 2405.15861.
+    """
+
+    def __init__(self) -> None:
+        self._update: Update | None = None
+
+    def aggregate(self, answers: list[ProjectedGradients], optimizer: ZerothOrder) -> Update:
+        """The update record that goes to everybody."""
+        self._update = combine(answers, optimizer)
+        return self._update
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the round's update."""
+        if self._update is not None:
+            pl_module.log("client/projected_gradient_rms", self._update.coefficients.square().mean().sqrt())
+            pl_module.log("client/lr", self._update.rule["lr"])

@@ -1,0 +1,50 @@
+"""LagrangianUpdate: step 4 of a round, the client's answer to λ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from typing_extensions import override
+
+from hosfl_lightning.clients import Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.optim import Basis, SharedDirections
+
+
+class LagrangianUpdate(Callback):
+    r"""``v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩``: λ arrives at the cut, scalars come out.
+
+    In the first round it also checks that μ is neither lost in rounding nor beyond the linear range, and warns.
+
+    | logged key | meaning | unit |
+    |---|---|---|
+    | ``client/multiplier_norm`` | ``‖λ‖₂`` over all clients of the round | nats per activation |
+    | ``client/lagrangian_term`` | ``Σ_k ⟨λ_k, z_k⟩`` before the update | nats |
+
+    Reference: HO-SFL, arXiv 2603.14773.
+    """
+
+    def __init__(self) -> None:
+        self._checked = False
+        self._squares: list[Tensor] = []
+        self._terms: list[Tensor] = []
+
+    def answer(self, client: Client, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort,
+               basis: Basis) -> Tensor:  # fmt: skip
+        """``(K, P)`` projected gradients of the cohort's clients."""
+        if not self._checked and isinstance(client, ForwardOnlyClient) and isinstance(basis, SharedDirections):
+            client.check_probe(batch, z, multiplier, basis)
+            self._checked = True
+        self._squares.append(multiplier.float().square().sum())
+        self._terms.append((multiplier.float() * z.float()).sum())
+        return client.answer(batch, z, multiplier, cohort.rows, basis)
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log what the round's cohorts left."""
+        if self._squares:
+            pl_module.log("client/multiplier_norm", torch.stack(self._squares).sum().sqrt())
+            pl_module.log("client/lagrangian_term", torch.stack(self._terms).sum())
+        self._squares, self._terms = [], []

@@ -1,0 +1,96 @@
+"""``hosfl``: LightningCLI over the Orchestrator."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, NoReturn
+
+import wandb
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from typing_extensions import override
+
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.hooks import HookError
+from hosfl_lightning.orchestrator import Orchestrator
+from hosfl_lightning.servers import SplitModule
+
+#: What a user can mend: shown as one line. Anything else keeps its traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError)
+
+
+class Parser(LightningArgumentParser):
+    """Takes the Orchestrator where LightningCLI expects a Trainer, and ends a bad setting with one line."""
+
+    @override
+    def add_lightning_class_args(
+        self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
+    ) -> list[str]:
+        if lightning_class is Orchestrator:
+            return self.add_class_arguments(
+                Orchestrator, nested_key, fail_untyped=False, instantiate=False, sub_configs=True
+            )
+        return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        fail(message)
+
+
+class SaveConfig(SaveConfigCallback):
+    """``config.yaml`` in the run folder, and the same settings in every logger that keeps some (W&B's config page)."""
+
+    @override
+    def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        config = self.parser.dump(self.config, skip_none=False, format="parser_mode")
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_hyperparams({"config": config})
+
+
+class HOSFLCommand(LightningCLI):
+    """``fit``, ``validate``, ``test``, ``predict`` and ``export`` on a recipe with ``trainer``, ``model`` and ``data``."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export")}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``hosfl``.
+
+    Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
+    """
+    try:
+        HOSFLCommand(
+            SplitModule,
+            FederatedDataModule,
+            trainer_class=Orchestrator,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"prog": "hosfl", "description": "Fine-tune a split model without backprop on the clients."},
+            seed_everything_default=False,
+            args=args,
+        )
+    except USER_ERRORS as error:
+        if os.environ.get("HOSFL_TRACEBACK"):
+            raise
+        fail(str(error))
+    finally:
+        if wandb.run is not None:
+            wandb.finish()
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    line = " ".join(part.strip() for part in message.strip().splitlines() if part.strip())
+    print(f"hosfl: error: {line}", file=sys.stderr)
+    raise SystemExit(2)

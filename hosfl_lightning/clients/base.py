@@ -1,0 +1,116 @@
+"""What every client does in a round, whatever its order of optimization."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from hosfl_lightning.optim import Basis, ZerothOrder
+from hosfl_lightning.padding import FILL, stack_rows
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Clients whose batches run as one: all of a round (batched), or a single one (per client).
+
+    Args:
+        clients: Their ids, ascending.
+        batch: ``input_ids``, ``attention_mask``, ``labels`` of all, one after the other, on the host.
+        rows: Each client's examples in the batch.
+        widths: ``S_k``, the length of each client's own batch; the joint one is padded to the longest.
+        num_terms: ``n_k``, each client's number of loss terms.
+    """
+
+    clients: list[int]
+    batch: Batch
+    rows: list[slice]
+    widths: list[int]
+    num_terms: list[int]
+
+    @classmethod
+    def join(cls, clients: list[int], batches: Sequence[Batch], count: Callable[[Tensor], int]) -> Cohort:
+        """The clients' minibatches below each other; ``count`` gives the loss terms of one client's labels."""
+        sizes = [len(b["input_ids"]) for b in batches]
+        ends = list(accumulate(sizes))
+        return cls(
+            clients=clients,
+            batch={name: stack_rows([b[name] for b in batches], fill) for name, fill in FILL.items()},
+            rows=[slice(end - size, end) for end, size in zip(ends, sizes)],
+            widths=[b["input_ids"].shape[1] for b in batches],
+            num_terms=[count(b["labels"]) for b in batches],
+        )
+
+
+class Client(ABC):
+    """The lower half ``f_c(x; θ_c)`` and the rule that moves θ_c.
+
+    Args:
+        half: ``f_c``; put into eval mode, so dropout and norm statistics are the same at every evaluation.
+        optimizer: Holds θ_c in manifest order and applies coefficients.
+    """
+
+    def __init__(self, half: nn.Module, optimizer: ZerothOrder) -> None:
+        self.half = half.eval()
+        self.optimizer = optimizer
+
+    @abstractmethod
+    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
+        """Step 2: smashed data ``z (B, S, h)``, without a graph.
+
+        Args:
+            batch: ``input_ids`` and ``attention_mask``, ``(B, S)``, on the client's device.
+            rows: Each client's examples.
+        """
+
+    @abstractmethod
+    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+        """Step 4: coefficients of each client's gradient of ``⟨λ_k, f_c(x_k; θ_c)⟩``, ``(K, basis.size)``.
+
+        Args:
+            batch: As given to `forward`.
+            z: As returned by `forward`.
+            multiplier: ``λ (B, S, h)``, each client's unweighted, zero at padding.
+            rows: Each client's examples.
+            basis: In what the answer is expressed.
+        """
+
+    def apply(self, coefficients: Tensor, basis: Basis) -> None:
+        """Step 6: ``θ_c ← rule(θ_c, ĝ)``."""
+        self.optimizer.record(coefficients, basis)
+        self.optimizer.step()
+
+    def _evaluate(self, batch: Batch) -> Tensor:
+        return self.half(batch["input_ids"], batch["attention_mask"])
+
+
+def freeze(half: nn.Module) -> None:
+    """No tensor of the half asks for a graph."""
+    for parameter in half.parameters():
+        parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def lagrangian_term(z: Tensor, anchor: Tensor, multiplier: Tensor, rows: list[slice]) -> Tensor:
+    r"""``⟨λ_k, z_k(θ') − z_k(θ)⟩`` for every client, ``(K,)`` fp64.
+
+    The difference is taken element by element before any sum: the difference of two sums is exactly zero in low
+    precision. Features are summed first, then positions, then examples, so the order does not depend on threads.
+
+    Args:
+        z: ``f_c(x; θ')``, ``(B, S, h)``, any float dtype.
+        anchor: ``f_c(x; θ)``.
+        multiplier: λ.
+        rows: Each client's examples.
+
+    Reference: HO-SFL, arXiv 2603.14773, the Lagrangian's client term.
+    """
+    products = (z.float() - anchor.float()).mul_(multiplier.float())
+    examples = products.sum(-1, dtype=torch.float64).sum(-1)
+    return torch.stack([examples[r].sum() for r in rows])

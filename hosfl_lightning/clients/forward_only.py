@@ -1,0 +1,74 @@
+"""The client that never backpropagates."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from hosfl_lightning.clients.base import Batch, Client, freeze, lagrangian_term
+from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
+
+
+class ForwardOnlyClient(Client):
+    r"""``v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩``: ``P + 1`` forwards a round at inference memory.
+
+    Holds no server parameter, no graph, no ``.grad``; optimizer state only if the update rule has any. While it waits
+    for λ it keeps z, in compute dtype, and its batch.
+
+    Args:
+        half: ``f_c``; its parameters stop asking for gradients.
+        optimizer: `ZerothOrder` over θ_c with ``module=half``.
+
+    Reference: HO-SFL, arXiv 2603.14773, client update.
+    """
+
+    def __init__(self, half: nn.Module, optimizer: ZerothOrder) -> None:
+        super().__init__(half, optimizer)
+        freeze(half)
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
+        """``z = f_c(x; θ_c)``, no graph."""
+        return self._evaluate(batch)
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+        """``(K, P)`` projected gradients, fp32, of ``SharedDirections``."""
+        if not isinstance(basis, SharedDirections):
+            raise TypeError(f"ForwardOnlyClient answers in SharedDirections, got {type(basis).__name__}")
+        values = self.optimizer.project(
+            lambda: lagrangian_term(self._evaluate(batch), z, multiplier, rows),
+            basis=basis,
+            base=torch.zeros(len(rows), dtype=torch.float64, device=z.device),
+        )
+        return values.T.float()
+
+    @torch.no_grad()
+    def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, basis: SharedDirections) -> None:
+        r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
+
+        Measured along the first direction: the share of z's elements that change under ``+μu``, and
+        ``|t₊ + t₋| / max(|t₊|, |t₋|)`` for the Lagrangian terms ``t±`` at ``θ ± μu``, zero for a linear ``f_c``.
+        """
+        mu = self.optimizer.mu
+        sides = []
+        for scale in (-mu, mu):
+            with self.optimizer.perturbed(basis, 0, scale):
+                moved = self._evaluate(batch)
+            sides.append(float(lagrangian_term(moved, z, multiplier, [slice(0, len(z))])))
+        share = float((moved != z).float().mean())
+        disagreement = abs(sum(sides)) / max(map(abs, sides), default=0) if any(sides) else 0.0
+        if share < 0.5:
+            warnings.warn(
+                f"mu={mu:g} changes only {share:.0%} of the smashed data's elements at {z.dtype}: the probes "
+                "measure rounding; raise mu, or run the client half in a wider dtype",
+                stacklevel=2,
+            )
+        elif disagreement > 0.25:
+            warnings.warn(
+                f"the two sides of a probe disagree by {disagreement:.0%} at mu={mu:g}: rounding (raise mu) or "
+                "curvature (lower mu), or set estimator: central",
+                stacklevel=2,
+            )

@@ -1,0 +1,22 @@
+"""Federated data: who holds which examples, and which of them a client uses in a round."""
+
+from hosfl_lightning.data.classification import ClassificationData
+from hosfl_lightning.data.docstrings import DocstringData
+from hosfl_lightning.data.federated import FederatedDataModule
+from hosfl_lightning.data.partition import partition_by_field, partition_dirichlet, partition_iid
+from hosfl_lightning.data.text import TextData
+from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
+
+__all__ = [
+    "ClassificationData",
+    "DocstringData",
+    "Example",
+    "FederatedDataModule",
+    "TextData",
+    "collate",
+    "language_blocks",
+    "partition_by_field",
+    "partition_dirichlet",
+    "partition_iid",
+    "token_stream",
+]

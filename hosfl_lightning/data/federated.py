@@ -1,0 +1,151 @@
+"""The data module of a federation: one set of examples per client, and a minibatch per client and round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from typing_extensions import override
+
+from hosfl_lightning.data.checks import check_at_least
+from hosfl_lightning.data.tokenization import Example, collate, load_tokenizer, pad_token_id
+from hosfl_lightning.rng import Domain, permutation
+
+
+class FederatedDataModule(L.LightningDataModule):
+    """Base of all federated data: a subclass fills `clients`, `validation_set` and perhaps `test_set` in `setup`.
+
+    Client k with n_k examples uses b = min(batch_size, n_k) of them a round. Round r is batch r mod ⌊n_k / b⌋ of
+    epoch e = r div ⌊n_k / b⌋, whose order is `permutation(n_k, seed, DATA_ORDER, round=e, client=k)`. A batch is thus a
+    pure function of (seed, client, round): resuming needs no state, and rounds a client misses cost nothing. Within an
+    epoch no example repeats; the n_k mod b examples that fill no batch sit that epoch out. The global random state of
+    Python, NumPy and torch is neither read nor changed.
+
+    Args:
+        batch_size: Examples a client uses a round; a client that holds fewer uses all it has.
+        eval_batch_size: Examples per batch of the validation, test and predict loaders.
+        tokenizer: Name, folder or tokenizer; None: the orchestrator sets the model's own before `setup`.
+        seed: Fixes the partition and every client's order.
+
+    Attributes:
+        clients: The examples of each client.
+        validation_set: Held-out examples, shared by all clients.
+        test_set: Further held-out examples; empty when there are none.
+
+    Example::
+
+        class Letters(FederatedDataModule):
+            def setup(self, stage: str) -> None:
+                tokenizer = self.resolve_tokenizer()
+                texts = ["aaaa bbbb", "cccc dddd"]
+                self.clients = [language_blocks(token_stream([text], tokenizer), 4) for text in texts]
+                self.validation_set = language_blocks(token_stream(["eeee"], tokenizer), 4)
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 4,
+        eval_batch_size: int = 32,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.clients: list[list[Example]] = []
+        self.validation_set: list[Example] = []
+        self.test_set: list[Example] = []
+        self._names: list[str] = []
+        self._orders: dict[int, tuple[int, list[int]]] = {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Fill `clients`, `validation_set` and `test_set`, whatever the stage; a second call changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__}.setup must fill clients and validation_set")
+
+    @property
+    def num_clients(self) -> int:
+        """Number of clients, known after `setup`."""
+        if not self.clients:
+            raise RuntimeError('the clients are not known yet: call setup("fit") first')
+        return len(self.clients)
+
+    @property
+    def client_names(self) -> list[str]:
+        """One name per client: what it holds, or `client_k`."""
+        return self._names or [f"client_{k}" for k in range(self.num_clients)]
+
+    @client_names.setter
+    def client_names(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+
+    def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer itself, loaded once if only its name was given."""
+        self.tokenizer = load_tokenizer(self.tokenizer)
+        return self.tokenizer
+
+    def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
+        """The minibatch that a client uses in a round.
+
+        Args:
+            client: 0..num_clients - 1.
+            round: 0, 1, ...
+
+        Returns:
+            input_ids, attention_mask (B, T) and labels ((B, T), -100 where no loss is taken; or (B,)), all int64,
+            padded on the right to the longest row.
+
+        Raises:
+            ValueError: If the client or the round is out of range.
+        """
+        if not 0 <= client < self.num_clients:
+            raise ValueError(f"client={client} is not in 0..{self.num_clients - 1}")
+        if round < 0:
+            raise ValueError(f"round={round}: rounds count from 0")
+        examples = self.clients[client]
+        size = min(self.batch_size, len(examples))
+        epoch, batch = divmod(round, len(examples) // size)
+        chosen = self._order(client, epoch)[batch * size : (batch + 1) * size]
+        return collate([examples[i] for i in chosen], pad_token_id(self.resolve_tokenizer()))
+
+    @override
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """The validation set in order."""
+        return self._loader(self.validation_set, "validation")
+
+    @override
+    def test_dataloader(self) -> EVAL_DATALOADERS:
+        """The test set in order."""
+        return self._loader(self.test_set, "test")
+
+    @override
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """The test set, or the validation set where there is none."""
+        return self._loader(self.test_set or self.validation_set, "test or validation")
+
+    def _order(self, client: int, epoch: int) -> list[int]:
+        """The client's order in an epoch; the last one is kept, as a cache and nothing more."""
+        known = self._orders.get(client)
+        if known is None or known[0] != epoch:
+            order = permutation(len(self.clients[client]), self.seed, Domain.DATA_ORDER, round=epoch, client=client)
+            known = self._orders[client] = (epoch, order.tolist())
+        return known[1]
+
+    def _loader(self, examples: list[Example], what: str) -> DataLoader:
+        if not examples:
+            raise ValueError(f"data: {type(self).__name__} has no {what} examples")
+        return DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_size=self.eval_batch_size,
+            collate_fn=partial(collate, pad_id=pad_token_id(self.resolve_tokenizer())),
+            generator=torch.Generator(),  # without its own, every new iterator draws from the global one
+        )

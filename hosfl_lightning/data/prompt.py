@@ -1,0 +1,89 @@
+"""Classification as language modelling: a prompt around the text, and a word of the vocabulary for each class."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from hosfl_lightning.data.tokenization import IGNORE_INDEX, Example
+
+_SLOT = "{text}"
+
+
+class PromptEncoder:
+    """Encode "prompt(text) + word(label)" with the loss on the word's tokens only.
+
+    With x the T_p tokens of the prompt and w the T_w tokens that the label word adds to them, input_ids = [x, w] and
+    labels = [-100 · T_p, w], as MeZO trains SST-2 on a causal LM: "{text} It was" with " terrible", " great".
+    Prompt and word are tokenized together, as the model will see them. A text that is too long loses its end; the
+    prompt around it and the word stay whole. The tokenizer's leading special tokens (bos) are kept, trailing ones are
+    not: nothing may stand between the prompt and the word.
+
+    Args:
+        prompt: A template with one "{text}".
+        label_words: The word of each class, by index, usually with a leading space.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens of an example, label word included.
+
+    Raises:
+        ValueError: If the prompt has not exactly one "{text}", two label words are equal or one is empty, or
+            `max_length` leaves no room for any text.
+
+    Reference: Malladi et al. 2023, MeZO, arXiv 2305.17333, appendix E.
+    """
+
+    def __init__(
+        self, prompt: str, label_words: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        if prompt.count(_SLOT) != 1:
+            raise ValueError(f"prompt={prompt!r} must contain {_SLOT} exactly once")
+        if len(set(label_words)) < len(label_words) or not all(word.strip() for word in label_words):
+            raise ValueError(f"label_words={list(label_words)}: give a different, non-empty word for every class")
+        self.prompt = prompt
+        self.label_words = list(label_words)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._start = _leading_special_tokens(tokenizer)
+        self._longest = max(self.label_words, key=lambda word: len(self._encode("", word)))
+        if self._length("") >= max_length:
+            raise ValueError(f"max_length={max_length} leaves no room for text beside the prompt and its label word")
+
+    def __call__(self, text: str, label: int) -> Example:
+        """Encode one text with its class index.
+
+        Raises:
+            ValueError: If the label word's first token merges with the prompt's last.
+        """
+        text = self._shorten(text)
+        asked, answered = self._encode(text), self._encode(text, self.label_words[label])
+        if answered[: len(asked)] != asked or len(answered) == len(asked):
+            raise ValueError(
+                f"label_words: {self.label_words[label]!r} merges with the end of the prompt {self.prompt!r}; "
+                "start the word with a space and end the prompt without one"
+            )
+        return Example(answered, [IGNORE_INDEX] * len(asked) + answered[len(asked) :])
+
+    def _shorten(self, text: str) -> str:
+        """The longest beginning of the text that fits beside the longest label word, whatever this label is."""
+        if self._length(text) <= self.max_length:
+            return text
+        kept = bisect_right(range(len(text)), self.max_length, key=lambda count: self._length(text[:count])) - 1
+        while self._length(text[:kept]) > self.max_length:  # a longer text may have fewer tokens, so bisection may miss
+            kept -= 1
+        return text[:kept]
+
+    def _length(self, text: str) -> int:
+        return len(self._encode(text, self._longest))
+
+    def _encode(self, text: str, word: str = "") -> list[int]:
+        full = self.prompt.replace(_SLOT, text) + word
+        ids = self.tokenizer(full, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        return [*self._start, *ids]
+
+
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return next(full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain)

@@ -1,0 +1,67 @@
+"""Which Trainer hooks the orchestrator fires, and for whom."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule
+
+#: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
+FIRED = frozenset(
+    """
+    setup teardown on_fit_start on_fit_end on_train_start on_train_end on_train_epoch_start on_train_epoch_end
+    on_train_batch_start on_train_batch_end on_before_zero_grad on_before_backward on_after_backward
+    on_before_optimizer_step on_validation_start on_validation_end on_validation_epoch_start on_validation_epoch_end
+    on_validation_batch_start on_validation_batch_end on_test_start on_test_end on_test_epoch_start on_test_epoch_end
+    on_test_batch_start on_test_batch_end on_predict_start on_predict_end on_predict_epoch_start on_predict_epoch_end
+    on_predict_batch_start on_predict_batch_end on_exception on_save_checkpoint on_load_checkpoint
+    """.split()
+)
+#: A module that overrides one of these expects Trainer to call it; silence would change what it does.
+REFUSED_MODULE_HOOKS = (
+    "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping", "backward",
+    "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer", "configure_callbacks",
+)  # fmt: skip
+
+
+class HookError(TypeError):
+    """A hook was overridden that the orchestrator never fires."""
+
+
+def check_hooks(callbacks: Sequence[Callback], module: LightningModule) -> None:
+    """Refuse what would be silently ignored.
+
+    Overrides in Lightning's own classes are exempt: what they hang on an unfired hook (the sanity check) Trainer may skip
+    too.
+
+    Raises:
+        HookError: Names the class and the hook.
+    """
+    for callback in callbacks:
+        for hook in _overridden(callback, Callback):
+            if hook not in FIRED:
+                raise HookError(f"{type(callback).__name__} overrides {hook}, which the Orchestrator never calls; remove it")
+    for hook in REFUSED_MODULE_HOOKS:
+        if getattr(type(module), hook) is not getattr(LightningModule, hook):
+            raise HookError(f"{type(module).__name__} overrides {hook}, which the Orchestrator never calls; remove it")
+
+
+def fire(receiver: Any, hook: str, **kwargs: Any) -> None:
+    """Call ``receiver.hook`` with those of the keyword arguments it takes."""
+    method = getattr(receiver, hook, None)
+    if method is None:
+        return
+    names = inspect.signature(method).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        method(**kwargs)
+    else:
+        method(**{name: value for name, value in kwargs.items() if name in names})
+
+
+def _overridden(instance: Any, base: type) -> list[str]:
+    """Hooks of ``base`` that a class outside Lightning defines anew."""
+    hooks = [name for name in dir(base) if name.startswith("on_") or name in ("setup", "teardown")]
+    owners = {name: next(cls for cls in type(instance).__mro__ if name in vars(cls)) for name in hooks}
+    return [name for name, owner in owners.items() if not owner.__module__.startswith("lightning.")]

@@ -1,0 +1,19 @@
+"""Zeroth-order optimization: bases, estimators, update rules, and the optimizer made of them."""
+
+from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.estimators import ESTIMATORS, central_difference, forward_difference
+from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
+from hosfl_lightning.optim.zeroth_order import ZerothOrder
+
+__all__ = [
+    "ESTIMATORS",
+    "SGD",
+    "AdamW",
+    "Basis",
+    "Dense",
+    "SharedDirections",
+    "UpdateRule",
+    "ZerothOrder",
+    "central_difference",
+    "forward_difference",
+]

@@ -1,0 +1,169 @@
+"""In what a client's update is expressed: coefficients in a basis that every side can rebuild."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direction_, round_coefficient
+
+#: Tensors up to this size are drawn together, one generator call a probe, instead of one call each.
+SMALL = 1 << 16
+#: Elements of fp32 scratch that an update or a projection may use at a time (1 MiB).
+CHUNK = 1 << 18
+
+Piece = tuple[int, int, int]
+"""A run of elements of one tensor: ``(tensor, start, stop)``."""
+
+
+def buckets(sizes: Sequence[int]) -> list[list[Piece]]:
+    """Cut the elements of all tensors into buckets of at most ``CHUNK``; small tensors stay whole and share a bucket.
+
+    Args:
+        sizes: Elements of each tensor, in manifest order.
+
+    Returns:
+        Buckets that together hold every element exactly once.
+    """
+    cut: list[list[Piece]] = []
+    together: list[Piece] = []
+    room = CHUNK
+    for tensor, size in enumerate(sizes):
+        if size > SMALL:
+            cut += [[(tensor, start, min(start + CHUNK, size))] for start in range(0, size, CHUNK)]
+            continue
+        if size > room:
+            cut.append(together)
+            together, room = [], CHUNK
+        together.append((tensor, 0, size))
+        room -= size
+    return cut + [together] if together else cut
+
+
+class Basis(ABC):
+    """``ĝ = reconstruct(c)``: an update as ``size`` coefficients ``c`` in a basis ``b_1..b_size``.
+
+    Estimators return coefficients, messages carry them, the update rule consumes their expansion chunk by chunk. Tensors
+    are named by their position in the manifest: the trainable client tensors in ``named_parameters()`` order.
+    """
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of coefficients, the scalars that travel."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What a receiver needs beside the coefficients; JSON types only."""
+
+    @abstractmethod
+    def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
+        """``out_i += ĝ[piece_i]``, in place.
+
+        Args:
+            out: One contiguous 1-D fp32 tensor a piece.
+            coefficients: ``(size,)`` fp32.
+            pieces: Which elements the tensors of ``out`` stand for, all of one bucket.
+        """
+
+    @abstractmethod
+    def project(self, gradient: Sequence[Tensor]) -> Tensor:
+        """Coefficients of a known gradient, ``(size,)`` fp32: ``reconstruct(project(g))`` estimates ``g``."""
+
+    def apply(self, parameters: Sequence[Tensor], coefficients: Tensor, alpha: float) -> None:
+        """``θ += α · ĝ`` for all parameters (any float dtype; the sum is in fp32, then cast)."""
+        for pieces in buckets([p.numel() for p in parameters]):
+            sums = [torch.zeros(stop - start, device=parameters[t].device) for t, start, stop in pieces]
+            self.expand_(sums, coefficients, pieces)
+            for (tensor, start, stop), total in zip(pieces, sums):
+                flat = parameters[tensor].view(-1)[start:stop]
+                flat.copy_(flat.float().add_(total, alpha=alpha))
+
+
+class SharedDirections(Basis):
+    r"""``ĝ = (1/P) Σ_p c_p u_p``, the same random directions ``u_p`` for every client of a round.
+
+    The directions follow from ``(seed, round, p)`` alone, so neither they nor a seed travel: a round is ``P`` scalars
+    whatever the model's size. For directions with ``E[u uᵀ] = I`` and ``c_p = ⟨g, u_p⟩`` the mean of ``ĝ`` is ``g``.
+
+    Args:
+        seed: The run's 64-bit seed.
+        round: Counted from 0.
+        probes: ``P``, 1..4096.
+        distribution: ``rademacher`` (signs) or ``gauss16`` (normal, 16 bits an element).
+
+    Reference: HO-SFL, arXiv 2603.14773; scalars with shared seeds: DeComFL, arXiv 2405.15861.
+    """
+
+    def __init__(self, seed: int, round: int, probes: int, distribution: str = "rademacher") -> None:
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
+        if not 1 <= probes <= 4096:
+            raise ValueError(f"probes must be between 1 and 4096, got {probes}")
+        self.distribution = distribution
+        self.domain = DISTRIBUTIONS[distribution]
+        self.streams = [Stream(seed=seed, domain=self.domain, round=round, probe=p) for p in range(probes)]
+
+    @property
+    def size(self) -> int:
+        return len(self.streams)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "shared_directions", "probes": self.size, "distribution": self.distribution}
+
+    def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
+        alphas = round_coefficient(coefficients / self.size, self.domain)
+        for stream, alpha in zip(self.streams, alphas):
+            add_pieces_(out, alpha, stream, pieces)
+
+    def project(self, gradient: Sequence[Tensor]) -> Tensor:
+        sizes = [g.numel() for g in gradient]
+        totals = torch.zeros(self.size, dtype=torch.float64, device=gradient[0].device)
+        for pieces in buckets(sizes):
+            flat = torch.cat([gradient[t].reshape(-1)[start:stop] for t, start, stop in pieces]).double()
+            for p, stream in enumerate(self.streams):
+                u = torch.zeros(flat.numel(), device=flat.device)
+                add_pieces_(u.split([stop - start for _, start, stop in pieces]), torch.ones_like(u[0]), stream, pieces)
+                totals[p] += (flat * u).sum()
+        return totals.float()
+
+
+class Dense(Basis):
+    """``ĝ = c``: the gradient itself, flattened in manifest order. What a first-order client answers.
+
+    Args:
+        sizes: Elements of each tensor, in manifest order.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.starts = [0, *accumulate(sizes)]
+
+    @property
+    def size(self) -> int:
+        return self.starts[-1]
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "dense"}
+
+    def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
+        for target, (tensor, start, stop) in zip(out, pieces):
+            target.add_(coefficients[self.starts[tensor] + start : self.starts[tensor] + stop])
+
+    def project(self, gradient: Sequence[Tensor]) -> Tensor:
+        return torch.cat([g.reshape(-1).float() for g in gradient])
+
+
+def add_pieces_(out: Sequence[Tensor], alpha: Tensor, stream: Stream, pieces: Sequence[Piece]) -> None:
+    """``out_i += α · u[piece_i]``; whole small tensors in one generator call, a chunk of a large one in its own."""
+    if len(pieces) == 1:
+        tensor, start, _ = pieces[0]
+        add_direction_(out[0], alpha, stream, tensor, start)
+        return
+    batch = DirectionBatch(stream, [(tensor, stop) for tensor, _, stop in pieces], device=out[0].device)
+    for i, target in enumerate(out):
+        batch.add_(i, target, alpha)

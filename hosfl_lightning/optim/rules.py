@@ -1,0 +1,104 @@
+"""Elementwise update rules: what torch's optimizers do, on one chunk, with no gradient of full size."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateRule(ABC):
+    """``θ ← rule(θ, ĝ, state)``, elementwise, so that any chunking gives the same bits.
+
+    Args:
+        lr: Learning rate, > 0 (or 0 to stand still). A scheduler on the optimizer changes it from step to step.
+        weight_decay: As in the torch optimizer of the same name.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {getattr(self, name)}")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of the fp32 state tensors that a parameter needs, each of its size."""
+        return ()
+
+    @abstractmethod
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
+        """Update one chunk in place.
+
+        Args:
+            param: fp32 chunk of the parameter.
+            grad: fp32 chunk of ``ĝ``; may be overwritten.
+            state: fp32 chunks by slot.
+            step: Counted from 1.
+            group: Hyper-parameters of this step (``lr`` may come from a scheduler).
+        """
+
+    def hyper_parameters(self) -> dict[str, Any]:
+        """The rule's settings as a ``param_groups`` entry."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SGD(UpdateRule):
+    """``g ← ĝ + wd·θ;  m ← momentum·m + g;  θ ← θ − lr·m``, equal to ``torch.optim.SGD``.
+
+    Without momentum the rule keeps no state: the client holds its parameters and nothing else.
+    """
+
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"SGD: momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("momentum_buffer",) if self.momentum else ()
+
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
+        if group["weight_decay"]:
+            grad.add_(param, alpha=group["weight_decay"])
+        if group["momentum"]:
+            # The buffer starts at zero, so the first step gives 0·momentum + g = g, as torch's first clone does.
+            grad = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
+        param.add_(grad, alpha=-group["lr"])
+
+
+@dataclass(frozen=True)
+class AdamW(UpdateRule):
+    """``m ← β₁m + (1−β₁)ĝ;  s ← β₂s + (1−β₂)ĝ²;  θ ← θ(1 − lr·wd) − lr·m̂/(√ŝ + ε)``, equal to ``torch.optim.AdamW``.
+
+    Keeps two fp32 tensors a parameter; the memory report counts them.
+    """
+
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"AdamW: betas must be in [0, 1), got {self.betas}")
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
+        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+        param.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))

@@ -1,0 +1,202 @@
+"""ZerothOrder: a ``torch.optim.Optimizer`` that needs forward evaluations only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl_lightning.optim.basis import Basis, SharedDirections, buckets
+from hosfl_lightning.optim.estimators import ESTIMATORS
+from hosfl_lightning.optim.probing import perturbed_in_place, perturbed_layerwise
+from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.rules import SGD, UpdateRule
+from hosfl_lightning.rng import DISTRIBUTIONS, round_coefficient
+
+
+class ZerothOrder(torch.optim.Optimizer):
+    r"""``ĝ = (1/P) Σ_p v_p u_p``, then ``rule`` on θ; ``v_p`` are projected gradients measured by forwards.
+
+    ``E[ĝ]`` is the gradient of ``f`` (up to the estimator's bias); its cosine with the gradient is about ``√(P/d)``.
+    No ``.grad`` is ever made, no direction is ever stored, the random state of torch is left alone: directions come from
+    the counter generator under ``(seed, step, p)``.
+
+    In a plain loop, or under Lightning's manual optimization, or under Fabric::
+
+        zo = ZerothOrder(model.parameters(), AdamW(lr=1e-3), module=model, probes=8)
+        zo.step(lambda: loss_fn(model(x), y))          # P + 1 evaluations, as LBFGS calls its closure
+
+    Apart, when the values are measured elsewhere (a split round)::
+
+        v = zo.project(objective)                      # (P,) or (P, K), fp64; θ has its old bits afterwards
+        zo.record(v)                                   # the scalars to apply
+        zo.step()
+
+    Learning rate, hyper-parameters, seed and step live in ``param_groups``, moments in ``state``: ``state_dict`` carries
+    all of it. Under ``lightning.Trainer`` every closure call fires ``on_before_optimizer_step``; with ``record`` there is
+    one call a step. Call `project` and `record` on the raw optimizer (``opt.optimizer``), not on Lightning's wrapper.
+
+    Args:
+        params: Parameters, named parameters or groups; their order is the manifest of the directions.
+        rule: What to do with ``ĝ``: `SGD`, `AdamW` of `hosfl_lightning.optim.rules`.
+        module: The module the objective runs. Then probes are layer-wise and the extra memory is its largest leaf.
+            Without it all parameters are perturbed at once beside a copy of their bits.
+        probes: ``P``, directions a step.
+        mu: ``μ``, smoothing length; rounded once to what the distribution multiplies exactly.
+        estimator: ``forward`` (``P + 1`` evaluations, the paper's) or ``central`` (``2P``).
+        distribution: ``rademacher`` or ``gauss16``.
+        seed: 64-bit seed of the directions.
+
+    Raises:
+        ValueError: For a setting out of range; the message names it.
+
+    Reference: HO-SFL, arXiv 2603.14773; MeZO, arXiv 2305.17333.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        rule: UpdateRule | None = None,
+        *,
+        module: nn.Module | None = None,
+        probes: int = 2,
+        mu: float = 1e-3,
+        estimator: str = "forward",
+        distribution: str = "rademacher",
+        seed: int = 0,
+    ) -> None:
+        check_probe_settings(probes, mu, estimator, distribution)
+        self.rule = rule if rule is not None else SGD()
+        self.module, self.estimator = module, estimator
+        # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
+        self._recorded: list[tuple[Basis, Tensor]] = []
+        super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
+        self.param_groups[0].update(probes=probes, mu=mu, distribution=distribution, seed=seed)
+        if not all(p.is_contiguous() for p in self.parameters):
+            raise ValueError("ZerothOrder needs contiguous parameters: directions are numbered in row-major order")
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters; the position of a tensor here is its number in the directions."""
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.parameters[0].device
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self.param_groups[0]["step"]
+
+    def basis(self, round: int) -> SharedDirections:
+        """The directions of one round; `step` on its own uses the number of steps taken."""
+        group = self.param_groups[0]
+        return SharedDirections(group["seed"], round, group["probes"], group["distribution"])
+
+    @property
+    def mu(self) -> float:
+        """``μ``, rounded so that ``μ · u`` is exact in fp32."""
+        group = self.param_groups[0]
+        return float(round_coefficient(group["mu"], DISTRIBUTIONS[group["distribution"]]))
+
+    def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
+        """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
+        alpha = torch.tensor(scale, dtype=torch.float32, device=self.device)
+        if self.module is None:
+            return perturbed_in_place(self.parameters, basis.streams[probe], alpha)
+        return perturbed_layerwise(self.module, self.parameters, basis.streams[probe], alpha)
+
+    @torch.no_grad()
+    def project(
+        self, objective: Callable[[], Tensor], *, basis: SharedDirections | None = None, base: Tensor | None = None
+    ) -> Tensor:
+        """Projected gradients of ``objective`` along the basis; parameters, modes and random state are left as found.
+
+        Args:
+            objective: ``f`` at the current parameters, a scalar or one value a client ``(K,)``.
+            basis: Default: the directions of the next step.
+            base: ``f(θ)`` when known, which saves a forward of the forward difference.
+
+        Returns:
+            ``(P,)`` or ``(P, K)``, fp64.
+        """
+        same = SameRandomness(self.module, self.device)
+        return self._project(lambda: same(objective), basis or self.basis(self.steps), base)
+
+    def record(self, coefficients: Tensor, basis: Basis | None = None) -> None:
+        """Keep the coefficients, ``(P,)``, that the next `step` applies."""
+        self._recorded[:] = [(basis or self.basis(self.steps), coefficients.float())]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update from what was recorded, else from ``closure`` evaluated at θ and at the probes.
+
+        Returns:
+            The closure's value at θ, or None.
+
+        Raises:
+            RuntimeError: Nothing was recorded and there is no closure, or it returns no loss.
+        """
+        same = SameRandomness(self.module, self.device)
+        loss = closure() if closure is not None else None
+        if not self._recorded:
+            if closure is None or loss is None:
+                raise RuntimeError("ZerothOrder.step() has nothing to apply: pass a closure that returns the loss, "
+                                   "or record() coefficients first")
+            basis = self.basis(self.steps)
+            self.record(self._project(lambda: same(closure), basis, loss.detach()), basis)
+        self._update(*self._recorded.pop())
+        return loss
+
+    def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
+        return ESTIMATORS[self.estimator](objective, partial(self.perturbed, basis), basis.size, self.mu, base)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but moments stay fp32: torch casts them to the parameter's dtype, which bf16 would not survive."""
+        super().load_state_dict(state_dict)
+        numbered = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for number, parameter in zip(numbered, self.parameters):
+            for slot, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][slot] = value.to(parameter.device, copy=True)
+
+    def _update(self, basis: Basis, coefficients: Tensor) -> None:
+        for group in self.param_groups:
+            group["step"] += 1
+        parameters = self.parameters
+        groups = [group for group in self.param_groups for _ in group["params"]]
+        for pieces in buckets([p.numel() for p in parameters]):
+            sums = [torch.zeros(stop - start, device=self.device) for _, start, stop in pieces]
+            basis.expand_(sums, coefficients, pieces)
+            for (tensor, start, stop), gradient in zip(pieces, sums):
+                self._update_piece(parameters[tensor], slice(start, stop), gradient, groups[tensor])
+
+    def _update_piece(self, parameter: Tensor, piece: slice, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        for slot in self.rule.slots:
+            if slot not in state:
+                state[slot] = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        flat = parameter.detach().view(-1)[piece]
+        wide = flat.float()  # fp32 already: the same memory, updated in place
+        self.rule.update_(wide, gradient, {slot: state[slot][piece] for slot in self.rule.slots}, group["step"], group)
+        if wide is not flat:
+            flat.copy_(wide)
+
+
+def check_probe_settings(probes: int, mu: float, estimator: str, distribution: str) -> None:
+    """Refuse what no step could use.
+
+    Raises:
+        ValueError: Names the setting and what it may be.
+    """
+    SharedDirections(0, 0, probes, distribution)
+    if not mu > 0:
+        raise ValueError(f"mu must be > 0, got {mu}")
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")

@@ -1,0 +1,428 @@
+"""The round loop, driven by Fabric, with the face of a Trainer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from torch import Tensor
+
+from hosfl_lightning import checkpoint as checkpoints
+from hosfl_lightning.algorithms import HOSFL, Algorithm, Frozen, SplitFedSGD
+from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, RoundProgressBar
+from hosfl_lightning.clients import Cohort
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.hooks import check_hooks, fire
+from hosfl_lightning.rng import Domain, permutation
+from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.servers.server import Server
+from hosfl_lightning.summary import Evaluation, RunResult, write_summary
+from hosfl_lightning.trainer_face import MetricSink, TrainerFace
+from hosfl_lightning.transport import InProcess
+
+CONTROLS: dict[str, type[Algorithm]] = {"frozen": Frozen, "first_order": SplitFedSGD}
+
+
+class Orchestrator(TrainerFace):
+    """Runs the rounds of a split federated method.
+
+    One round samples ``clients_per_round`` of the clients, takes one minibatch of each through the cut, and is one
+    ``global_step``. Stock callbacks run through their Trainer hooks; the whole run is one epoch.
+
+    Example::
+
+        Orchestrator(algorithm=HOSFL(probes=8, mu=1e-3), max_rounds=200).fit(model, data)
+
+    Args:
+        algorithm: The method.
+        max_rounds: Rounds to run.
+        clients_per_round: ``K`` of the data's ``N`` clients; None: all.
+        simulation: ``batched``: a round's clients run as one batch (fast). ``per_client``: one after the other, every
+            message encoded and decoded, as remote clients would.
+        controls: Run the same rounds again with a client that is ``frozen`` and one that backpropagates
+            (``first_order``), from the same start, seeds and batches; the summary compares them.
+        seed: Of client sampling and of the random directions.
+        val_check_interval: Rounds between validations; the first is before round 1, the last after the last.
+        log_every_n_steps: Rounds between rows of metrics.
+        accelerator: As Trainer's: ``cpu``, ``gpu``, ``auto``.
+        strategy: As Fabric's; one process for now.
+        devices: 1 for now.
+        precision: ``32-true``, ``bf16-mixed`` or ``bf16-true``. fp16 with a GradScaler is refused.
+        gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
+        callbacks: Lightning callbacks.
+        logger: True: a ``CSVLogger``; False: none; or Lightning loggers.
+        default_root_dir: Where the run folder is made.
+        enable_progress_bar: Show a bar.
+        enable_checkpointing: Add a ``ModelCheckpoint`` (best and last) when there is none.
+
+    Raises:
+        ValueError: A setting out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm | None = None,
+        max_rounds: int = 100,
+        clients_per_round: int | None = None,
+        simulation: Literal["batched", "per_client"] = "batched",
+        controls: list[Literal["frozen", "first_order"]] | None = None,
+        seed: int = 0,
+        val_check_interval: int = 50,
+        log_every_n_steps: int = 1,
+        accelerator: str = "cpu",
+        strategy: str = "auto",
+        devices: int = 1,
+        precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
+        gradient_clip_val: float | None = None,
+        callbacks: list[Callback] | Callback | None = None,
+        logger: bool | Logger | list[Logger] | None = True,
+        default_root_dir: str = "runs",
+        enable_progress_bar: bool = True,
+        enable_checkpointing: bool = True,
+    ) -> None:
+        super().__init__()
+        self.algorithm = algorithm if algorithm is not None else HOSFL()
+        self.max_rounds, self.clients_per_round, self.simulation = max_rounds, clients_per_round, simulation
+        self.controls, self.seed = list(controls or []), seed
+        self.val_check_interval, self.log_every_n_steps = val_check_interval, log_every_n_steps
+        self.gradient_clip_val, self.default_root_dir = gradient_clip_val, str(default_root_dir)
+        self.devices, self.precision = devices, precision
+        self._check_settings()
+        self.fabric = MetricSink(
+            self._take_metrics, accelerator=accelerator, strategy=strategy, devices=devices, precision=precision
+        )
+        self.loggers = _loggers(logger, self.default_root_dir)
+        given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+        self.callbacks = self._complete(list(given), enable_progress_bar, enable_checkpointing)
+        self.transport = InProcess(serialize=simulation == "per_client")
+        self.summary: dict[str, Any] = {}
+        self._row: dict[str, Any] = {}
+
+    # ---- the four entry points
+
+    def fit(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> None:
+        """Run the rounds, then the controls, then write the summary, the adapter and the table."""
+        resumed = checkpoints.load(ckpt_path) if ckpt_path else None
+        self._prepare(model, datamodule, TrainerFn.FITTING, "fit", ckpt_path)
+        start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+        self._setup_training(model)
+        if resumed is not None:
+            self._restore(resumed)
+        try:
+            result = self._train(announce=True)
+        except BaseException as error:
+            self.state.status = TrainerStatus.INTERRUPTED
+            self.call("on_exception", exception=error)
+            raise
+        finally:
+            self._finish("fit")
+        controls = {name: self._control(name, start) for name in self.controls}
+        self.summary = write_summary(self, result, controls)
+
+    def validate(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[dict[str, float]]:
+        """One pass over the validation data."""
+        return self._evaluate_only(model, datamodule, TrainerFn.VALIDATING, "validate", "validation", ckpt_path)
+
+    def test(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[dict[str, float]]:
+        """One pass over the test data."""
+        return self._evaluate_only(model, datamodule, TrainerFn.TESTING, "test", "test", ckpt_path)
+
+    def predict(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[Tensor]:
+        """``predict_step`` of every batch."""
+        self._prepare(model, datamodule, TrainerFn.PREDICTING, "predict", ckpt_path, load=True)
+        outputs = self._loop("predict", datamodule.predict_dataloader())
+        self._finish("predict")
+        return outputs
+
+    def export(self, model: SplitModule, datamodule: FederatedDataModule | None, ckpt_path: str, out: str) -> None:
+        """Write the adapter of a checkpoint as one standard PEFT folder.
+
+        Args:
+            model: As in the recipe that made the checkpoint.
+            datamodule: Not used; the recipe has one.
+            ckpt_path: The checkpoint.
+            out: The folder to write.
+        """
+        model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
+        model.export(out)
+        print(f"adapter written to {out}")
+
+    # ---- hooks
+
+    def call(self, hook: str, **kwargs: Any) -> None:
+        """Fire a Trainer hook on every callback, then on the module."""
+        for callback in self.callbacks:
+            self._asking = type(callback).__name__
+            fire(callback, hook, trainer=self, pl_module=self.lightning_module, **kwargs)
+        self._asking = None
+        if hook not in ("setup", "teardown", "on_exception"):
+            fire(self.lightning_module, hook, trainer=self, **kwargs)
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch on the device of this process."""
+        return self.fabric.to_device(batch)
+
+    # ---- setting up
+
+    def _check_settings(self) -> None:
+        for name in ("max_rounds", "val_check_interval", "log_every_n_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
+        if self.clients_per_round is not None and self.clients_per_round < 1:
+            raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
+        if self.devices != 1:
+            raise ValueError(f"trainer.devices must be 1, got {self.devices}: clients do not run on several ranks yet")
+        if str(self.precision) in ("16", "16-mixed", "16-true"):
+            raise ValueError(
+                f"trainer.precision={self.precision}: fp16 needs a GradScaler, which scales λ and refuses forward-only "
+                "steps; use bf16-mixed or 32-true"
+            )
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"trainer.seed must be between 0 and 2**64 - 1, got {self.seed}")
+
+    def _complete(self, given: list[Callback], bar: bool, checkpointing: bool) -> list[Callback]:
+        for kind in (PeakMemoryMonitor, CommunicationMonitor):
+            if not any(isinstance(c, kind) for c in given):
+                given.append(kind())
+        given += self.algorithm.configure_callbacks(given)
+        if bar and not any(isinstance(c, ProgressBar) for c in given):
+            given.append(RoundProgressBar())
+        if checkpointing and not any(isinstance(c, ModelCheckpoint) for c in given):
+            given.append(ModelCheckpoint(monitor="val/loss", save_last=True, filename="round={step}", auto_insert_metric_name=False))
+        # As in Trainer: checkpoints last, so that they hold what the other callbacks did in the same hook.
+        return sorted(given, key=lambda c: isinstance(c, ModelCheckpoint))
+
+    def _prepare(
+        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, stage: str, ckpt_path: str | None,
+        load: bool = False,
+    ) -> None:  # fmt: skip
+        if not isinstance(model, SplitModule):
+            raise TypeError(f"model must be a hosfl_lightning.servers.SplitModule, got {type(model).__name__}")
+        check_hooks(self.callbacks, model)
+        self.lightning_module, self.datamodule, self.ckpt_path = model, data, ckpt_path
+        self._enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(stage))
+        self.fabric.launch()
+        if data.tokenizer is None:
+            data.tokenizer = model.tokenizer()
+        data.setup(stage)
+        model._fabric = self.fabric  # self.log and self.manual_backward go through Fabric
+        self.fabric.setup_module(model)
+        model.eval()
+        self.call("setup", stage=stage)
+        if load and ckpt_path:
+            model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
+
+    def _setup_training(self, model: SplitModule) -> None:
+        self.clients_per_round = _checked_sample(self.clients_per_round, self.datamodule.num_clients)
+        self.num_val_batches = [len(self.datamodule.val_dataloader())]
+        self.algorithm.setup(model, self.seed)
+        configured = model.configure_optimizers()
+        optimizer, scheduler = configured, None
+        if isinstance(configured, dict):
+            optimizer = configured["optimizer"]
+            scheduler = configured["lr_scheduler"]["scheduler"]
+        optimizer = self.fabric.setup_optimizers(optimizer)
+        self.server = Server(model, self.fabric, optimizer, scheduler, self.gradient_clip_val, self.call)
+
+    def _finish(self, stage: str) -> None:
+        self.call("teardown", stage=stage)
+        for logger in self.loggers:
+            logger.finalize("success" if self.state.status is not TrainerStatus.INTERRUPTED else "failed")
+
+    # ---- training
+
+    def _train(self, announce: bool) -> RunResult:
+        if announce and self.is_global_zero:
+            print(self.lightning_module.labels_notice, flush=True)
+        self.call("on_fit_start")
+        self.call("on_train_start")
+        first = self._validate()
+        result = RunResult(first, first)
+        self._flush()
+        self.call("on_train_epoch_start")
+        while self.global_step < self.max_rounds and not self.should_stop:
+            result.seconds.append(self._round(self.global_step))
+            if self.global_step % self.val_check_interval == 0 or self.is_last_batch or self.should_stop:
+                result.last = self._validate()
+            self._flush()
+        self.state.status = TrainerStatus.FINISHED
+        self.call("on_train_epoch_end")
+        self.call("on_train_end")
+        self.call("on_fit_end")
+        return result
+
+    def _round(self, round: int) -> float:
+        began = time.perf_counter()
+        self.state.stage = RunningStage.TRAINING
+        self.transport.clear()
+        cohorts = self.cohorts(round)
+        self.call("on_train_batch_start", batch=cohorts, batch_idx=round)
+        loss = self.algorithm.training_round(self, round, cohorts)
+        self.global_step = round + 1
+        self.lightning_module.log("train/loss", loss)
+        seconds = time.perf_counter() - began
+        self.lightning_module.log("time/round_seconds", seconds)
+        self.call("on_train_batch_end", outputs={"loss": loss}, batch=cohorts, batch_idx=round)
+        return seconds
+
+    def sample(self, round: int) -> list[int]:
+        """The clients of a round, ascending: the first ``K`` of a permutation under ``(seed, round)``."""
+        order = permutation(self.datamodule.num_clients, self.seed, Domain.CLIENT_SAMPLING, round=round)
+        return sorted(order[: self.clients_per_round].tolist())
+
+    def cohorts(self, round: int) -> list[Cohort]:
+        """The sampled clients' minibatches: one cohort when batched, one a client otherwise."""
+        clients = self.sample(round)
+        groups = [clients] if self.simulation == "batched" else [[k] for k in clients]
+        count = self.lightning_module.count
+        return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
+
+    def _control(self, name: str, start: dict[str, Tensor]) -> RunResult:
+        """The same rounds from the same start with another client; the model ends as it was before."""
+        model, trained = self.lightning_module, {n: t.clone() for n, t in self.lightning_module.trained_state().items()}
+        rule = getattr(self.algorithm, "first_order_optimizer", None) if name == "first_order" else None
+        runner = Orchestrator(
+            algorithm=CONTROLS[name](rule or self.algorithm.client_optimizer),
+            max_rounds=self.max_rounds, clients_per_round=self.clients_per_round, simulation=self.simulation,
+            seed=self.seed, val_check_interval=self.val_check_interval, log_every_n_steps=self.log_every_n_steps,
+            accelerator=self.fabric.device.type, precision=self.precision, gradient_clip_val=self.gradient_clip_val,
+            callbacks=[RoundProgressBar(f"control: {name}")] if self.progress_bar_callback else [],
+            logger=CSVLogger(str(Path(self.log_dir) / "controls"), name=name, version="") if self.loggers else False,
+            enable_progress_bar=False, enable_checkpointing=False,
+        )  # fmt: skip
+        try:
+            model.load_trained_state(start)
+            return runner.rerun(model, self.datamodule)
+        finally:
+            model.load_trained_state(trained)
+            model._fabric = self.fabric
+
+    def rerun(self, model: SplitModule, datamodule: FederatedDataModule) -> RunResult:
+        """The rounds alone: no controls, no summary, no announcement."""
+        self._prepare(model, datamodule, TrainerFn.FITTING, "fit", None)
+        self._setup_training(model)
+        try:
+            return self._train(announce=False)
+        finally:
+            self._finish("fit")
+
+    # ---- evaluation
+
+    def _validate(self) -> Evaluation:
+        losses = self._loop("validation", self.datamodule.val_dataloader())
+        self._validated = True
+        self.state.stage = RunningStage.TRAINING
+        metrics = {n: float(v) for n, v in self.callback_metrics.items() if n.startswith("val/")}
+        return Evaluation(metrics, [float(loss) for loss in losses if loss is not None])
+
+    def _evaluate_only(
+        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, stage: str, loop: str, ckpt_path: str | None
+    ) -> list[dict[str, float]]:
+        self._prepare(model, data, fn, stage, ckpt_path, load=True)
+        loader = data.test_dataloader() if loop == "test" else data.val_dataloader()
+        self._loop(loop, loader)
+        self._flush()
+        self._finish(stage)
+        return [{name: float(value) for name, value in self.callback_metrics.items()}]
+
+    @torch.no_grad()
+    def _loop(self, loop: str, batches: Any) -> list[Any]:
+        """One evaluation epoch with Trainer's hooks; ``loop`` is ``validation``, ``test`` or ``predict``."""
+        model = self.lightning_module
+        self.state.stage = RunningStage(loop if loop != "validation" else "validate")
+        setattr(self, {"validation": "num_val_batches", "test": "num_test_batches", "predict": "num_predict_batches"}[loop], [len(batches)])
+        step = getattr(model, f"{loop}_step")
+        self.call(f"on_{loop}_start")
+        self.call(f"on_{loop}_epoch_start")
+        outputs = []
+        for i, batch in enumerate(batches):
+            self.call(f"on_{loop}_batch_start", batch=batch, batch_idx=i, dataloader_idx=0)
+            with self.fabric.autocast():
+                outputs.append(step(self.to_device(batch), i))
+            self.call(f"on_{loop}_batch_end", outputs=outputs[-1], batch=batch, batch_idx=i, dataloader_idx=0)
+        # The module first: it logs what callbacks of the same hook (EarlyStopping, ModelCheckpoint) read.
+        fire(model, f"on_{loop}_epoch_end")
+        for callback in self.callbacks:
+            fire(callback, f"on_{loop}_epoch_end", trainer=self, pl_module=model)
+        self.call(f"on_{loop}_end")
+        return outputs
+
+    # ---- metrics
+
+    def _take_metrics(self, metrics: dict[str, Any]) -> None:
+        values = {name: v.detach() if isinstance(v, Tensor) else torch.tensor(float(v)) for name, v in metrics.items()}
+        self._row.update(values)
+        self.callback_metrics.update(values)
+
+    def _flush(self) -> None:
+        """Write the round's row; the only place where metrics leave the device."""
+        if self._row and (self.should_log or any(name.startswith(("val/", "test/")) for name in self._row)):
+            row = {name: float(value) for name, value in self._row.items()}
+            self.logged_metrics = dict(self._row)
+            self.progress_bar_metrics = {n: row[n] for n in ("train/loss", "val/loss") if n in row}
+            for logger in self.loggers:
+                logger.log_metrics({**row, "round": self.global_step}, step=self.global_step)
+                logger.save()
+        self._row = {}
+
+    # ---- checkpoints
+
+    def save_checkpoint(self, filepath: str, weights_only: bool | None = False) -> None:
+        """Everything a resumed run needs, and of the model only what is trained."""
+        model = self.lightning_module
+        checkpoint: dict[str, Any] = {
+            "global_step": self.global_step,
+            "epoch": 0,
+            "state_dict": {},
+            "algorithm": self.algorithm.name,
+            "cut": model.cut,
+            "pretrained": model.pretrained,
+        }
+        if not weights_only:
+            checkpoint["method"] = self.algorithm.state_dict()
+            checkpoint["optimizer_states"] = [self.server.optimizer.state_dict()]
+            checkpoint["lr_schedulers"] = [self.server.scheduler.state_dict()] if self.server.scheduler else []
+            checkpoint["callbacks"] = {c.state_key: state for c in self.callbacks if (state := c.state_dict())}
+        self.call("on_save_checkpoint", checkpoint=checkpoint)
+        checkpoints.save(checkpoint, filepath)
+
+    def _restore(self, checkpoint: dict[str, Any]) -> None:
+        if checkpoint["algorithm"] != self.algorithm.name:
+            raise checkpoints.CheckpointError(
+                f"ckpt_path: written by {checkpoint['algorithm']}, the recipe's trainer.algorithm is {self.algorithm.name}"
+            )
+        if "method" not in checkpoint:
+            raise checkpoints.CheckpointError("ckpt_path: holds weights only, so a run cannot continue from it")
+        self.lightning_module.load_trained_state(checkpoint["state_dict"])
+        self.algorithm.load_state_dict(checkpoint["method"])
+        self.server.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+        if self.server.scheduler:
+            self.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
+        self.global_step = checkpoint["global_step"]
+        self.call("on_load_checkpoint", checkpoint=checkpoint)
+        for callback in self.callbacks:
+            if callback.state_key in checkpoint["callbacks"]:
+                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+
+
+def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
+    if logger is True:
+        return [CSVLogger(root, name="")]
+    if not logger:
+        return []
+    return [logger] if isinstance(logger, Logger) else list(logger)  # type: ignore[arg-type]
+
+
+def _checked_sample(wanted: int | None, clients: int) -> int:
+    if wanted is not None and wanted > clients:
+        raise ValueError(f"trainer.clients_per_round is {wanted}, but the data has {clients} clients; lower it")
+    return wanted if wanted is not None else clients

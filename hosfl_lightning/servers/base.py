@@ -1,0 +1,220 @@
+"""SplitModule: a cut model as a LightningModule; the server's training is its ``training_step``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
+from hosfl_lightning.split import Lora, add_lora, export_adapter, split
+from hosfl_lightning.split.errors import SplitError
+
+Batch = dict[str, Tensor]
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """The server's optimizer unless the recipe says otherwise."""
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+class SplitModule(L.LightningModule, ABC):
+    r"""``ℓ(f_s(f_c(x; θ_c); θ_s), y)``, cut into a client half ``f_c`` and a server half ``f_s``.
+
+    The server's step is an ordinary ``training_step`` on the smashed data; a subclass changes the loss by overriding
+    `loss` and `count`. The clients never see this module, only ``client_half``.
+
+    Args:
+        pretrained: ``tiny_lm`` (ships with the package), a folder, or a hub name.
+        cut: Number of layers the client holds, 1 .. layers − 1.
+        lora: Adapters on both halves; None trains every weight of both halves.
+        optimizer: The server's optimizer.
+        lr_scheduler: The server's schedule, stepped once a round.
+        dtype: Of the backbone: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
+        seed: Of the adapters' start and of a fresh head.
+
+    Raises:
+        PretrainedError: The model cannot be loaded.
+        SplitError: The cut is out of range, the architecture cannot be cut exactly, or LoRA matches nothing on one half.
+    """
+
+    #: What the orchestrator says in one line before the first round.
+    labels_notice = "Labels travel from the clients to the server."
+    auto_class: Any
+    trains_head = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        cut: int,
+        lora: Lora | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.cut, self.lora = pretrained, cut, lora
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        whole = load_model(self.auto_class, pretrained, seed=seed, dtype=dtype, **model_kwargs)
+        whole.eval()
+        if lora is not None:
+            peft_model = add_lora(
+                whole, cut, lora, head=self.trains_head, base_model_name_or_path=resolve(pretrained), seed=seed
+            ).eval()
+            whole = peft_model.get_base_model()
+            self._whole = (peft_model,)  # in a tuple: Lightning must see each parameter once, in its half
+        else:
+            self._whole = (whole,)
+        self.client_half, self.server_half = split(whole, cut)
+        self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
+        self.strict_loading = False  # checkpoints hold what is trained, not the backbone
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
+
+    # ---- what a subclass says about its task
+
+    @abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``ℓ``: the *mean* over the loss terms of the batch, a scalar with a graph."""
+
+    @abstractmethod
+    def count(self, labels: Tensor) -> int:
+        """``n``: how many terms `loss` averages over; client weights are ``w_k = n_k / Σ n``."""
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
+        return {"loss": MeanMetric()}
+
+    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+        """Take one evaluation batch into the metrics."""
+        metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
+
+    def computed(self, metrics: nn.ModuleDict) -> dict[str, Tensor]:
+        """The values to log at the end of an evaluation, by name."""
+        return {name: metric.compute() for name, metric in metrics.items()}
+
+    # ---- parameters
+
+    @property
+    def client_parameters(self) -> dict[str, nn.Parameter]:
+        """θ_c by name, in manifest order: the order numbers the random directions."""
+        named = dict(self.client_half.named_parameters())
+        return {name: named[name] for name in self._client_trainable}
+
+    @property
+    def server_parameters(self) -> dict[str, nn.Parameter]:
+        """θ_s by name."""
+        return {n: p for n, p in self.server_half.named_parameters() if p.requires_grad}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, both halves, by name; references, not copies."""
+        halves = {"client_half": self.client_parameters, "server_half": self.server_parameters}
+        return {f"{half}.{name}": p.detach() for half, named in halves.items() for name, p in named.items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copy trained tensors in.
+
+        Raises:
+            SplitError: The state is of another model, cut or adapter.
+        """
+        mine = self.trained_state()
+        differ = sorted(set(mine) ^ set(state)) + [
+            n for n in mine if n in state and mine[n].shape != state[n].shape
+        ]
+        if differ:
+            raise SplitError(
+                f"the checkpoint is of another model, cut or LoRA setting: {len(differ)} tensors differ, "
+                f"the first is {differ[0]!r}; use the recipe it was made with"
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained; the backbone is where it came from."""
+        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.trained_state().items()}
+
+    # ---- Lightning
+
+    @property
+    def whole(self) -> PreTrainedModel | Any:
+        """The uncut model (a PeftModel with LoRA); its parameters are those of the halves."""
+        return self._whole[0]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of ``pretrained``."""
+        return load_tokenizer(self.pretrained)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits through both halves, equal to the uncut model's bit for bit."""
+        return self.server_half(self.client_half(input_ids, attention_mask), attention_mask)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The server's loss on smashed data.
+
+        Args:
+            batch: ``z (B, S, h)`` with ``requires_grad``, ``attention_mask (B, S)``, ``labels``.
+            batch_idx: The round.
+        """
+        return self.loss(self.server_half(batch["z"], batch["attention_mask"]), batch["labels"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Both halves on raw data; the batch's loss."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """``argmax`` of the logits: a class an example, or the next token at every position."""
+        return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…``."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…``."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The server's optimizer over θ_s; the clients' is the algorithm's."""
+        optimizer = self.make_optimizer(list(self.server_parameters.values()))
+        if self.make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}  # type: ignore[typeddict-item]
+
+    def export(self, directory: str) -> None:
+        """Write one standard PEFT adapter that holds both halves.
+
+        Raises:
+            SplitError: Without LoRA there is no adapter to write.
+        """
+        if self.lora is None:
+            raise SplitError("export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora")
+        export_adapter(self.whole, directory, resolve(self.pretrained))
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        self.update_metrics(self._metrics(stage), logits, batch["labels"])
+        return self.loss(logits, batch["labels"])
+
+    def _metrics(self, stage: str) -> nn.ModuleDict:
+        metrics = self.metrics[stage]
+        assert isinstance(metrics, nn.ModuleDict)
+        return metrics
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = self._metrics(stage)
+        self.log_dict({f"{stage}/{name}": value for name, value in self.computed(metrics).items()})
+        for metric in metrics.values():
+            metric.reset()  # type: ignore[operator]

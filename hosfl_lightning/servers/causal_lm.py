@@ -1,0 +1,46 @@
+"""A split causal language model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from transformers import AutoModelForCausalLM
+
+from hosfl_lightning.servers.base import SplitModule
+
+IGNORE = -100
+
+
+class SplitCausalLM(SplitModule):
+    r"""``ℓ = −(1/n) Σ_t log p(y_{t+1} | y_≤t)`` over the ``n`` next tokens whose label is not −100, in nats.
+
+    ``labels (B, S)`` are not shifted; the shift happens here. Logs ``loss`` (nats a token), ``perplexity``
+    ``exp(loss)``, ``token_accuracy``. Arguments as in `SplitModule`.
+    """
+
+    labels_notice = "Labels travel from the clients to the server, and a causal LM's labels are its text."
+    auto_class = AutoModelForCausalLM
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, fp32, of ``logits (B, S, V)`` and ``labels (B, S)``."""
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+    def count(self, labels: Tensor) -> int:
+        """Next tokens that are labelled."""
+        return int((labels[:, 1:] != IGNORE).sum())
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """``loss`` and ``token_accuracy``."""
+        return {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+
+    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+        """Weighted by the number of labelled tokens."""
+        super().update_metrics(metrics, logits, labels)
+        counted = labels[:, 1:] != IGNORE
+        metrics["token_accuracy"].update((logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float())
+
+    def computed(self, metrics: nn.ModuleDict) -> dict[str, Tensor]:
+        """Adds ``perplexity``."""
+        values = super().computed(metrics)
+        return {**values, "perplexity": values["loss"].exp()}

@@ -1,0 +1,80 @@
+"""Where a pretrained model and its tokenizer come from: the one that ships, a folder, or the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+#: The model that ships with the package: a byte-level Llama of about a million parameters.
+TINY_LM = "tiny_lm"
+
+
+class PretrainedError(ValueError):
+    """The model or tokenizer named in the recipe cannot be loaded."""
+
+
+def resolve(pretrained: str) -> str:
+    """``tiny_lm`` becomes the folder that ships with the package; everything else stays as it is."""
+    return str(files("hosfl_lightning") / "assets" / TINY_LM) if pretrained == TINY_LM else pretrained
+
+
+def load_model(auto_class: Any, pretrained: str, *, seed: int, **kwargs: Any) -> PreTrainedModel:
+    """``auto_class.from_pretrained``, its random parts (a fresh head) drawn under ``seed``, the global state untouched.
+
+    Raises:
+        PretrainedError: Not a folder and not to be had from the hub; the message names the setting.
+    """
+    with seeded(seed), quiet_loading():
+        try:
+            return auto_class.from_pretrained(resolve(pretrained), **kwargs)
+        except (OSError, ValueError) as error:
+            raise PretrainedError(_message("model", pretrained, error)) from error
+
+
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to the model.
+
+    Raises:
+        PretrainedError: As for the model.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve(pretrained))
+    except (OSError, ValueError) as error:
+        raise PretrainedError(_message("tokenizer", pretrained, error)) from error
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw under ``seed`` and give the CPU's random state back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No bars and no report of fresh head weights; the level is put back."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _message(what: str, pretrained: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (
+        f"model.init_args.pretrained: no {what} at {pretrained!r}; give {TINY_LM!r}, a folder with a saved model, "
+        f"or a hub name while the hub can be reached ({reason})"
+    )

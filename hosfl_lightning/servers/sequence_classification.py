@@ -1,0 +1,55 @@
+"""A split sequence classifier."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import AutoModelForSequenceClassification
+
+from hosfl_lightning.servers.base import SplitModule, default_optimizer
+from hosfl_lightning.split import Lora
+
+
+class SplitSequenceClassifier(SplitModule):
+    r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` examples, in nats; the head is the server's and is trained.
+
+    ``labels (B,)``. Logs ``loss`` and ``accuracy`` (micro). ``num_labels`` is the number of classes; the other
+    arguments as in `SplitModule`.
+    """
+
+    auto_class = AutoModelForSequenceClassification
+    trains_head = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        cut: int,
+        num_labels: int,
+        lora: Lora | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        self.num_labels = num_labels
+        super().__init__(pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, num_labels=num_labels)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, fp32, of ``logits (B, C)`` and ``labels (B,)``."""
+        return F.cross_entropy(logits.float(), labels)
+
+    def count(self, labels: Tensor) -> int:
+        """Examples."""
+        return labels.numel()
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """``loss`` and ``accuracy``."""
+        return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
+
+    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+        """One batch."""
+        super().update_metrics(metrics, logits, labels)
+        metrics["accuracy"].update(logits, labels)

@@ -1,0 +1,99 @@
+"""Step 3 of a round: forward, backward, one optimizer step, and λ back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from hosfl_lightning.aggregation import weights
+from hosfl_lightning.padding import FILL, stack_rows
+from hosfl_lightning.servers.base import SplitModule
+from hosfl_lightning.wire import Multiplier, SmashedData
+
+Part = tuple[Tensor, Tensor, Tensor]
+"""What one client sent, unpacked: ``z (B, S, h)``, labels, ``mask (B, S)``."""
+
+
+class Server:
+    r"""Descends ``Σ_k w_k ℓ_k(f_s(z_k; θ_s), y_k)`` and returns ``λ_k = ∂ℓ_k/∂z_k``, unweighted.
+
+    The clients of a group run as one batch: the mean over its terms is the weighted mean of its clients' means, so
+    weights enter once. λ_k is what autograd leaves in ``z_k`` divided by ``w_k``. Gradients of several groups are summed
+    in order.
+
+    Args:
+        module: Whose ``training_step`` is the loss.
+        fabric: Precision, device and backward.
+        optimizer: Over θ_s.
+        scheduler: Stepped once a round, or None.
+        gradient_clip_val: Largest 2-norm of the server's gradient, or None.
+        call: Fires a Trainer hook.
+    """
+
+    def __init__(
+        self,
+        module: SplitModule,
+        fabric: Fabric,
+        optimizer: torch.optim.Optimizer,
+        scheduler: Any | None,
+        gradient_clip_val: float | None,
+        call: Callable[..., None],
+    ) -> None:
+        self.module, self.fabric = module, fabric
+        self.optimizer, self.scheduler = optimizer, scheduler
+        self.gradient_clip_val, self.call = gradient_clip_val, call
+
+    def step(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
+        """One optimizer step on the smashed data of a round.
+
+        Args:
+            groups: Messages that run as one batch each; ascending client ids over all of them.
+
+        Returns:
+            ``Σ_k w_k ℓ_k`` (0-d, detached) and each client's λ, grouped as it came.
+        """
+        received = [[message.unpack() for message in group] for group in groups]
+        w = iter(weights([self.module.count(labels) for parts in received for _, labels, _ in parts]))
+        self.call("on_before_zero_grad", optimizer=self.optimizer)
+        self.optimizer.zero_grad()
+        total, multipliers = torch.zeros((), device=self.fabric.device), []
+        for group, parts in zip(groups, received):
+            share = [next(w) for _ in group]
+            loss, gradient = self._backward(parts, sum(share), group[0].round)
+            total = total + loss
+            multipliers.append(list(_multipliers(group, gradient, share)))
+        if self.gradient_clip_val is not None:
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.gradient_clip_val)
+        self.call("on_before_optimizer_step", optimizer=self.optimizer)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        return total, multipliers
+
+    def _backward(self, parts: Sequence[Part], share: float, round: int) -> tuple[Tensor, Tensor]:
+        zs, ys, masks = zip(*parts)
+        z = stack_rows(zs).to(self.fabric.device).requires_grad_()
+        labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
+        batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
+        with torch.enable_grad(), self.fabric.autocast():
+            loss = self.module.training_step(batch, round) * share
+        self.call("on_before_backward", loss=loss)
+        self.fabric.backward(loss)
+        self.call("on_after_backward")
+        assert z.grad is not None
+        return loss.detach(), z.grad
+
+
+def _multipliers(group: Sequence[SmashedData], gradient: Tensor, w: Sequence[float]) -> Iterator[Multiplier]:
+    row = 0
+    for message, weight in zip(group, w):
+        examples, width = message.mask.shape
+        mine = gradient[row : row + examples, :width]
+        row += examples
+        # A client without a single loss term has weight 0 and λ = 0.
+        yield Multiplier.pack(message.round, message.client, mine / weight if weight else mine, message.mask)
+

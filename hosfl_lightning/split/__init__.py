@@ -1,0 +1,25 @@
+"""Cutting a Hugging Face model into a client half and a server half, and LoRA on both."""
+
+from hosfl_lightning.split.adapters import Lora, LoraHalf, add_lora
+from hosfl_lightning.split.build import load_client_half, load_server_half
+from hosfl_lightning.split.cut import check_tied_head, split
+from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.export import export_adapter
+from hosfl_lightning.split.halves import ClientHalf, ServerHalf
+from hosfl_lightning.split.structure import LayerPath, find_layers
+
+__all__ = [
+    "ClientHalf",
+    "LayerPath",
+    "Lora",
+    "LoraHalf",
+    "ServerHalf",
+    "SplitError",
+    "add_lora",
+    "check_tied_head",
+    "export_adapter",
+    "find_layers",
+    "load_client_half",
+    "load_server_half",
+    "split",
+]

@@ -1,0 +1,178 @@
+"""LoRA on both halves of a model, as one PEFT adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hosfl_lightning.split.cut import check_cut, tied_head
+from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.structure import LayerPath, find_layers
+from hosfl_lightning.split.views import has_parameters
+
+
+@dataclass
+class LoraHalf:
+    """LoRA on one half: W + (alpha / r) B A, with A (r, in) random and B (out, r) zero at the start, both fp32.
+
+    Attributes:
+        r: rank.
+        alpha: scale of the update, before it is divided by the rank.
+        target_modules: ends of the names of the linear modules that get it, such as ``["q_proj", "v_proj"]``; or
+            ``"all-linear"``; or a regular expression for the whole name.
+        dropout: on the input of A, server only: two probes of a client would see different masks.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    target_modules: list[str] | str = field(default_factory=lambda: ["q_proj", "v_proj"])
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"r={self.r}: the rank of LoRA must be at least 1.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1.")
+        if not self.target_modules:
+            raise ValueError("target_modules is empty: name at least one linear module, or 'all-linear'.")
+
+    def patterns(self) -> dict[str, str]:
+        """For each target, a regular expression for the whole name of a module."""
+        if isinstance(self.target_modules, str):
+            return {self.target_modules: ".*" if self.target_modules == "all-linear" else self.target_modules}
+        return {target: rf".*\.{re.escape(target)}" for target in self.target_modules}
+
+
+@dataclass
+class Lora:
+    """LoRA on a split model (Hu et al., arXiv:2106.09685).
+
+    Attributes:
+        client: on the layers below the cut.
+        server: on the layers from the cut on.
+    """
+
+    client: LoraHalf = field(default_factory=LoraHalf)
+    server: LoraHalf = field(default_factory=LoraHalf)
+
+
+def add_lora(
+    model: PreTrainedModel,
+    cut: int,
+    lora: Lora,
+    *,
+    head: bool,
+    seed: int = 0,
+    base_model_name_or_path: str | None = None,
+) -> PeftModel:
+    """Inject LoRA into both halves, in place, and freeze the rest; then split ``peft_model.get_base_model()``.
+
+    Args:
+        model: the whole, causal LM or sequence classifier.
+        cut: number of layers the client holds.
+        lora: targets, rank and scale of each half.
+        head: train the head as well, whole, at the server (a fresh classification head needs it).
+        seed: of A's random values; the global random state is left alone.
+        base_model_name_or_path: what the exported adapter names as its base; the model's own name by default.
+
+    Raises:
+        SplitError: targets match no linear module of a half, the client has dropout, the cut is out of range, or
+            the head to train is tied to the embeddings.
+    """
+    layers = find_layers(model)
+    check_cut(cut, layers, type(model).__name__)
+    if lora.client.dropout:
+        raise SplitError(
+            f"lora.client.dropout={lora.client.dropout}: probes of a client would see different masks; set it to 0."
+        )
+    numbers = range(layers.num_layers)
+    targets = _targets(model, layers, numbers[:cut], lora.client, "client")
+    targets += _targets(model, layers, numbers[cut:], lora.server, "server")
+    on_server = rf"{re.escape(layers.path)}\.(?:{'|'.join(map(str, numbers[cut:]))})\..*"
+    config = LoraConfig(
+        task_type=_task_type(model, head),
+        r=lora.client.r,
+        lora_alpha=lora.client.alpha,
+        lora_dropout=lora.server.dropout,
+        # Whole names, not a regular expression: of a mixture of experts PEFT forgets in which layers one matched.
+        target_modules=targets,
+        rank_pattern={on_server: lora.server.r},
+        alpha_pattern={on_server: lora.server.alpha},
+        modules_to_save=_head_modules(model, layers) if head else None,
+        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.get_submodule(layers.path).modules()),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    config.target_modules = sorted(config.target_modules or [])
+    if config.modules_to_save:
+        config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds names that are there already
+    config.base_model_name_or_path = base_model_name_or_path or config.base_model_name_or_path
+    _check_injected(peft_model, targets)
+    _set_dropout(model, layers, cut)
+    return peft_model
+
+
+def _targets(model: nn.Module, layers: LayerPath, numbers: range, half: LoraHalf, role: str) -> list[str]:
+    """Whole names of the half's linear modules that get LoRA; every entry of ``target_modules`` must match."""
+    there = [
+        f"{layers.path}.{i}.{name}"
+        for i in numbers
+        for name, module in model.get_submodule(f"{layers.path}.{i}").named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    found: set[str] = set()
+    for target, pattern in half.patterns().items():
+        hits = {name for name in there if re.fullmatch(pattern, name)}
+        if not hits:
+            ends = sorted({name.removeprefix(layers.path).split(".", 2)[2] for name in there})
+            raise SplitError(
+                f"lora.{role}.target_modules: {target!r} matches no linear module in layers {numbers[0]} to "
+                f"{numbers[-1]} of {type(model).__name__}, the {role}'s; there are: {', '.join(ends)}."
+            )
+        found |= hits
+    return [name for name in there if name in found]
+
+
+def _head_modules(model: PreTrainedModel, layers: LayerPath) -> list[str]:
+    tied = tied_head(model)
+    if tied is not None:
+        raise SplitError(
+            f"the head of {type(model).__name__} cannot be trained: it is tied to the client's {tied[0]}; "
+            "use head=False, or a model with tie_word_embeddings=False."
+        )
+    return [n for n, m in model.named_children() if n != layers.backbone and has_parameters(m)]
+
+
+def _task_type(model: PreTrainedModel, head: bool) -> str | None:
+    """PEFT's name of the task. It trains every classifier's head, so one with a frozen head gets no name."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS" if head else None
+    return "CAUSAL_LM"
+
+
+def _check_injected(peft_model: PeftModel, targets: list[str]) -> None:
+    """Refuse what PEFT read differently (it rewrites targets inside a mixture of experts)."""
+    names = {n for n, m in peft_model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    if names != set(targets):
+        peft_model.unload()
+        raise SplitError(
+            f"lora target_modules: PEFT cannot adapt {', '.join(sorted(names ^ set(targets)))}; leave it out."
+        )
+
+
+def _set_dropout(model: nn.Module, layers: LayerPath, cut: int) -> None:
+    """No dropout on the client's layers, and the base model's mode on the server's: PEFT leaves them in train mode."""
+    for i in range(layers.num_layers):
+        for module in model.get_submodule(f"{layers.path}.{i}").modules():
+            if isinstance(module, LoraLayer) and isinstance(module, nn.Module):
+                if i < cut:
+                    module.lora_dropout["default"] = nn.Identity()
+                module.train(module.get_base_layer().training)

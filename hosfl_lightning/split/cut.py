@@ -1,0 +1,122 @@
+"""A model cut at one layer: a client half and a server half that share the parameters of the whole."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hosfl_lightning.split.check import check_equal
+from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.halves import ClientHalf, Entry, Exit, ServerHalf, Stub
+from hosfl_lightning.split.structure import LayerPath, Skip, Structure, find_structure, siblings
+from hosfl_lightning.split.views import has_parameters, own_buffers, set_submodule, view_of_path
+
+
+def split(model: PreTrainedModel, cut: int, *, check: bool = True) -> tuple[ClientHalf, ServerHalf]:
+    """Cut a model at one layer: f(x) = f_s(f_c(x)), bit for bit.
+
+    The halves are *views*: the same parameters under the same names, with other modules around them. The whole model
+    stays as it is and can be used, saved and trained beside its halves. Nothing of Hugging Face's masks, positions
+    or rotary embeddings is written again: both halves run the model's own forward.
+
+    Args:
+        model: causal LM or sequence classifier. LoRA is injected first, then split ``peft_model.get_base_model()``.
+        cut: number of layers the client holds, from 1 to the number of layers - 1.
+        check: compare the halves with the whole on ten tokens: unpadded, right- and left-padded.
+
+    Returns:
+        The client half and the server half, in the model's mode (train or eval).
+
+    Raises:
+        SplitError: the cut is out of range, the architecture does not split exactly, or a tied head is trainable.
+    """
+    structure = find_structure(model)
+    check_cut(cut, structure.layers, type(model).__name__)
+    check_tied_head(model)
+    path = structure.layers.path
+    client = ClientHalf(prune_to_client(view_of_path(model, path), structure, cut), structure, cut)
+    server = ServerHalf(prune_to_server(view_of_path(model, path), structure, cut), structure, cut)
+    check_disjoint(model, client, server)
+    if check:
+        check_equal(model, client, server)
+    return client, server
+
+
+def prune_to_client(model: PreTrainedModel, structure: Structure, cut: int) -> PreTrainedModel:
+    """Leave in ``model``, in place, only what runs before layer ``cut``."""
+    for name, module in list(siblings(model, structure.layers)):
+        if not has_parameters(module):
+            set_submodule(model, name, own_buffers(module))
+        elif name not in structure.before:
+            set_submodule(model, name, nn.Identity())
+    stack = model.get_submodule(structure.layers.path)
+    set_submodule(stack, str(cut), Exit(stack.get_submodule(str(cut)), structure.tuples))
+    for i in range(cut + 1, structure.layers.num_layers):
+        del stack._modules[str(i)]
+    for name in set(model._modules) - {structure.layers.backbone}:
+        del model._modules[name]
+    return model
+
+
+def prune_to_server(model: PreTrainedModel, structure: Structure, cut: int) -> PreTrainedModel:
+    """Leave in ``model``, in place, only what runs from layer ``cut`` on, and the way there."""
+    stub_client(model, structure)
+    stack = model.get_submodule(structure.layers.path)
+    for i in range(cut):
+        kind = Entry if i == cut - 1 else Skip
+        set_submodule(stack, str(i), kind(stack.get_submodule(str(i)), structure.tuples))
+    return model
+
+
+def stub_client(model: PreTrainedModel, structure: Structure) -> None:
+    """Replace the client's modules around the layers, in place, and keep a buffer-only one as a copy."""
+    for name, module in list(siblings(model, structure.layers)):
+        if not has_parameters(module):
+            set_submodule(model, name, own_buffers(module))
+        elif name not in structure.after:
+            set_submodule(model, name, Stub())
+
+
+def check_cut(cut: int, layers: LayerPath, architecture: str) -> None:
+    """Refuse a cut that leaves one half without a layer."""
+    if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut <= layers.num_layers - 1:
+        raise SplitError(
+            f"cut={cut!r} is out of range: {architecture} has {layers.num_layers} layers, "
+            f"so cut (layers at the client) goes from 1 to {layers.num_layers - 1}."
+        )
+
+
+def tied_head(model: PreTrainedModel) -> tuple[str, nn.Parameter] | None:
+    """Name and tensor of an output embedding that is the input embedding too."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or getattr(head, "weight", None) is not getattr(embedding, "weight", model):
+        return None
+    weight = cast(nn.Parameter, head.weight)
+    return next(n for n, p in model.named_parameters(remove_duplicate=False) if p is weight), weight
+
+
+def check_tied_head(model: PreTrainedModel) -> None:
+    """Refuse to train a tensor that both halves hold: each would change its own copy.
+
+    Raises:
+        SplitError: naming the tensor.
+    """
+    tied = tied_head(model)
+    if tied is not None and tied[1].requires_grad:
+        raise SplitError(
+            f"{tied[0]} is both the embedding (client) and the head (server) of {type(model).__name__} and would be "
+            "trained on both sides: freeze it with requires_grad_(False) (LoRA does), or untie it with "
+            "tie_word_embeddings=False."
+        )
+
+
+def check_disjoint(model: PreTrainedModel, client: ClientHalf, server: ServerHalf) -> None:
+    """Refuse a model with a parameter that both halves would need; only a frozen tied head may be one."""
+    tied = tied_head(model)
+    allowed = set() if tied is None else {id(tied[1])}
+    held = {id(p) for p in client.parameters()}
+    both = [n for n, p in server.named_parameters() if id(p) in held - allowed]
+    if both:
+        raise SplitError(f"{type(model).__name__} cannot be split: both halves would need {', '.join(both)}.")

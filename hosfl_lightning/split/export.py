@@ -1,0 +1,58 @@
+"""The trained split model as one standard PEFT adapter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from peft import PeftModel
+
+
+def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name_or_path: str | None = None) -> Path:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``, both halves in one adapter.
+
+    ``PeftModel.from_pretrained(base, directory)`` then gives the split model's logits. The folder appears complete
+    or not at all: it is written beside, synced and renamed; an adapter that is there already is replaced.
+
+    Args:
+        peft_model: what :func:`hosfl_lightning.split.add_lora` returned.
+        directory: where to.
+        base_model_name_or_path: the base model that the adapter names; by default the one it knows.
+
+    Raises:
+        ValueError: no base model is known: an adapter that names none cannot be loaded by itself.
+        FileExistsError: ``directory`` is there and is not an adapter.
+    """
+    directory = Path(directory)
+    config = peft_model.peft_config["default"]
+    base = base_model_name_or_path or config.base_model_name_or_path
+    if not base:
+        raise ValueError("base_model_name_or_path is not set and the model has no name: pass the base model's.")
+    if directory.exists() and any(directory.iterdir()) and not (directory / "adapter_config.json").is_file():
+        raise FileExistsError(f"{directory} is there and holds no adapter: choose another directory.")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    given, config.base_model_name_or_path = config.base_model_name_or_path, base
+    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        peft_model.save_pretrained(str(staging / "new"), save_embedding_layers=False)
+        (staging / "new" / "README.md").unlink(missing_ok=True)  # an empty model card
+        for file in [*(staging / "new").iterdir(), staging / "new"]:
+            _sync(file)
+        if directory.exists():
+            directory.rename(staging / "old")
+        (staging / "new").rename(directory)
+        _sync(directory.parent)
+    finally:
+        config.base_model_name_or_path = given
+        shutil.rmtree(staging)
+    return directory
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""What a run leaves behind: summary.json, the adapter, and the table people read."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, stdev
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
+
+if TYPE_CHECKING:
+    from hosfl_lightning.orchestrator import Orchestrator
+
+PACKAGES = ("hosfl_lightning", "torch", "lightning", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation: its metrics, and the loss of each batch, so that two runs can be compared in pairs."""
+
+    metrics: dict[str, float]
+    batch_losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean validation loss."""
+        return self.metrics["val/loss"]
+
+
+@dataclass
+class RunResult:
+    """One run: the validations before the first and after the last round, and the seconds of each round."""
+
+    first: Evaluation
+    last: Evaluation
+    seconds: list[float] = field(default_factory=list)
+
+
+def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> float | None:
+    r"""``(frozen − method) / (frozen − first-order)`` in validation loss: the fraction of the first-order gap recovered.
+
+    None where there is no gap to recover: where the paired difference of the two controls is not above twice its
+    standard error over the validation batches. One run says nothing about other seeds.
+    """
+    pairs = zip(frozen.last.batch_losses, first_order.last.batch_losses, strict=True)
+    differences = [a - b for a, b in pairs]
+    gap = frozen.last.loss - first_order.last.loss
+    if len(differences) < 2 or gap <= 2 * stdev(differences) / math.sqrt(len(differences)):
+        return None
+    return (frozen.last.loss - method.last.loss) / gap
+
+
+def write_summary(trainer: Orchestrator, result: RunResult, controls: dict[str, RunResult]) -> dict[str, Any]:
+    """Write ``summary.json`` and ``adapter/`` into the run folder, print the table, return the summary."""
+    summary = summarize(trainer, result, controls)
+    if trainer.is_global_zero:
+        folder = Path(trainer.log_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if trainer.lightning_module.lora is not None:
+            trainer.lightning_module.export(str(folder / "adapter"))
+        print_table(summary, result, controls, folder)
+    return summary
+
+
+def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunResult]) -> dict[str, Any]:
+    """The run in numbers; losses in nats, sizes in bytes, times in seconds."""
+    memory = next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor)).report
+    communication = next(c for c in trainer.callbacks if isinstance(c, CommunicationMonitor))
+    both = {"frozen", "first_order"} <= set(controls)
+    optimizer = trainer.algorithm.client.optimizer
+    return {
+        "algorithm": trainer.algorithm.name,
+        "rounds": trainer.global_step,
+        "clients": trainer.datamodule.num_clients,
+        "clients_per_round": trainer.clients_per_round,
+        "probes": getattr(trainer.algorithm, "probes", None),
+        "d_client": sum(p.numel() for p in optimizer.parameters),
+        "val_loss_first": result.first.loss,
+        "val_loss_last": result.last.loss,
+        "controls": {name: {"val_loss_last": run.last.loss} for name, run in controls.items()},
+        "gap_closed": gap_closed(result, controls["frozen"], controls["first_order"]) if both else None,
+        "client_peak_bytes": memory["client_peak_bytes"],
+        "client_forward_bytes": memory["client_forward_bytes"],
+        "bytes_per_client_round": communication.per_client_round,
+        "seconds_per_round": median(result.seconds) if result.seconds else None,
+        "seed": trainer.seed,
+        "memory": memory,
+        "metrics_first": result.first.metrics,
+        "metrics_last": result.last.metrics,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def print_table(summary: dict[str, Any], result: RunResult, controls: dict[str, RunResult], folder: Path) -> None:
+    """Losses beside the controls, then what the client paid for them."""
+    console = Console(soft_wrap=True)
+    console.print(losses_table(summary, result, controls))
+    for label, value in cost_lines(summary):
+        console.print(f"[bold]{label}[/bold]  {value}", highlight=False)
+    console.print(f"[bold]run folder[/bold]  {folder}", highlight=False)
+
+
+def losses_table(summary: dict[str, Any], result: RunResult, controls: dict[str, RunResult]) -> Table:
+    """One row a run: validation metrics before → after."""
+    names = sorted(result.last.metrics, key=lambda n: n != "val/loss")
+    title = (
+        f"{summary['algorithm']}: {summary['rounds']} rounds, {summary['clients_per_round']} of {summary['clients']} "
+        f"clients, {summary['d_client']:,} client parameters; validation before → after"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("client", no_wrap=True)
+    for name in names:
+        table.add_column(name.removeprefix("val/").replace("_", " "), justify="right", no_wrap=True)
+    rows = {summary["algorithm"]: result} | {f"{name} (control)": run for name, run in controls.items()}
+    for label, run in rows.items():
+        table.add_row(label, *(f"{run.first.metrics[n]:.4f} → {run.last.metrics[n]:.4f}" for n in names))
+    return table
+
+
+def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What stands below the table."""
+    lines = []
+    if summary["controls"]:
+        value = summary["gap_closed"]
+        shown = "no gap here (or a control is missing)" if value is None else f"{value:+.1%}  (one seed)"
+        lines.append(("first-order gap recovered", shown))
+    peak, forward = summary["client_peak_bytes"], summary["client_forward_bytes"]
+    lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
+    kinds = ", ".join(f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items())
+    lines.append(("bytes per client and round", kinds))
+    if summary["seconds_per_round"] is not None:
+        lines.append(("time per round", f"{summary['seconds_per_round']:.3f} s (median)"))
+    return lines
+
+
+def size(value: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GiB"

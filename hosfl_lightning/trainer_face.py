@@ -1,0 +1,212 @@
+"""The attributes of ``lightning.Trainer`` that stock callbacks read, served by the orchestrator's own state."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
+from torch import Tensor
+
+
+class MetricSink(L.Fabric):
+    """Fabric whose ``log_dict`` hands ``self.log`` of modules and callbacks to the orchestrator."""
+
+    def __init__(self, sink: Any, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._sink = sink
+
+    def log_dict(self, metrics: Any, step: int | None = None) -> None:
+        """Collect; the orchestrator writes one row a round."""
+        self._sink(metrics)
+
+
+class StrategyFace:
+    """Fabric's strategy with the two methods that only Trainer's has."""
+
+    def __init__(self, fabric: L.Fabric) -> None:
+        self._strategy = fabric.strategy
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """One process: the decision itself."""
+        return decision
+
+    def remove_checkpoint(self, path: str) -> None:
+        """Delete a checkpoint file that a callback gave up; one that is gone already is no error."""
+        if os.path.exists(path):
+            os.remove(path)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._strategy, name)
+
+
+class TrainerFace:
+    """What stock callbacks may ask of a Trainer. One round is one step; the whole run is one epoch.
+
+    An attribute that is not here raises an `AttributeError` that names it and the callback that asked.
+    """
+
+    fabric: L.Fabric
+    callbacks: list[Callback]
+    loggers: list[Logger]
+    max_rounds: int
+    log_every_n_steps: int
+    default_root_dir: str
+    val_check_interval: int
+    server: Any
+
+    fast_dev_run = False
+    sanity_checking = False
+    current_epoch = 0
+    max_epochs = 1
+    check_val_every_n_epoch = None
+    num_sanity_val_batches: list[int] = []
+
+    def __init__(self) -> None:
+        self.state = TrainerState()
+        self.should_stop = False
+        self.global_step = 0
+        self.callback_metrics: dict[str, Tensor] = {}
+        self.logged_metrics: dict[str, Tensor] = {}
+        self.progress_bar_metrics: dict[str, float] = {}
+        self.num_val_batches: list[int] = []
+        self.num_test_batches: list[int] = []
+        self.num_predict_batches: list[int] = []
+        self.lightning_module: Any = None
+        self.datamodule: Any = None
+        self.ckpt_path: str | None = None
+        self._validated = False
+        self._asking: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for what was not found. Private names and `copy`'s probes keep Python's own message.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        who = self.__dict__.get("_asking")
+        asker = f" (asked for by {who})" if who else ""
+        raise AttributeError(
+            f"the Orchestrator has no Trainer attribute {name!r}{asker}; a callback that needs it cannot run here"
+        )
+
+    # ---- where it runs
+
+    @property
+    def strategy(self) -> StrategyFace:
+        return StrategyFace(self.fabric)
+
+    @property
+    def precision_plugin(self) -> Any:
+        return self.fabric.strategy.precision
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.fabric.is_global_zero
+
+    @property
+    def global_rank(self) -> int:
+        return self.fabric.global_rank
+
+    @property
+    def local_rank(self) -> int:
+        return self.fabric.local_rank
+
+    @property
+    def world_size(self) -> int:
+        return self.fabric.world_size
+
+    # ---- how far it is
+
+    @property
+    def max_steps(self) -> int:
+        return self.max_rounds
+
+    @property
+    def num_training_batches(self) -> int:
+        return self.max_rounds
+
+    @property
+    def enable_validation(self) -> bool:
+        return bool(self.num_val_batches)
+
+    @property
+    def training(self) -> bool:
+        return self.state.stage is RunningStage.TRAINING
+
+    @property
+    def validating(self) -> bool:
+        return self.state.stage is RunningStage.VALIDATING
+
+    @property
+    def is_last_batch(self) -> bool:
+        return self.global_step >= self.max_rounds
+
+    @property
+    def should_log(self) -> bool:
+        """Whether this round writes a row."""
+        return self.global_step % self.log_every_n_steps == 0 or self.is_last_batch
+
+    @property
+    def fit_loop(self) -> SimpleNamespace:
+        """The corners of Trainer's loops that ModelCheckpoint and LearningRateMonitor look into."""
+        epoch_loop = SimpleNamespace(
+            _batches_that_stepped=self.global_step,
+            _should_check_val_epoch=lambda: True,
+            batch_progress=SimpleNamespace(is_last_batch=self.is_last_batch),
+            val_loop=SimpleNamespace(_has_run=self._validated),
+        )
+        return SimpleNamespace(epoch_loop=epoch_loop, total_batch_idx=self.global_step)
+
+    @property
+    def _logger_connector(self) -> SimpleNamespace:
+        return SimpleNamespace(should_update_logs=self.should_log)
+
+    # ---- who takes part
+
+    @property
+    def model(self) -> Any:
+        return self.lightning_module
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.server.optimizer]
+
+    @property
+    def lr_scheduler_configs(self) -> list[SimpleNamespace]:
+        scheduler = self.server.scheduler
+        return [] if scheduler is None else [SimpleNamespace(scheduler=scheduler, name=None, interval="step")]
+
+    @property
+    def logger(self) -> Logger | None:
+        return self.loggers[0] if self.loggers else None
+
+    @property
+    def log_dir(self) -> str:
+        """The run folder: the first logger's folder of this run, or ``default_root_dir``."""
+        for logger in self.loggers:
+            if logger.log_dir is not None:
+                return logger.log_dir
+        return self.default_root_dir
+
+    @property
+    def checkpoint_callbacks(self) -> list[Checkpoint]:
+        return [c for c in self.callbacks if isinstance(c, Checkpoint)]
+
+    @property
+    def checkpoint_callback(self) -> Checkpoint | None:
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callback(self) -> EarlyStopping | None:
+        return next((c for c in self.callbacks if isinstance(c, EarlyStopping)), None)
+
+    @property
+    def progress_bar_callback(self) -> ProgressBar | None:
+        return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    def _enter(self, fn: TrainerFn, stage: RunningStage) -> None:
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, stage)

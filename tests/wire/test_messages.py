@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hosfl_lightning.wire import FieldError, Multiplier, SmashedData
+
+LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
+MASKS = {"left": LEFT, "right": LEFT.flip(1), "none": torch.ones(3, 4, dtype=torch.bool), "holes": LEFT ^ LEFT.flip(1)}
+
+
+def _inputs(mask: Tensor) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(*mask.shape, 5, generator=generator)
+    return z, torch.randint(0, 100, mask.shape, generator=generator)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_pack_keeps_valid_tokens_in_row_major_order(mask: Tensor) -> None:
+    z, labels = _inputs(mask)
+    message = SmashedData.pack(3, 1, z, labels, mask)
+    positions = [(b, s) for b in range(3) for s in range(4) if mask[b, s]]
+    assert torch.equal(message.z, torch.stack([z[b, s] for b, s in positions]))
+    assert message.labels.tolist() == [int(labels[b, s]) for b, s in positions]
+    assert message.kind == "smashed_data"
+    assert (message.round, message.client) == (3, 1)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_unpack_puts_zeros_and_ignored_labels_at_padding(mask: Tensor) -> None:
+    z, labels = _inputs(mask)
+    z_back, labels_back, mask_back = SmashedData.pack(0, 0, z, labels, mask).unpack()
+    assert torch.equal(z_back, torch.where(mask[..., None], z, torch.zeros_like(z)))
+    assert torch.equal(labels_back, torch.where(mask, labels, torch.full_like(labels, -100)))
+    assert torch.equal(mask_back, mask)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_multiplier_comes_back_where_it_was(mask: Tensor) -> None:
+    multiplier, _ = _inputs(mask)
+    message = Multiplier.pack(0, 2, multiplier, mask)
+    assert message.multiplier.shape == (int(mask.sum()), 5)
+    assert torch.equal(message.unpack(mask), multiplier * mask[..., None])
+
+
+def test_one_label_per_sequence_even_when_there_are_as_many_tokens_as_sequences() -> None:
+    mask = torch.tensor([[0, 1], [0, 1]], dtype=torch.bool)
+    z, token_labels = _inputs(mask)
+    _, labels, _ = SmashedData.pack(0, 0, z, torch.tensor([7, 8]), mask).unpack()
+    assert labels.tolist() == [7, 8]
+    _, labels, _ = SmashedData.pack(0, 0, z, token_labels, mask).unpack()
+    assert labels.shape == (2, 2)
+
+
+def test_labels_are_int64_in_memory() -> None:
+    z, labels = _inputs(LEFT)
+    assert SmashedData.pack(0, 0, z, labels.int(), LEFT).labels.dtype == torch.int64
+
+
+def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
+    z, labels = _inputs(LEFT)
+    with pytest.raises(FieldError, match=r"attention_mask\.bool\(\)"):
+        SmashedData.pack(0, 0, z, labels, LEFT.long())
+    with pytest.raises(FieldError, match="z must be"):
+        SmashedData.pack(0, 0, z[:, :3], labels, LEFT)
+    with pytest.raises(FieldError, match="labels must be"):
+        SmashedData.pack(0, 0, z, labels[:, :3], LEFT)
+    with pytest.raises(FieldError, match="multiplier must be"):
+        Multiplier.pack(0, 0, z[0], LEFT)
+    with pytest.raises(FieldError, match="rows for a mask"):
+        Multiplier.pack(0, 0, z, LEFT).unpack(~LEFT)
