@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -22,6 +23,10 @@ USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError)
 
 class Parser(LightningArgumentParser):
     """Takes the Orchestrator where LightningCLI expects a Trainer, and ends a bad setting with one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # argparse would take --trainer.max_round for max_rounds.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     @override
     def add_lightning_class_args(
@@ -91,6 +96,21 @@ def main(args: list[str] | None = None) -> None:
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
-    line = " ".join(part.strip() for part in message.strip().splitlines() if part.strip())
-    print(f"hosfl: error: {line}", file=sys.stderr)
+    print(f"hosfl: error: {readable(message)}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def readable(message: str) -> str:
+    """The line of a parser's report that says what is wrong.
+
+    For an optional setting jsonargparse lists why the value is neither the type nor None, level by level, and dumps the
+    value; the reason is the one entry that speaks of neither.
+    """
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    reasons = [r for r in reasons if "NoneType" not in r and not r.startswith("Does not validate")]
+    if not reasons:
+        return " ".join(lines)
+    key = re.match(r'Parser key "([^"]+)":', lines[0])
+    given = next((line for line in lines if line.startswith("Given value: ") and "Namespace" not in line), "")
+    return " ".join(filter(None, [f"{key[1]}:" if key else "", "; ".join(dict.fromkeys(reasons)), given]))

@@ -15,9 +15,10 @@ held while waiting ``live(r)`` minus resident after the smashed data left and be
                    first-order client, no more than z for a forward-only one
 =================  ===================================================================================================
 
-The bytes are those that PyTorch asks of its allocator for tensors. Scratch that a kernel allocates and frees inside
-one operator is invisible, and so are an allocator's rounding and fragmentation: on CUDA report
-``torch.cuda.max_memory_allocated`` beside it, which cannot tell the roles apart.
+The bytes are those that PyTorch asks of its allocator for tensors. Scratch that a kernel allocates and frees inside one
+operator is invisible (on CPU: convolutions, bfloat16 products, the backward of attention, layer norm and embeddings),
+and so are an allocator's rounding and fragmentation. On CUDA, report ``torch.cuda.max_memory_allocated`` beside it: it
+sees all that, but cannot tell the roles apart.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class MemoryMeter(TorchDispatchMode):
     Strided tensors on real devices are followed, on all devices together; sparse and meta tensors are not. Storages
     that leave are noticed after the mode has ended, too, and an ended meter may be entered again.
 
-    Costs a few microseconds an operator; see :meth:`suspend` for loops of many small ones.
+    Costs about 10 µs an operator: some 5 % of a forward at hidden size 512 and 8 x 128 tokens, more than the forward
+    itself for a toy model. So meter one round in many, and :meth:`suspend` it in loops of many small operators.
 
     Example::
 

@@ -59,7 +59,7 @@ class Orchestrator(TrainerFace):
         logger: True: a ``CSVLogger``; False: none; or Lightning loggers.
         default_root_dir: Where the run folder is made.
         enable_progress_bar: Show a bar.
-        enable_checkpointing: Add a ``ModelCheckpoint`` (best and last) when there is none.
+        enable_checkpointing: Add a ``ModelCheckpoint`` (``last.ckpt`` at every validation) when there is none.
 
     Raises:
         ValueError: A setting out of range; the message names it.
@@ -197,7 +197,7 @@ class Orchestrator(TrainerFace):
         if bar and not any(isinstance(c, ProgressBar) for c in given):
             given.append(RoundProgressBar())
         if checkpointing and not any(isinstance(c, ModelCheckpoint) for c in given):
-            given.append(ModelCheckpoint(monitor="val/loss", save_last=True, filename="round={step}", auto_insert_metric_name=False))
+            given.append(ModelCheckpoint(filename="last", enable_version_counter=False))
         # As in Trainer: checkpoints last, so that they hold what the other callbacks did in the same hook.
         return sorted(given, key=lambda c: isinstance(c, ModelCheckpoint))
 
@@ -214,9 +214,12 @@ class Orchestrator(TrainerFace):
         if data.tokenizer is None:
             data.tokenizer = model.tokenizer()
         data.setup(stage)
-        model._fabric = self.fabric  # self.log and self.manual_backward go through Fabric
+        self._found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+        model.fabric = self.fabric  # self.log and self.manual_backward go through Fabric
         self.fabric.setup_module(model)
         model.eval()
+        for logger in self.loggers:
+            logger.experiment  # noqa: B018 - opens the run folder before anything is written into it
         self.call("setup", stage=stage)
         if load and ckpt_path:
             model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
@@ -231,10 +234,17 @@ class Orchestrator(TrainerFace):
             optimizer = configured["optimizer"]
             scheduler = configured["lr_scheduler"]["scheduler"]
         optimizer = self.fabric.setup_optimizers(optimizer)
-        self.server = Server(model, self.fabric, optimizer, scheduler, self.gradient_clip_val, self.call)
+        self.server = Server(model, self.fabric, optimizer, scheduler, self.gradient_clip_val, self.seed, self.call)
 
     def _finish(self, stage: str) -> None:
+        """Close the loggers; modes and ``requires_grad`` become what they were before."""
         self.call("teardown", stage=stage)
+        modes, wanted = self._found
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = None
         for logger in self.loggers:
             logger.finalize("success" if self.state.status is not TrainerStatus.INTERRUPTED else "failed")
 
@@ -304,7 +314,7 @@ class Orchestrator(TrainerFace):
             return runner.rerun(model, self.datamodule)
         finally:
             model.load_trained_state(trained)
-            model._fabric = self.fabric
+            model.fabric = self.fabric
 
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule) -> RunResult:
         """The rounds alone: no controls, no summary, no announcement."""

@@ -22,3 +22,14 @@ def stack_rows(parts: Sequence[Tensor], fill: float = 0) -> Tensor:
 def _widen(part: Tensor, width: int, fill: float) -> Tensor:
     missing = width - part.shape[1]
     return torch.cat([part, part.new_full((len(part), missing, *part.shape[2:]), fill)], dim=1) if missing else part
+
+
+def drop_unpredictable(labels: Tensor, mask: Tensor) -> Tensor:
+    """Labels ``(B, S)`` without those whose previous position is padding: with padding on the left the first token has
+    none to predict it, and what stands at padding does not travel. ``(B,)`` labels are returned as they are.
+    """
+    if labels.dim() == 1:
+        return labels
+    kept = labels.clone()
+    kept[:, 1:].masked_fill_(mask[:, :-1] == 0, FILL["labels"])
+    return kept

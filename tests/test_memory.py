@@ -83,7 +83,13 @@ def _resize() -> Tensor:
 
 
 def _several_outputs() -> object:
-    return X.sort(), torch.cat([X, X]), [part * 2 for part in X.split(20)], X.max(dim=0), torch._foreach_mul([X, W], 2.0)
+    return (
+        X.sort(),
+        torch.cat([X, X]),
+        [part * 2 for part in X.split(20)],
+        X.max(dim=0),
+        torch._foreach_mul([X, W], 2.0),
+    )
 
 
 def _adamw() -> None:

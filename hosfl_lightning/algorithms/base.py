@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning.aggregation import combine
-from hosfl_lightning.clients import Client, Cohort
+from hosfl_lightning.clients import Anchor, Client, Cohort
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, Update
 
@@ -55,16 +55,16 @@ class Algorithm(ABC):
         """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d."""
         batches = [trainer.to_device(cohort.batch) for cohort in cohorts]
         anchors = [self.client.forward(batch, cohort.rows) for batch, cohort in zip(batches, cohorts)]
-        inbox = [self.send(trainer, round, cohort, z) for cohort, z in zip(cohorts, anchors)]
+        inbox = [self.send(trainer, round, cohort, anchor.z) for cohort, anchor in zip(cohorts, anchors)]
         loss, multipliers = trainer.server.step(inbox)
         basis = self.basis(round)
         if basis is None:
             return loss
         answers = []
-        for cohort, batch, z, group, sent in zip(cohorts, batches, anchors, multipliers, inbox):
+        for cohort, batch, anchor, group, sent in zip(cohorts, batches, anchors, multipliers, inbox):
             received = [trainer.transport.down(message) for message in group]
-            multiplier = unpack_multipliers(received, sent, z)
-            values = self.answer(batch, z, multiplier, cohort, basis)
+            multiplier = unpack_multipliers(received, sent, anchor.z)
+            values = self.answer(batch, anchor, multiplier, cohort, basis)
             answers += [
                 trainer.transport.up(ProjectedGradients(round, k, basis.describe(), v, n))
                 for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms)
@@ -84,10 +84,10 @@ class Algorithm(ABC):
         return messages
 
     def answer(
-        self, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort, basis: Basis
+        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
     ) -> Tensor:
         """Step 4: ``(K, basis.size)`` coefficients."""
-        return self.client.answer(batch, z, multiplier, cohort.rows, basis)
+        return self.client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5: ``v̄ = Σ_k w_k v_k`` and everything needed to apply it."""

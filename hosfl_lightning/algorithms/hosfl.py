@@ -10,7 +10,7 @@ from torch import Tensor
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.clients import Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.clients import Anchor, Client, Cohort, ForwardOnlyClient
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.wire import ProjectedGradients, Update
@@ -84,10 +84,10 @@ class HOSFL(Algorithm):
         return self.client.optimizer.basis(round)
 
     def answer(
-        self, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort, basis: Basis
+        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
     ) -> Tensor:
         """Step 4 is the callback."""
-        return self.lagrangian_update.answer(self.client, batch, z, multiplier, cohort, basis)
+        return self.lagrangian_update.answer(self.client, batch, anchor, multiplier, cohort, basis)
 
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5 is the callback."""

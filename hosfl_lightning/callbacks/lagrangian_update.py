@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.clients import Client, Cohort, ForwardOnlyClient
-from hosfl_lightning.optim import Basis, SharedDirections
+from hosfl_lightning.clients import Anchor, Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.optim import Basis
 
 
 class LagrangianUpdate(Callback):
@@ -31,15 +31,15 @@ class LagrangianUpdate(Callback):
         self._squares: list[Tensor] = []
         self._terms: list[Tensor] = []
 
-    def answer(self, client: Client, batch: dict[str, Tensor], z: Tensor, multiplier: Tensor, cohort: Cohort,
+    def answer(self, client: Client, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
                basis: Basis) -> Tensor:  # fmt: skip
         """``(K, P)`` projected gradients of the cohort's clients."""
-        if not self._checked and isinstance(client, ForwardOnlyClient) and isinstance(basis, SharedDirections):
-            client.check_probe(batch, z, multiplier, basis)
+        if not self._checked and isinstance(client, ForwardOnlyClient):
+            client.check_probe(batch, anchor.z, multiplier)
             self._checked = True
         self._squares.append(multiplier.float().square().sum())
-        self._terms.append((multiplier.float() * z.float()).sum())
-        return client.answer(batch, z, multiplier, cohort.rows, basis)
+        self._terms.append((multiplier.float() * anchor.z.float()).sum())
+        return client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -69,11 +69,11 @@ def measure_client(client: Client, basis: Any, batch: dict[str, Tensor], cohort:
         client.half(batch["input_ids"], batch["attention_mask"])
         forward = meter.peak("client")
     with undone(client), MemoryMeter() as meter, meter.role("client"):
-        z = client.forward(batch, cohort.rows)
+        anchor = client.forward(batch, cohort.rows)
         waiting = meter.live("client")
         if basis is not None:
-            multiplier = torch.full_like(z, 1e-3)
-            values = client.answer(batch, z, multiplier, cohort.rows, basis)
+            multiplier = torch.full_like(anchor.z, 1e-3)
+            values = client.answer(batch, anchor, multiplier, cohort.rows, basis)
             client.apply(values[0], basis)
         peak = meter.peak("client")
         state = storage_bytes(t for s in client.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.optim import Basis, ZerothOrder
-from hosfl_lightning.padding import FILL, stack_rows
+from hosfl_lightning.padding import FILL, drop_unpredictable, stack_rows
 
 Batch = dict[str, Tensor]
 
@@ -37,6 +37,7 @@ class Cohort:
     @classmethod
     def join(cls, clients: list[int], batches: Sequence[Batch], count: Callable[[Tensor], int]) -> Cohort:
         """The clients' minibatches below each other; ``count`` gives the loss terms of one client's labels."""
+        batches = [{**b, "labels": drop_unpredictable(b["labels"], b["attention_mask"])} for b in batches]
         sizes = [len(b["input_ids"]) for b in batches]
         ends = list(accumulate(sizes))
         return cls(
@@ -46,6 +47,19 @@ class Cohort:
             widths=[b["input_ids"].shape[1] for b in batches],
             num_terms=[count(b["labels"]) for b in batches],
         )
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """What a client keeps between its forward and λ.
+
+    Args:
+        z: Smashed data ``(B, S, h)`` at θ, in compute dtype, without a graph.
+        graphs: A first-order client's smashed data with their graphs, one a client; empty for forward-only ones.
+    """
+
+    z: Tensor
+    graphs: Sequence[Tensor] = ()
 
 
 class Client(ABC):
@@ -61,8 +75,8 @@ class Client(ABC):
         self.optimizer = optimizer
 
     @abstractmethod
-    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
-        """Step 2: smashed data ``z (B, S, h)``, without a graph.
+    def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
+        """Step 2: smashed data, and what must be kept until λ comes.
 
         Args:
             batch: ``input_ids`` and ``attention_mask``, ``(B, S)``, on the client's device.
@@ -70,12 +84,12 @@ class Client(ABC):
         """
 
     @abstractmethod
-    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+    def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
         """Step 4: coefficients of each client's gradient of ``⟨λ_k, f_c(x_k; θ_c)⟩``, ``(K, basis.size)``.
 
         Args:
             batch: As given to `forward`.
-            z: As returned by `forward`.
+            anchor: As returned by `forward`.
             multiplier: ``λ (B, S, h)``, each client's unweighted, zero at padding.
             rows: Each client's examples.
             basis: In what the answer is expressed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Batch, Client
+from hosfl_lightning.clients.base import Anchor, Batch, Client
 from hosfl_lightning.optim import Basis, ZerothOrder
 
 
@@ -26,20 +26,18 @@ class FirstOrderClient(Client):
         super().__init__(half, optimizer)
         for parameter in optimizer.parameters:
             parameter.requires_grad_(True)
-        self._held: list[Tensor] = []
 
-    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
-        """``z = f_c(x; θ_c)``; the graph of each client's own examples is kept here until `answer`."""
+    def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
+        """``z = f_c(x; θ_c)`` and the graph of each client's own examples."""
         with torch.enable_grad():
-            self._held = [self._evaluate({name: tensor[r] for name, tensor in batch.items()}) for r in rows]
-        return torch.cat([z.detach() for z in self._held])
+            graphs = [self._evaluate({name: tensor[r] for name, tensor in batch.items()}) for r in rows]
+        return Anchor(torch.cat([z.detach() for z in graphs]), graphs)
 
-    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+    def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
         """``(K, d_c)``: each client's dense gradient, flattened in manifest order."""
         parameters = self.optimizer.parameters
-        held, self._held = self._held, []
         answers = []
-        for kept, r in zip(held, rows):
-            gradients = torch.autograd.grad(kept, parameters, multiplier[r].to(kept.dtype), materialize_grads=True)
+        for z, r in zip(anchor.graphs, rows):
+            gradients = torch.autograd.grad(z, parameters, multiplier[r].to(z.dtype), materialize_grads=True)
             answers.append(basis.project(gradients))
         return torch.stack(answers)

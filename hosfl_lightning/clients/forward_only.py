@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Batch, Client, freeze, lagrangian_term
+from hosfl_lightning.clients.base import Anchor, Batch, Client, freeze, lagrangian_term
 from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
 
 
@@ -29,44 +31,51 @@ class ForwardOnlyClient(Client):
         freeze(half)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
+    def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
         """``z = f_c(x; θ_c)``, no graph."""
-        return self._evaluate(batch)
+        return Anchor(self._evaluate(batch))
 
     @torch.no_grad()
-    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+    def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
         """``(K, P)`` projected gradients, fp32, of ``SharedDirections``."""
         if not isinstance(basis, SharedDirections):
             raise TypeError(f"ForwardOnlyClient answers in SharedDirections, got {type(basis).__name__}")
         values = self.optimizer.project(
-            lambda: lagrangian_term(self._evaluate(batch), z, multiplier, rows),
+            lambda: lagrangian_term(self._evaluate(batch), anchor.z, multiplier, rows),
             basis=basis,
-            base=torch.zeros(len(rows), dtype=torch.float64, device=z.device),
+            base=torch.zeros(len(rows), dtype=torch.float64, device=anchor.z.device),
         )
         return values.T.float()
 
     @torch.no_grad()
-    def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, basis: SharedDirections) -> None:
+    def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, round: int = 0) -> None:
         r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
 
-        Measured along the first direction: the share of z's elements that change under ``+μu``, and
-        ``|t₊ + t₋| / max(|t₊|, |t₋|)`` for the Lagrangian terms ``t±`` at ``θ ± μu``, zero for a linear ``f_c``.
+        Along four directions: the share of z's elements that change under a probe, and the root mean square of
+        ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the Lagrangian terms ``t±`` at ``θ ± μu``; zero where ``f_c`` is
+        linear. A single direction may lie almost across the gradient and would cry wolf.
         """
-        mu = self.optimizer.mu
-        sides = []
-        for scale in (-mu, mu):
-            with self.optimizer.perturbed(basis, 0, scale):
-                moved = self._evaluate(batch)
-            sides.append(float(lagrangian_term(moved, z, multiplier, [slice(0, len(z))])))
-        share = float((moved != z).float().mean())
-        disagreement = abs(sum(sides)) / max(map(abs, sides), default=0) if any(sides) else 0.0
+        mu, everything = self.optimizer.mu, [slice(0, len(z))]
+        basis = self.optimizer.basis(round, probes=4)
+        shares, sums, largest = [], [], []
+        for probe in range(basis.size):
+            sides = []
+            for scale in (-mu, mu):
+                with self.optimizer.perturbed(basis, probe, scale):
+                    moved = self._evaluate(batch)
+                sides.append(float(lagrangian_term(moved, z, multiplier, everything)))
+            shares.append(float((moved != z).float().mean()))
+            sums.append(sum(sides))
+            largest.append(max(map(abs, sides)))
+        share = fmean(shares)
+        disagreement = math.hypot(*sums) / (math.hypot(*largest) or 1.0)
         if share < 0.5:
             warnings.warn(
                 f"mu={mu:g} changes only {share:.0%} of the smashed data's elements at {z.dtype}: the probes "
                 "measure rounding; raise mu, or run the client half in a wider dtype",
                 stacklevel=2,
             )
-        elif disagreement > 0.25:
+        elif disagreement > 0.25 and self.optimizer.estimator != "central":  # which cancels the curvature
             warnings.warn(
                 f"the two sides of a probe disagree by {disagreement:.0%} at mu={mu:g}: rounding (raise mu) or "
                 "curvature (lower mu), or set estimator: central",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Batch, Client, freeze
+from hosfl_lightning.clients.base import Anchor, Batch, Client, freeze
 from hosfl_lightning.optim import Basis, ZerothOrder
 
 
@@ -22,11 +22,11 @@ class FrozenClient(Client):
         freeze(half)
 
     @torch.no_grad()
-    def forward(self, batch: Batch, rows: list[slice]) -> Tensor:
+    def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
         """``z = f_c(x; θ_c)``, no graph."""
-        return self._evaluate(batch)
+        return Anchor(self._evaluate(batch))
 
-    def answer(self, batch: Batch, z: Tensor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+    def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
         """Nothing: ``(K, 0)``."""
         return torch.zeros(len(rows), 0)
 

@@ -191,8 +191,7 @@ class ClassificationData(FederatedDataModule):
         texts = [row.text(self.text_field, "text_field") for row in rows]
         labels = [self.label_set.index(row, self.label_field) for row in rows]
         if self.prompt is not None and self.label_words is not None:
-            encoder = PromptEncoder(self.prompt, self.label_words, tokenizer, self.max_length)
-            return [encoder(text, label) for text, label in zip(texts, labels)]
+            return PromptEncoder(self.prompt, self.label_words, tokenizer, self.max_length)(texts, labels)
         if not texts:
             return []
         encoded = tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)

@@ -46,41 +46,46 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self._start = _leading_special_tokens(tokenizer)
-        self._longest = max(self.label_words, key=lambda word: len(self._encode("", word)))
+        self._longest = max(self.label_words, key=lambda word: len(self._encode([""], [word])[0]))
         if self._length("") >= max_length:
             raise ValueError(f"max_length={max_length} leaves no room for text beside the prompt and its label word")
 
-    def __call__(self, text: str, label: int) -> Example:
-        """Encode one text with its class index.
+    def __call__(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
+        """Encode texts with their class indices.
 
         Raises:
-            ValueError: If the label word's first token merges with the prompt's last.
+            ValueError: If a label word's first token merges with the prompt's last.
         """
-        text = self._shorten(text)
-        asked, answered = self._encode(text), self._encode(text, self.label_words[label])
+        lengths = map(len, self._encode(texts, [self._longest] * len(texts)))
+        texts = [text if length <= self.max_length else self._shorten(text) for text, length in zip(texts, lengths)]
+        words = [self.label_words[label] for label in labels]
+        asked, answered = self._encode(texts, [""] * len(texts)), self._encode(texts, words)
+        return [self._example(*parts) for parts in zip(asked, answered, words)]
+
+    def _example(self, asked: list[int], answered: list[int], word: str) -> Example:
         if answered[: len(asked)] != asked or len(answered) == len(asked):
             raise ValueError(
-                f"label_words: {self.label_words[label]!r} merges with the end of the prompt {self.prompt!r}; "
+                f"label_words: {word!r} merges with the end of the prompt {self.prompt!r}; "
                 "start the word with a space and end the prompt without one"
             )
         return Example(answered, [IGNORE_INDEX] * len(asked) + answered[len(asked) :])
 
     def _shorten(self, text: str) -> str:
         """The longest beginning of the text that fits beside the longest label word, whatever this label is."""
-        if self._length(text) <= self.max_length:
-            return text
         kept = bisect_right(range(len(text)), self.max_length, key=lambda count: self._length(text[:count])) - 1
         while self._length(text[:kept]) > self.max_length:  # a longer text may have fewer tokens, so bisection may miss
             kept -= 1
         return text[:kept]
 
     def _length(self, text: str) -> int:
-        return len(self._encode(text, self._longest))
+        return len(self._encode([text], [self._longest])[0])
 
-    def _encode(self, text: str, word: str = "") -> list[int]:
-        full = self.prompt.replace(_SLOT, text) + word
-        ids = self.tokenizer(full, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-        return [*self._start, *ids]
+    def _encode(self, texts: Sequence[str], words: Sequence[str]) -> list[list[int]]:
+        if not texts:  # tokenizers fail on an empty batch
+            return []
+        full = [self.prompt.replace(_SLOT, text) + word for text, word in zip(texts, words)]
+        encoded = self.tokenizer(full, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [[*self._start, *ids] for ids in encoded["input_ids"]]
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

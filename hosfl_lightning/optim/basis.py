@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direction_, round_coefficient
 
@@ -16,6 +17,8 @@ from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direc
 SMALL = 1 << 16
 #: Elements of fp32 scratch that an update or a projection may use at a time (1 MiB).
 CHUNK = 1 << 18
+#: Elements that torch sums on one thread (its grain size is 32,768), whatever the number of threads.
+SERIAL = 1 << 14
 
 Piece = tuple[int, int, int]
 """A run of elements of one tensor: ``(tensor, start, stop)``."""
@@ -42,14 +45,14 @@ def buckets(sizes: Sequence[int]) -> list[list[Piece]]:
             together, room = [], CHUNK
         together.append((tensor, 0, size))
         room -= size
-    return cut + [together] if together else cut
+    return [*cut, together] if together else cut
 
 
 class Basis(ABC):
     """``ĝ = reconstruct(c)``: an update as ``size`` coefficients ``c`` in a basis ``b_1..b_size``.
 
-    Estimators return coefficients, messages carry them, the update rule consumes their expansion chunk by chunk. Tensors
-    are named by their position in the manifest: the trainable client tensors in ``named_parameters()`` order.
+    Estimators return coefficients, messages carry them, the update rule consumes their expansion chunk by chunk.
+    Tensors are named by their position in the manifest: the trainable client tensors in ``named_parameters()`` order.
     """
 
     @property
@@ -75,14 +78,19 @@ class Basis(ABC):
     def project(self, gradient: Sequence[Tensor]) -> Tensor:
         """Coefficients of a known gradient, ``(size,)`` fp32: ``reconstruct(project(g))`` estimates ``g``."""
 
-    def apply(self, parameters: Sequence[Tensor], coefficients: Tensor, alpha: float) -> None:
-        """``θ += α · ĝ`` for all parameters (any float dtype; the sum is in fp32, then cast)."""
+    def chunks(self, parameters: Sequence[Tensor], coefficients: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+        """``ĝ`` piece by piece: ``(tensor, its flat elements, fp32 values)``, in scratch of one bucket at a time."""
         for pieces in buckets([p.numel() for p in parameters]):
-            sums = [torch.zeros(stop - start, device=parameters[t].device) for t, start, stop in pieces]
+            sums = [_zeros(stop - start, parameters[tensor].device) for tensor, start, stop in pieces]
             self.expand_(sums, coefficients, pieces)
             for (tensor, start, stop), total in zip(pieces, sums):
-                flat = parameters[tensor].view(-1)[start:stop]
-                flat.copy_(flat.float().add_(total, alpha=alpha))
+                yield tensor, slice(start, stop), total
+
+    def apply(self, parameters: Sequence[Tensor], coefficients: Tensor, alpha: float) -> None:
+        """``θ += α · ĝ`` for contiguous parameters of any float dtype (the sum is in fp32, then cast)."""
+        for tensor, piece, total in self.chunks(parameters, coefficients):
+            flat = parameters[tensor].detach().view(-1)[piece]
+            flat.copy_(flat.float().add_(total, alpha=alpha))
 
 
 class SharedDirections(Basis):
@@ -110,26 +118,31 @@ class SharedDirections(Basis):
         self.streams = [Stream(seed=seed, domain=self.domain, round=round, probe=p) for p in range(probes)]
 
     @property
+    @override
     def size(self) -> int:
         return len(self.streams)
 
+    @override
     def describe(self) -> dict[str, Any]:
         return {"kind": "shared_directions", "probes": self.size, "distribution": self.distribution}
 
+    @override
     def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
         alphas = round_coefficient(coefficients / self.size, self.domain)
         for stream, alpha in zip(self.streams, alphas):
             add_pieces_(out, alpha, stream, pieces)
 
+    @override
     def project(self, gradient: Sequence[Tensor]) -> Tensor:
         sizes = [g.numel() for g in gradient]
         totals = torch.zeros(self.size, dtype=torch.float64, device=gradient[0].device)
         for pieces in buckets(sizes):
             flat = torch.cat([gradient[t].reshape(-1)[start:stop] for t, start, stop in pieces]).double()
             for p, stream in enumerate(self.streams):
-                u = torch.zeros(flat.numel(), device=flat.device)
+                u = _zeros(flat.numel(), flat.device)
                 add_pieces_(u.split([stop - start for _, start, stop in pieces]), torch.ones_like(u[0]), stream, pieces)
-                totals[p] += (flat * u).sum()
+                # Torch sums longer runs by parts, one a thread: the result would depend on their number.
+                totals[p] += torch.stack([part.sum() for part in (flat * u).split(SERIAL)]).sum()
         return totals.float()
 
 
@@ -144,16 +157,20 @@ class Dense(Basis):
         self.starts = [0, *accumulate(sizes)]
 
     @property
+    @override
     def size(self) -> int:
         return self.starts[-1]
 
+    @override
     def describe(self) -> dict[str, Any]:
         return {"kind": "dense"}
 
+    @override
     def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
         for target, (tensor, start, stop) in zip(out, pieces):
             target.add_(coefficients[self.starts[tensor] + start : self.starts[tensor] + stop])
 
+    @override
     def project(self, gradient: Sequence[Tensor]) -> Tensor:
         return torch.cat([g.reshape(-1).float() for g in gradient])
 
@@ -167,3 +184,7 @@ def add_pieces_(out: Sequence[Tensor], alpha: Tensor, stream: Stream, pieces: Se
     batch = DirectionBatch(stream, [(tensor, stop) for tensor, _, stop in pieces], device=out[0].device)
     for i, target in enumerate(out):
         batch.add_(i, target, alpha)
+
+
+def _zeros(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.float32, device=device)

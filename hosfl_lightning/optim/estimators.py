@@ -10,7 +10,7 @@ from torch import Tensor
 
 Objective = Callable[[], Tensor]
 Perturbed = Callable[[int, float], AbstractContextManager[None]]
-"""``perturbed(p, scale)``: while it is open the parameters are ``θ + scale · u_p``; after it they are θ's saved bits."""
+"""``perturbed(p, scale)``: while it is open the parameters are ``θ + scale · u_p``; then they are θ's saved bits."""
 Estimator = Callable[[Objective, Perturbed, int, float, Tensor | None], Tensor]
 
 

@@ -12,107 +12,150 @@ from torch import Tensor, nn
 from hosfl_lightning.optim.basis import CHUNK, SMALL
 from hosfl_lightning.rng import DirectionBatch, Stream, add_direction_, direction_rows
 
+Owned = list[tuple[int, nn.Parameter]]
+"""Perturbed tensors with their number in the directions."""
+Saved = dict[int, tuple[Any, Tensor]]
+"""Rows and bits of the tensors that are perturbed now."""
+
 
 @contextmanager
 def perturbed_layerwise(
     module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor
 ) -> Iterator[None]:
-    r"""While open, every forward through ``module`` sees ``θ' = cast(fp32(θ) + μ u)``; afterwards θ has its saved bits.
+    r"""While open, every forward through ``module`` sees ``θ' = cast(fp32(θ) + μ u)``; then θ has its saved bits again.
 
-    A pre-hook saves and perturbs the parameters of one submodule, its post-hook copies the saved bits back, so the extra
-    memory is the largest leaf, not the model. Token embeddings perturb only the rows that are looked up. Restoring by
-    subtraction would drift (3 % relative in bf16 after 100 cycles); copying does not.
+    A pre-hook saves and perturbs the parameters of one submodule, its post-hook copies the saved bits back, so the
+    extra memory is the largest leaf, not the model. Token embeddings perturb only the rows that are looked up.
+    Restoring by subtraction would drift (3 % relative in bf16 after 100 cycles); copying does not.
 
     Args:
-        module: The module whose forward the objective runs. A submodule's own parameters must be used in its own forward.
+        module: The module whose forward the objective runs. A submodule's own parameters must be used in its own
+            forward, and that called as a module: a tensor that is read elsewhere is read unperturbed.
         parameters: The perturbed tensors; their position is the ``tensor`` of the direction.
         stream: Which direction ``u``.
         scale: 0-d fp32 tensor ``±μ``, rounded for the distribution.
     """
     index = {id(p): i for i, p in enumerate(parameters)}
-    # Small tensors share one generator call; what is kept of it is packed bits, not fp32 directions.
-    small = [(i, p.numel()) for i, p in enumerate(parameters) if p.numel() <= SMALL]
-    device = parameters[0].device
-    batch = DirectionBatch(stream, small, device=device) if small else None
-    where = {i: position for position, (i, _) in enumerate(small)}
-
-    def add(parameter: Tensor, tensor: int) -> None:
-        if tensor in where:
-            assert batch is not None
-            _add_in_fp32(parameter, lambda out, _: batch.add_(where[tensor], out, scale))
-        else:
-            _add_in_fp32(parameter, lambda out, start: add_direction_(out, scale, stream, tensor, start))
-
-    handles = []
+    probe = _Probe(parameters, stream, scale)
+    saved: Saved = {}
+    layers, handles = [], []
     for leaf in module.modules():
-        owned = [(p, index[id(p)]) for p in leaf.parameters(recurse=False) if id(p) in index]
+        owned = [(index[id(p)], p) for p in _read_by(leaf) if id(p) in index]
         if not owned:
             continue
-        hooks = _RowHooks(owned[0], stream, scale) if _looks_up_rows(leaf) else _LeafHooks(owned, add)
-        handles.append(leaf.register_forward_pre_hook(hooks.perturb))
-        handles.append(leaf.register_forward_hook(hooks.restore, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        layer = (_Rows if _looks_up_rows(leaf) else _Layer)(owned, probe, saved)
+        layers.append(layer)
+        handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
+        handles.append(leaf.register_forward_hook(layer.restore, always_call=True))
+    with _fresh_autocast():
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            # Torch calls no hook after a KeyboardInterrupt, which Lightning survives.
+            for layer in layers:
+                while layer.calls:
+                    layer.restore()
 
 
 @contextmanager
 def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> Iterator[None]:
     """The same for an objective whose modules are unknown: all tensors at once, beside a full copy of their bits."""
-    saved = [p.detach().clone() for p in parameters]
+    everything = _Layer(list(enumerate(parameters)), _Probe(parameters, stream, scale), {})
+    with _fresh_autocast():
+        try:
+            everything.perturb()
+            yield
+        finally:
+            everything.restore()
+
+
+@contextmanager
+def _fresh_autocast() -> Iterator[None]:
+    """Autocast keeps its casts of parameters until its outermost context ends: none may pass between θ and θ'."""
+    torch.clear_autocast_cache()
     try:
-        for tensor, parameter in enumerate(parameters):
-            _add_in_fp32(parameter, lambda out, start, t=tensor: add_direction_(out, scale, stream, t, start))
         yield
     finally:
-        with torch.no_grad():
-            for parameter, bits in zip(parameters, saved):
-                parameter.copy_(bits)
+        torch.clear_autocast_cache()
 
 
-class _LeafHooks:
-    """Perturb one submodule's own parameters before its forward, copy the saved bits back after it."""
+class _Probe:
+    """``θ ← cast(fp32(θ) + μ u)`` for one tensor at a time.
 
-    def __init__(self, owned: list[tuple[nn.Parameter, int]], add: Any) -> None:
-        self.owned, self.add = owned, add
-        self.saved: list[Tensor] = []
+    Small tensors share one generator call; what is kept of it is packed bits, not fp32 directions.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> None:
+        self.stream, self.scale = stream, scale
+        small = [(tensor, p.numel()) for tensor, p in enumerate(parameters) if p.numel() <= SMALL]
+        self.position = {tensor: position for position, (tensor, _) in enumerate(small)}
+        self.batch = DirectionBatch(stream, small, device=parameters[0].device)
+
+    def add_(self, parameter: nn.Parameter, tensor: int) -> None:
+        flat = parameter.detach().view(-1)
+        if tensor in self.position:
+            wide = flat.float()
+            self.batch.add_(self.position[tensor], wide, self.scale)
+            flat.copy_(wide)
+            return
+        for start in range(0, flat.numel(), CHUNK):
+            part = flat[start : start + CHUNK]
+            wide = part.float()
+            add_direction_(wide, self.scale, self.stream, tensor, start)
+            part.copy_(wide)
+
+
+class _Layer:
+    """Perturb one submodule's parameters before its forward, copy the saved bits back after it.
+
+    Args:
+        owned: What this submodule perturbs.
+        probe: How.
+        saved: Shared by all submodules: a forward inside a forward (a recursion, a tensor shared with a child) neither
+            perturbs a tensor twice nor restores it too early.
+    """
+
+    def __init__(self, owned: Owned, probe: _Probe, saved: Saved) -> None:
+        self.owned, self.probe, self.saved = owned, probe, saved
+        self.calls: list[Owned] = []
 
     @torch.no_grad()
-    def perturb(self, *_: Any) -> None:
-        self.saved = [p.detach().clone() for p, _ in self.owned]
-        for parameter, tensor in self.owned:
-            self.add(parameter, tensor)
+    def perturb(self, *call: Any) -> None:
+        self.calls.append([])
+        for tensor, parameter in self.owned:
+            if tensor not in self.saved:
+                self._perturb_one(tensor, parameter, *call)
+
+    def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
+        self._save(tensor, parameter, ..., parameter.detach().clone())
+        self.probe.add_(parameter, tensor)
+
+    def _save(self, tensor: int, parameter: nn.Parameter, rows: Any, bits: Tensor) -> None:
+        self.saved[tensor] = rows, bits
+        self.calls[-1].append((tensor, parameter))
 
     @torch.no_grad()
     def restore(self, *_: Any) -> None:
-        for (parameter, _), bits in zip(self.owned, self.saved):
-            parameter.copy_(bits)
-        self.saved = []
+        for tensor, parameter in self.calls.pop() if self.calls else []:
+            rows, bits = self.saved.pop(tensor)
+            parameter[rows] = bits
 
 
-class _RowHooks:
-    """An embedding's looked-up rows only. Repeated tokens write the same bits, so no ``unique`` and no host sync."""
+class _Rows(_Layer):
+    """An embedding's looked-up rows only. Repeated tokens write the same bits, so rows need not be unique."""
 
-    def __init__(self, owned: tuple[nn.Parameter, int], stream: Stream, scale: Tensor) -> None:
-        (self.weight, self.tensor), self.stream, self.scale = owned, stream, scale
-        self.rows: Tensor | None = None
-
-    @torch.no_grad()
-    def perturb(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        rows = inputs[0].reshape(-1)
-        self.rows, self.saved = rows, self.weight[rows]
-        moved = self.saved.float().addcmul_(
-            direction_rows(self.stream, self.tensor, rows, self.weight.shape[1]), self.scale
-        )
-        self.weight[rows] = moved.to(self.weight.dtype)
-
-    @torch.no_grad()
-    def restore(self, *_: Any) -> None:
-        if self.rows is not None:
-            self.weight[self.rows] = self.saved
-            self.rows = None
+    def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
+        _, args, kwargs = call
+        rows = (args[0] if args else kwargs["input"]).reshape(-1).long()
+        if len(rows) >= len(parameter):
+            super()._perturb_one(tensor, parameter)
+            return
+        bits = parameter.detach()[rows]
+        u = direction_rows(self.probe.stream, tensor, rows, parameter.shape[1])
+        self._save(tensor, parameter, rows, bits)
+        parameter[rows] = torch.addcmul(bits.float(), u, self.probe.scale).to(parameter.dtype)
 
 
 def _looks_up_rows(leaf: nn.Module) -> bool:
@@ -120,18 +163,9 @@ def _looks_up_rows(leaf: nn.Module) -> bool:
     return isinstance(leaf, nn.Embedding) and type(leaf).forward is nn.Embedding.forward and leaf.max_norm is None
 
 
-@torch.no_grad()
-def _add_in_fp32(parameter: Tensor, add: Any) -> None:
-    """``θ ← cast(fp32(θ) + …)`` by chunks; in place where θ is contiguous fp32 already."""
-    data = parameter.detach()
-    flat = data.view(-1) if data.is_contiguous() else data.reshape(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        part = flat[start : start + CHUNK]
-        if part.dtype == torch.float32:
-            add(part, start)
-        else:
-            wide = part.float()
-            add(wide, start)
-            part.copy_(wide)
-    if not data.is_contiguous():
-        data.copy_(flat.view(data.shape))
+def _read_by(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What the forward of ``module`` reads itself: its own parameters and those of children that nobody calls."""
+    yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:  # a ParameterList or ParameterDict
+            yield from _read_by(child)

@@ -32,6 +32,7 @@ class SameRandomness:
         self.device_states = [torch.cuda.get_rng_state(d) for d in self.devices]
 
     def __call__(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns from the remembered state, without autograd."""
         with torch.random.fork_rng(self.devices), torch.no_grad():
             torch.random.set_rng_state(self.cpu_state)
             for device, state in zip(self.devices, self.device_states):

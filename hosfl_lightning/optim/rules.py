@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,8 @@ class UpdateRule(ABC):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be >= 0, got {getattr(self, name)}")
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        """Names of the fp32 state tensors that a parameter needs, each of its size."""
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the fp32 state tensors that a parameter of this group needs, each of its size."""
         return ()
 
     @abstractmethod
@@ -62,10 +62,11 @@ class SGD(UpdateRule):
         if not 0 <= self.momentum < 1:
             raise ValueError(f"SGD: momentum must be in [0, 1), got {self.momentum}")
 
-    @property
-    def slots(self) -> tuple[str, ...]:
-        return ("momentum_buffer",) if self.momentum else ()
+    @override
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
+    @override
     def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
         if group["weight_decay"]:
             grad.add_(param, alpha=group["weight_decay"])
@@ -91,10 +92,11 @@ class AdamW(UpdateRule):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"AdamW: betas must be in [0, 1), got {self.betas}")
 
-    @property
-    def slots(self) -> tuple[str, ...]:
+    @override
+    def slots(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
+    @override
     def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         param.mul_(1 - group["lr"] * group["weight_decay"])

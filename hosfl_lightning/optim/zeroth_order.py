@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from hosfl_lightning.optim.basis import Basis, SharedDirections, buckets
+from hosfl_lightning.optim.basis import Basis, SharedDirections
 from hosfl_lightning.optim.estimators import ESTIMATORS
 from hosfl_lightning.optim.probing import perturbed_in_place, perturbed_layerwise
 from hosfl_lightning.optim.randomness import SameRandomness
@@ -22,8 +23,8 @@ class ZerothOrder(torch.optim.Optimizer):
     r"""``ĝ = (1/P) Σ_p v_p u_p``, then ``rule`` on θ; ``v_p`` are projected gradients measured by forwards.
 
     ``E[ĝ]`` is the gradient of ``f`` (up to the estimator's bias); its cosine with the gradient is about ``√(P/d)``.
-    No ``.grad`` is ever made, no direction is ever stored, the random state of torch is left alone: directions come from
-    the counter generator under ``(seed, step, p)``.
+    No ``.grad`` is ever made, no direction is ever stored, the random state of torch is left alone: directions come
+    from the counter generator under ``(seed, step, p)``.
 
     In a plain loop, or under Lightning's manual optimization, or under Fabric::
 
@@ -36,15 +37,17 @@ class ZerothOrder(torch.optim.Optimizer):
         zo.record(v)                                   # the scalars to apply
         zo.step()
 
-    Learning rate, hyper-parameters, seed and step live in ``param_groups``, moments in ``state``: ``state_dict`` carries
-    all of it. Under ``lightning.Trainer`` every closure call fires ``on_before_optimizer_step``; with ``record`` there is
-    one call a step. Call `project` and `record` on the raw optimizer (``opt.optimizer``), not on Lightning's wrapper.
+    Learning rate, hyper-parameters, seed and step live in ``param_groups``, moments in ``state``: ``state_dict``
+    carries all of it. Under ``lightning.Trainer`` every closure call fires ``on_before_optimizer_step``; with `record`
+    there is one call a step. Call `project` and `record` on the raw optimizer (``opt.optimizer``), not on Lightning's
+    wrapper.
 
     Args:
         params: Parameters, named parameters or groups; their order is the manifest of the directions.
         rule: What to do with ``ĝ``: `SGD`, `AdamW` of `hosfl_lightning.optim.rules`.
-        module: The module the objective runs. Then probes are layer-wise and the extra memory is its largest leaf.
-            Without it all parameters are perturbed at once beside a copy of their bits.
+        module: The module the objective runs, submodule by submodule. Then probes are layer-wise, the extra memory is
+            its largest leaf, and norm statistics do not see the probes. Without it all parameters are perturbed at once
+            beside a copy of their bits.
         probes: ``P``, directions a step.
         mu: ``μ``, smoothing length; rounded once to what the distribution multiplies exactly.
         estimator: ``forward`` (``P + 1`` evaluations, the paper's) or ``central`` (``2P``).
@@ -76,8 +79,26 @@ class ZerothOrder(torch.optim.Optimizer):
         self._recorded: list[tuple[Basis, Tensor]] = []
         super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
         self.param_groups[0].update(probes=probes, mu=mu, distribution=distribution, seed=seed)
-        if not all(p.is_contiguous() for p in self.parameters):
-            raise ValueError("ZerothOrder needs contiguous parameters: directions are numbered in row-major order")
+        self.basis(0)  # refuses a seed out of range
+
+    @override
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; the group's tensors are numbered after those already there.
+
+        Raises:
+            ValueError: A parameter is not contiguous, is wider than fp32, or is not in ``module``.
+        """
+        super().add_param_group(param_group)
+        known = None if self.module is None else {id(p) for p in self.module.parameters()}
+        for parameter in self.param_groups[-1]["params"]:
+            if not parameter.is_contiguous():
+                raise ValueError("ZerothOrder needs contiguous parameters: directions are numbered in row-major order")
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"ZerothOrder adds in fp32 and would truncate {parameter.dtype}: use module.float()")
+            if known is not None and id(parameter) not in known:
+                raise ValueError("ZerothOrder got a parameter that is not in module= and would never be perturbed: "
+                                 "pass the module that holds them all, or module=None")  # fmt: skip
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -94,10 +115,10 @@ class ZerothOrder(torch.optim.Optimizer):
         """Steps taken."""
         return self.param_groups[0]["step"]
 
-    def basis(self, round: int) -> SharedDirections:
-        """The directions of one round; `step` on its own uses the number of steps taken."""
+    def basis(self, round: int, probes: int | None = None) -> SharedDirections:
+        """The directions of one round, ``P`` or another number; `step` on its own uses the number of steps taken."""
         group = self.param_groups[0]
-        return SharedDirections(group["seed"], round, group["probes"], group["distribution"])
+        return SharedDirections(group["seed"], round, probes or group["probes"], group["distribution"])
 
     @property
     def mu(self) -> float:
@@ -130,11 +151,23 @@ class ZerothOrder(torch.optim.Optimizer):
         return self._project(lambda: same(objective), basis or self.basis(self.steps), base)
 
     def record(self, coefficients: Tensor, basis: Basis | None = None) -> None:
-        """Keep the coefficients, ``(P,)``, that the next `step` applies."""
-        self._recorded[:] = [(basis or self.basis(self.steps), coefficients.float())]
+        """Keep the coefficients that the next `step` applies.
+
+        Args:
+            coefficients: ``(basis.size,)``, averaged over clients.
+            basis: Default: the directions of the next step.
+
+        Raises:
+            ValueError: Another shape.
+        """
+        basis = basis or self.basis(self.steps)
+        if coefficients.shape != (basis.size,):
+            raise ValueError(f"the update needs one coefficient per direction, ({basis.size},), got "
+                             f"{tuple(coefficients.shape)}: average over clients, a loss must be a scalar")  # fmt: skip
+        self._recorded[:] = [(basis, coefficients.detach().to(self.device, torch.float32))]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from what was recorded, else from ``closure`` evaluated at θ and at the probes.
 
         Returns:
@@ -148,7 +181,7 @@ class ZerothOrder(torch.optim.Optimizer):
         if not self._recorded:
             if closure is None or loss is None:
                 raise RuntimeError("ZerothOrder.step() has nothing to apply: pass a closure that returns the loss, "
-                                   "or record() coefficients first")
+                                   "or record() coefficients first")  # fmt: skip
             basis = self.basis(self.steps)
             self.record(self._project(lambda: same(closure), basis, loss.detach()), basis)
         self._update(*self._recorded.pop())
@@ -157,9 +190,10 @@ class ZerothOrder(torch.optim.Optimizer):
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         return ESTIMATORS[self.estimator](objective, partial(self.perturbed, basis), basis.size, self.mu, base)
 
+    @override
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but moments stay fp32: torch casts them to the parameter's dtype, which bf16 would not survive."""
+        """As torch's, but moments stay fp32: torch casts them to the parameter's dtype, too narrow in bf16."""
         super().load_state_dict(state_dict)
         numbered = [i for group in state_dict["param_groups"] for i in group["params"]]
         for number, parameter in zip(numbered, self.parameters):
@@ -171,20 +205,20 @@ class ZerothOrder(torch.optim.Optimizer):
             group["step"] += 1
         parameters = self.parameters
         groups = [group for group in self.param_groups for _ in group["params"]]
-        for pieces in buckets([p.numel() for p in parameters]):
-            sums = [torch.zeros(stop - start, device=self.device) for _, start, stop in pieces]
-            basis.expand_(sums, coefficients, pieces)
-            for (tensor, start, stop), gradient in zip(pieces, sums):
-                self._update_piece(parameters[tensor], slice(start, stop), gradient, groups[tensor])
+        for tensor, piece, gradient in basis.chunks(parameters, coefficients):
+            self._update_piece(parameters[tensor], piece, gradient, groups[tensor])
+        # Autocast may hold casts of the old parameters, made without a graph, until its outermost context ends.
+        torch.clear_autocast_cache()
 
     def _update_piece(self, parameter: Tensor, piece: slice, gradient: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        for slot in self.rule.slots:
+        slots = self.rule.slots(group)
+        state = self.state[parameter] if slots else {}
+        for slot in slots:
             if slot not in state:
                 state[slot] = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
         flat = parameter.detach().view(-1)[piece]
         wide = flat.float()  # fp32 already: the same memory, updated in place
-        self.rule.update_(wide, gradient, {slot: state[slot][piece] for slot in self.rule.slots}, group["step"], group)
+        self.rule.update_(wide, gradient, {slot: state[slot][piece] for slot in slots}, group["step"], group)
         if wide is not flat:
             flat.copy_(wide)
 
@@ -196,7 +230,8 @@ def check_probe_settings(probes: int, mu: float, estimator: str, distribution: s
         ValueError: Names the setting and what it may be.
     """
     SharedDirections(0, 0, probes, distribution)
-    if not mu > 0:
-        raise ValueError(f"mu must be > 0, got {mu}")
+    fp32 = torch.finfo(torch.float32)
+    if not fp32.tiny <= mu <= fp32.max:
+        raise ValueError(f"mu must be > 0 and finite in fp32, got {mu}")
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
 from hosfl_lightning.split import Lora, add_lora, export_adapter, split
 from hosfl_lightning.split.errors import SplitError
@@ -193,6 +197,18 @@ class SplitModule(L.LightningModule, ABC):
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}  # type: ignore[typeddict-item]
 
+    @contextmanager
+    def dropout_active(self) -> Iterator[None]:
+        """The server adapters' own dropout is on inside; everything else keeps its mode."""
+        dropouts = [m.lora_dropout for m in self.server_half.modules() if isinstance(m, LoraLayer)]
+        for dropout in dropouts:
+            dropout.train()
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.eval()
+
     def export(self, directory: str) -> None:
         """Write one standard PEFT adapter that holds both halves.
 
@@ -205,8 +221,9 @@ class SplitModule(L.LightningModule, ABC):
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
         logits = self(batch["input_ids"], batch["attention_mask"])
-        self.update_metrics(self._metrics(stage), logits, batch["labels"])
-        return self.loss(logits, batch["labels"])
+        labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
+        self.update_metrics(self._metrics(stage), logits, labels)
+        return self.loss(logits, labels)
 
     def _metrics(self, stage: str) -> nn.ModuleDict:
         metrics = self.metrics[stage]

@@ -50,9 +50,9 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw under ``seed`` and give the CPU's random state back as it was."""
-    with torch.random.fork_rng(devices=[]):
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Draw under ``seed`` on the CPU and on ``device``, and give the random states back as they were."""
+    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

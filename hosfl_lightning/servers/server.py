@@ -12,6 +12,7 @@ from torch import Tensor
 from hosfl_lightning.aggregation import weights
 from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.servers.base import SplitModule
+from hosfl_lightning.servers.pretrained import seeded
 from hosfl_lightning.wire import Multiplier, SmashedData
 
 Part = tuple[Tensor, Tensor, Tensor]
@@ -31,6 +32,7 @@ class Server:
         optimizer: Over θ_s.
         scheduler: Stepped once a round, or None.
         gradient_clip_val: Largest 2-norm of the server's gradient, or None.
+        seed: Of the adapters' dropout masks.
         call: Fires a Trainer hook.
     """
 
@@ -41,11 +43,12 @@ class Server:
         optimizer: torch.optim.Optimizer,
         scheduler: Any | None,
         gradient_clip_val: float | None,
+        seed: int,
         call: Callable[..., None],
     ) -> None:
         self.module, self.fabric = module, fabric
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.gradient_clip_val, self.call = gradient_clip_val, call
+        self.gradient_clip_val, self.seed, self.call = gradient_clip_val, seed, call
 
     def step(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
         """One optimizer step on the smashed data of a round.
@@ -79,7 +82,8 @@ class Server:
         z = stack_rows(zs).to(self.fabric.device).requires_grad_()
         labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
         batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
-        with torch.enable_grad(), self.fabric.autocast():
+        # Dropout masks are a function of (seed, round, batch), so a resumed run draws the same ones.
+        with self.module.dropout_active(), seeded((self.seed * 1_000_003 + round) % 2**63, z.device), torch.enable_grad(), self.fabric.autocast():
             loss = self.module.training_step(batch, round) * share
         self.call("on_before_backward", loss=loss)
         self.fabric.backward(loss)

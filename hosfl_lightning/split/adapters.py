@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -108,7 +109,8 @@ def add_lora(
         modules_to_save=_head_modules(model, layers) if head else None,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.get_submodule(layers.path).modules()),
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
         torch.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     config.target_modules = sorted(config.target_modules or [])

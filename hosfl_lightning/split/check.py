@@ -19,7 +19,7 @@ def check_equal(model: PreTrainedModel, client: ClientHalf, server: ServerHalf) 
     """
     name, pad = type(model).__name__, find_padding(model)
     with quiet(model, client, server), padding_token(model, pad):
-        for side in ("unpadded", "right-padded", "left-padded"):
+        for side in ("no", "right", "left"):
             tokens, mask = tiny_batch(model, pad, side)
             try:
                 whole = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
@@ -27,7 +27,7 @@ def check_equal(model: PreTrainedModel, client: ClientHalf, server: ServerHalf) 
             except Exception as error:
                 raise SplitError(f"{name} cannot be split: its forward fails with {error!r}.") from error
             if halves.shape != whole.shape or not torch.allclose(halves, whole, rtol=0, atol=0, equal_nan=True):
-                raise SplitError(f"{name} cannot be split: whole and halves differ on a {side} batch.")
+                raise SplitError(f"{name} cannot be split: whole and halves differ on a batch with {side} padding.")
 
 
 def find_padding(model: PreTrainedModel) -> int:
@@ -42,8 +42,8 @@ def tiny_batch(model: PreTrainedModel, pad: int, side: str) -> tuple[Tensor, Ten
     weight = embedding_weight(model)
     tokens = torch.arange(10).mul(7).add(3).remainder(weight.shape[0])
     tokens = torch.where(tokens == pad, (pad + 1) % weight.shape[0], tokens).view(2, 5)
-    if side == "unpadded":
+    if side == "no":
         return tokens.to(weight.device), None
     mask = torch.ones(2, 5, dtype=torch.long)
-    mask[1, slice(3, 5) if side == "right-padded" else slice(0, 2)] = 0
+    mask[1, slice(3, 5) if side == "right" else slice(0, 2)] = 0
     return torch.where(mask.bool(), tokens, pad).to(weight.device), mask.to(weight.device)

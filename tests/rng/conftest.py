@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Words = tuple[int, int, int, int]
@@ -46,8 +46,11 @@ def block_bits() -> Callable[..., int]:
     return bits
 
 
-class MemoryMeter(TorchDispatchMode):
-    """Bytes of the storages that torch operations make while it is on: now and at most."""
+class MemoryMeter(TorchFunctionMode):
+    """Bytes of the storages that torch functions make while it is on: now and at most.
+
+    A function mode, because entering a dispatch mode imports torch._dynamo.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +61,7 @@ class MemoryMeter(TorchDispatchMode):
     def now(self) -> int:
         return sum(self.live.values())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, batch, direction
+from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, batch, direction, round_coefficient
 from hosfl_lightning.rng.philox import WordGenerator
 
 TENSORS = [(3, 4096), (9, 1), (0, 0), (65535, 129), (4, 700), (5, 128), (12, 2500)]
@@ -35,8 +35,8 @@ def test_it_equals_the_tensors_one_by_one(
 def test_alpha_may_be_a_tensor(stream: Stream) -> None:
     together = DirectionBatch(stream, TENSORS)
     one, other = torch.ones(4096), torch.ones(4096)
-    together.add_(0, one, -0.75)
-    together.add_(0, other, torch.tensor(-0.75))
+    together.add_(0, one, 1 / 3)
+    together.add_(0, other, torch.tensor(round_coefficient(1 / 3, stream.domain)))
     assert torch.equal(one, other)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.rng import Domain, Stream, add_direction_, direction, direction_rows, directions
+from hosfl_lightning.rng import Domain, Stream, add_direction_, direction, direction_rows, directions, round_coefficient
 from hosfl_lightning.rng.philox import WordGenerator
 
 LOG2_BLOCK = {Domain.RADEMACHER: 7, Domain.GAUSS16: 3}
@@ -83,7 +83,7 @@ def test_one_thread_equals_two(stream: Stream, restored_threads: None) -> None:
 def test_it_adds_alpha_times_u(stream: Stream) -> None:
     u = direction(stream, 4, 77, 5077)
     parameters = torch.randn(5000, generator=torch.Generator().manual_seed(0))
-    for alpha in (2.0**-10, -0.75, 0.0):
+    for alpha in (round_coefficient(1 / 3, stream.domain), round_coefficient(-1e-3, stream.domain), 0.0):
         expected = parameters + alpha * u
         by_float, by_tensor = parameters.clone(), parameters.clone()
         add_direction_(by_float, alpha, stream, 4, 77)
@@ -218,5 +218,19 @@ def test_what_cannot_be_added_to_is_refused(stream: Stream, out: torch.Tensor) -
         add_direction_(out, 1.0, stream, 0)
 
 
-def test_nothing_to_add(stream: Stream) -> None:
-    assert direction(stream, 0, 5, 5).shape == (0,)
+@pytest.mark.parametrize("start", [0, 5, 1024])
+def test_nothing_to_add(stream: Stream, start: int) -> None:
+    assert direction(stream, 0, start, start).shape == (0,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_gives_the_same_bits(stream: Stream) -> None:
+    before = torch.cuda.get_rng_state()
+    n, rows = LARGE[stream.domain], torch.tensor([5, 0, 3])
+    alpha = torch.tensor(round_coefficient(1 / 3, stream.domain))
+    out, out_cuda = torch.ones(n), torch.ones(n, device="cuda")
+    add_direction_(out, alpha, stream, 0, 13)
+    add_direction_(out_cuda, alpha.cuda(), stream, 0, 13)
+    assert torch.equal(out_cuda.cpu(), out)
+    assert torch.equal(direction_rows(stream, 0, rows.cuda(), 100).cpu(), direction_rows(stream, 0, rows, 100))
+    assert torch.equal(torch.cuda.get_rng_state(), before)

@@ -1,0 +1,317 @@
+"""The part of a user's LightningModule below a cut: watched while it trains, run again for probes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from hosfl_lightning.optim.randomness import SameRandomness
+
+Phase = Literal["idle", "forward", "backward", "replay"]
+Replay = tuple[Callable[[], Any], SameRandomness]
+
+
+class CutError(ValueError):
+    """The cut, or the parameters named for the client, do not fit the module."""
+
+
+class _CutReached(Exception):
+    """Ends a replay; carries z. An Exception, because only those run the hooks that restore perturbed parameters."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+
+
+class LowerPart:
+    r"""``z = f_c(x; θ_c)``, whatever ``training_step`` computes before the module at the cut is called.
+
+    While attached, ``training_step`` trains as before but for the cut, whose input becomes ``z.detach()``: backprop ends
+    there, and ``z.grad`` is λ. `again` evaluates ``f_c`` on the same batch, under the same random state: it calls the
+    innermost module that was running at the cut and holds θ_c, with the arguments it got, or else ``training_step``
+    itself, and stops at the cut.
+
+    The first batch is traced: its graph must reach every parameter of θ_c before the cut and none after or around it.
+    The graph's shape is looked at, not gradients, so that a path which is still gated by a zero is found too. For that
+    batch the lower part keeps its graph as a first-order client would, with the saved tensors in host memory.
+
+    Args:
+        module: The user's module.
+        cut: Dotted name of the submodule whose first differentiable input is z.
+        client: Names or regular expressions of θ_c; a match ends at a dot or at the end of the parameter's name. None:
+            every trainable parameter registered before the cut.
+        context: The precision context of a forward.
+
+    Raises:
+        CutError: Names the setting that does not fit, here or at the first batch.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        cut: str,
+        client: Sequence[str] | None,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.module, self.cut, self.context = module, cut, context
+        self.parameters = client_parameters(module, cut, client)
+        self._phase: Phase = "idle"
+        self._traced = False
+        self._place: int | str | None = None
+        self._below: set[int] = set()
+        self._anchor: Tensor | None = None
+        self._running: list[tuple[nn.Module, Replay]] = []
+        self._handles: list[Any] = []
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def attach(self) -> None:
+        """Watch ``training_step`` from now on."""
+        self._handles = [
+            self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)
+        ]
+        for holder in self.holders:
+            # First of all hooks: a replay passes through the others again.
+            enter = holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+            self._handles += [enter, holder.register_forward_hook(self._leave)]
+        self._original = self.module.training_step
+
+        @functools.wraps(self._original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._training_step(*args, **kwargs)
+
+        vars(self.module)["training_step"] = training_step
+
+    def detach(self) -> None:
+        """Leave the module as it was found."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        vars(self.module).pop("training_step", None)
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """Modules around the cut and all of θ_c, outermost first, without the LightningModule itself.
+
+        Under DDP that one is called with the arguments of ``training_step``, in a plain run with its own.
+        """
+        parts = self.cut.split(".")
+        names = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        held = [n for n in names if all(p.startswith(f"{n}.") for p in self.parameters)]
+        return [self.module.get_submodule(name) for name in held]
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """``z`` and ``λ = ∂loss/∂z`` of the micro-batch, after its backward."""
+        anchor, self._anchor = self._anchor, None
+        self._phase = "idle"
+        if anchor is None or anchor.grad is None:
+            raise CutError(f"cut: the loss does not depend on the input of {self.cut!r}; choose another cut")
+        return anchor.detach(), anchor.grad
+
+    def again(self) -> Tensor:
+        """``f_c`` of the last batch at the parameters as they are now; nothing else is changed by it."""
+        function, same = self._replay
+        return same(lambda: self._up_to_cut(function))
+
+    def _up_to_cut(self, function: Callable[[], Any]) -> Tensor:
+        self._phase = "replay"
+        try:
+            with silenced(self.module), self.context():
+                function()
+        except _CutReached as reached:
+            return reached.z
+        finally:
+            self._phase = "idle"
+        raise CutError(f"cut: {self.cut!r} is not reached when the same batch runs again, or an except clause in the "
+                       "module swallowed the exception that ends a probe there")  # fmt: skip
+
+    # ---- while the user's step runs
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._anchor, self._running = None, []
+        self._replay = self._remember(functools.partial(self._original, *args, **kwargs))
+        self._phase = "forward"
+        try:
+            with nullcontext() if self._traced else self._graph_below():
+                output = self._original(*args, **kwargs)
+                loss = output["loss"] if isinstance(output, dict) else output
+                if loss is not None:
+                    self._check(loss)
+        finally:
+            # Activation checkpointing calls the cut once more, during backward.
+            self._phase = "backward"
+        return output
+
+    def _check(self, loss: Tensor) -> None:
+        if self._anchor is None:
+            raise CutError(f"cut: training_step never called {self.cut!r} with a graph; choose a module that it calls "
+                           "(under activation checkpointing: use_reentrant=False)")  # fmt: skip
+        if not self._traced:
+            check_paths(self.module, self.cut, self.parameters, self._below, leaves(loss))
+            self._traced = True
+
+    @contextmanager
+    def _graph_below(self) -> Iterator[None]:
+        """The lower part keeps a graph, its tensors in host memory, up to the cut."""
+
+        def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+            return tensor.device, tensor.cpu() if self._anchor is None else tensor
+
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0])):
+                yield
+        finally:
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(False)
+
+    def _enter(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._phase == "forward" and self._anchor is None and torch.is_grad_enabled():
+            self._running.append((holder, self._remember(functools.partial(holder, *args, **kwargs))))
+
+    def _leave(self, holder: nn.Module, *_: Any) -> None:
+        if self._running and self._running[-1][0] is holder:
+            self._running.pop()
+
+    def _remember(self, function: Callable[[], Any]) -> Replay:
+        device = next(iter(self.parameters.values())).device
+        return function, SameRandomness(self.module, device)
+
+    def _at_cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._phase == "replay":
+            raise _CutReached(self._smashed(args, kwargs))
+        if self._phase == "idle" or not torch.is_grad_enabled():
+            return None
+        z = self._smashed(args, kwargs)
+        anchor = z.detach().requires_grad_()
+        if self._phase == "forward":
+            if self._anchor is not None:
+                raise CutError(f"cut: {self.cut!r} is called more than once in one training_step; choose another cut")
+            self._below = set() if self._traced else leaves(z)
+            self._anchor = anchor
+            if self._running:
+                self._replay = self._running[-1][1]
+                self._running = []
+        # A clone, so that the module may work in place (ReLU) without touching the anchor.
+        inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs, self._place: anchor.clone()}  # type: ignore[dict-item]
+        return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}
+
+    def _smashed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """z among the inputs: at the first batch the one with a graph, from then on the one in the same place."""
+        inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        if self._place is None:
+            graphs = [place for place, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad]
+            if not graphs:
+                raise CutError(f"cut: no input of {self.cut!r} depends on {', '.join(list(self.parameters)[:3])}, ...; "
+                               "choose another cut, or another client")  # fmt: skip
+            self._place = graphs[0]
+        return inputs[self._place]
+
+
+def client_parameters(
+    module: nn.Module, cut: str, client: Sequence[str] | None
+) -> dict[str, nn.Parameter]:
+    """θ_c by name, in ``named_parameters()`` order.
+
+    Raises:
+        CutError: There is no such cut, a pattern matches nothing, or a parameter is inside the module at the cut.
+    """
+    modules = [name for name, _ in module.named_modules() if name]
+    if cut not in modules:
+        last = cut.rsplit(".", 1)[-1]
+        near = [name for name in modules if name.rsplit(".", 1)[-1] == last] or [n for n in modules if "." not in n]
+        raise CutError(f"cut: the module has no submodule {cut!r}; there is, for example, {', '.join(near[:5])}")
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if client is None:
+        earlier = ["", *modules[: modules.index(cut)]]
+        wanted = {name for name in trainable if name.rpartition(".")[0] in earlier}
+        if not wanted:
+            raise CutError(f"cut: no trainable parameter is registered before {cut!r}; name them in client=[...]")
+    else:
+        wanted = set()
+        for pattern in client:
+            matches = {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
+            if not matches:
+                raise CutError(f"client: {pattern!r} matches no trainable parameter, such as {next(iter(trainable))!r}")
+            wanted |= matches
+    inside = next((name for name in trainable if name in wanted and name.startswith(f"{cut}.")), None)
+    if inside:
+        raise CutError(f"client: {inside} is in {cut!r}, the module at the cut, so it is not below it")
+    return {name: p for name, p in trainable.items() if name in wanted}
+
+
+def check_paths(
+    module: nn.Module, cut: str, client: dict[str, nn.Parameter], below: set[int], above: set[int]
+) -> None:
+    """The loss depends on θ_c through z and on nothing else that is trained below the cut.
+
+    Args:
+        module: Holds all parameters.
+        cut: For the messages.
+        client: θ_c.
+        below: Ids of the parameters that the graph of z reaches.
+        above: Ids of those that the graph of the loss reaches when it ends at z.
+
+    Raises:
+        CutError: Names the parameters and what to change.
+    """
+    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    ours = {id(p) for p in client.values()}
+    complaints = [
+        (ours & above & below, f"cut: the loss also reaches %s by a path around {cut!r} (a skip connection or a tied "
+                               "weight), whose gradient would be lost; move the cut, or leave them out of client"),
+        ((ours & above) - below, f"client: %s are used at or after {cut!r}, not before it; leave them out"),
+        (ours - above - below, f"client: %s are not used before {cut!r}, so a probe would move them by noise; leave "
+                               "them out, or freeze them"),
+        (below - ours, f"client: %s are trained and used before {cut!r}, where backprop no longer arrives; name them "
+                       "in client too, or freeze them"),
+    ]  # fmt: skip
+    for wrong, message in complaints:
+        found = [name for number, name in names.items() if number in wrong]
+        if found:
+            raise CutError(message % (", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")))
+
+
+def leaves(root: Tensor) -> set[int]:
+    """Ids of the leaf tensors that the autograd graph of ``root`` reaches."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    pending = [root.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending += [earlier for earlier, _ in node.next_functions]
+    return found
+
+
+@contextmanager
+def silenced(module: LightningModule) -> Iterator[None]:
+    """``self.log`` and torchmetrics do nothing: user code that runs again has counted its batch already."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+    quiet = [(module, "log"), *((m, name) for m in metrics for name in ("update", "forward"))]
+    saved = [vars(owner).get(name) for owner, name in quiet]
+    for owner, name in quiet:
+        vars(owner)[name] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for (owner, name), value in zip(quiet, saved):
+            if value is None:
+                del vars(owner)[name]
+            else:
+                vars(owner)[name] = value

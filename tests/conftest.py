@@ -1,0 +1,96 @@
+"""A tiny split language model, its data, and an orchestrator over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.optim import SGD
+from hosfl_lightning.servers.pretrained import TINY_LM, resolve
+from hosfl_lightning.split import Lora, LoraHalf
+
+VOCAB = 260  # of the byte tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random-init Llama of four layers with the byte tokenizer, saved as a user's model would be."""
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve(TINY_LM)).save_pretrained(folder)
+    return folder
+
+
+class RandomTokens(FederatedDataModule):
+    """Clients with examples of different number and length; two tokens alternate, so there is something to learn.
+
+    Args:
+        lengths: Per client, the lengths of its examples.
+        seed: Of the tokens.
+    """
+
+    def __init__(self, lengths: Sequence[Sequence[int]], batch_size: int = 4, seed: int = 0) -> None:
+        super().__init__(batch_size=batch_size, eval_batch_size=4, seed=seed)
+        self.lengths = lengths
+
+    def setup(self, stage: str) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def example(length: int) -> Example:
+            start = int(torch.randint(3, 9, (), generator=generator))
+            ids = [start + i % 2 for i in range(length)]
+            return Example(ids, list(ids))
+
+        self.clients = [[example(n) for n in of_client] for of_client in self.lengths]
+        self.validation_set = [example(12) for _ in range(8)]
+
+
+@pytest.fixture
+def make_model(tiny_folder: Path) -> Callable[..., SplitCausalLM]:
+    """A fresh split model; keyword arguments replace the defaults."""
+
+    def make(**kwargs: Any) -> SplitCausalLM:
+        targets = ["q_proj", "v_proj", "down_proj"]
+        lora = Lora(client=LoraHalf(r=2, target_modules=targets), server=LoraHalf(r=4, target_modules="all-linear"))
+        settings: dict[str, Any] = {"pretrained": str(tiny_folder), "cut": 2, "lora": lora, "optimizer": sgd}
+        return SplitCausalLM(**(settings | kwargs))
+
+    return make
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.1)
+
+
+@pytest.fixture
+def make_orchestrator(tmp_path: Path) -> Callable[..., Orchestrator]:
+    """A quiet orchestrator in a temporary folder; keyword arguments replace the defaults."""
+
+    def make(algorithm: Any = None, **kwargs: Any) -> Orchestrator:
+        settings: dict[str, Any] = {
+            "max_rounds": 3, "val_check_interval": 2, "default_root_dir": str(tmp_path / "runs"),
+            "enable_progress_bar": False, "enable_checkpointing": False,
+        }  # fmt: skip
+        return Orchestrator(algorithm or HOSFL(client_optimizer=SGD(lr=0.1)), **(settings | kwargs))
+
+    return make
+
+
+@pytest.fixture
+def data() -> RandomTokens:
+    """Three clients: 6, 4 and 5 examples of different lengths."""
+    return RandomTokens([[9, 12, 7, 12, 5, 8], [6, 10, 10, 4], [12, 11, 3, 9, 12]])
