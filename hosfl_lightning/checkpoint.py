@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from hosfl_lightning.orchestrator import Orchestrator
 
 
 class CheckpointError(ValueError):
@@ -15,7 +18,7 @@ class CheckpointError(ValueError):
 
 
 def save(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write to a temporary file beside ``path``, fsync, rename, fsync the folder: a kill leaves the old file or the new."""
+    """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -56,3 +59,47 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
+    """What a resumed run needs; the module's own hook adds the tensors that are trained."""
+    model = trainer.lightning_module
+    checkpoint: dict[str, Any] = {
+        "global_step": trainer.global_step,
+        "epoch": 0,
+        "state_dict": {},
+        "algorithm": trainer.algorithm.name,
+        "cut": model.cut,
+        "pretrained": model.pretrained,
+    }
+    if not weights_only:
+        scheduler = trainer.server.scheduler
+        checkpoint["method"] = trainer.algorithm.state_dict()
+        checkpoint["optimizer_states"] = [trainer.server.optimizer.state_dict()]
+        checkpoint["lr_schedulers"] = [scheduler.state_dict()] if scheduler is not None else []
+        checkpoint["callbacks"] = {c.state_key: state for c in trainer.callbacks if (state := c.state_dict())}
+    return checkpoint
+
+
+def restore(trainer: Orchestrator, checkpoint: dict[str, Any]) -> None:
+    """Continue where the checkpoint was made.
+
+    Raises:
+        CheckpointError: Of another method, or without optimizer states.
+    """
+    if checkpoint["algorithm"] != trainer.algorithm.name:
+        raise CheckpointError(
+            f"ckpt_path: written by {checkpoint['algorithm']}, but trainer.algorithm is {trainer.algorithm.name}"
+        )
+    if "method" not in checkpoint:
+        raise CheckpointError("ckpt_path: holds weights only, so a run cannot continue from it")
+    trainer.lightning_module.load_trained_state(checkpoint["state_dict"])
+    trainer.algorithm.load_state_dict(checkpoint["method"])
+    trainer.server.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
+    if trainer.server.scheduler is not None:
+        trainer.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
+    trainer.global_step = checkpoint["global_step"]
+    trainer.call("on_load_checkpoint", checkpoint=checkpoint)
+    for callback in trainer.callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

@@ -57,7 +57,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class HOSFLCommand(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict`` and ``export`` on a recipe with ``trainer``, ``model`` and ``data``."""
+    """``fit``, ``validate``, ``test``, ``predict``, ``export`` on a recipe with ``trainer``, ``model`` and ``data``."""
 
     @staticmethod
     @override
@@ -74,7 +74,7 @@ def main(args: list[str] | None = None) -> None:
         HOSFLCommand(
             SplitModule,
             FederatedDataModule,
-            trainer_class=Orchestrator,
+            trainer_class=Orchestrator,  # type: ignore[arg-type]  # our parser takes it
             parser_class=Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,

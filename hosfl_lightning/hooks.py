@@ -33,8 +33,8 @@ class HookError(TypeError):
 def check_hooks(callbacks: Sequence[Callback], module: LightningModule) -> None:
     """Refuse what would be silently ignored.
 
-    Overrides in Lightning's own classes are exempt: what they hang on an unfired hook (the sanity check) Trainer may skip
-    too.
+    Overrides in Lightning's own classes are exempt: what they hang on an unfired hook (the sanity check) Trainer may
+    skip too.
 
     Raises:
         HookError: Names the class and the hook.
@@ -42,7 +42,9 @@ def check_hooks(callbacks: Sequence[Callback], module: LightningModule) -> None:
     for callback in callbacks:
         for hook in _overridden(callback, Callback):
             if hook not in FIRED:
-                raise HookError(f"{type(callback).__name__} overrides {hook}, which the Orchestrator never calls; remove it")
+                raise HookError(
+                    f"{type(callback).__name__} overrides {hook}, which the Orchestrator never calls; remove it"
+                )
     for hook in REFUSED_MODULE_HOOKS:
         if getattr(type(module), hook) is not getattr(LightningModule, hook):
             raise HookError(f"{type(module).__name__} overrides {hook}, which the Orchestrator never calls; remove it")

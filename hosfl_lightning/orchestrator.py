@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,10 +13,12 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 from torch import Tensor
 
 from hosfl_lightning import checkpoint as checkpoints
-from hosfl_lightning.algorithms import HOSFL, Algorithm, Frozen, SplitFedSGD
+from hosfl_lightning.algorithms import HOSFL, Algorithm
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, RoundProgressBar
 from hosfl_lightning.clients import Cohort
+from hosfl_lightning.controls import CONTROLS, run_control
 from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.evaluation import Loop, run_evaluation
 from hosfl_lightning.hooks import check_hooks, fire
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
@@ -25,8 +26,6 @@ from hosfl_lightning.servers.server import Server
 from hosfl_lightning.summary import Evaluation, RunResult, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
 from hosfl_lightning.transport import InProcess
-
-CONTROLS: dict[str, type[Algorithm]] = {"frozen": Frozen, "first_order": SplitFedSGD}
 
 
 class Orchestrator(TrainerFace):
@@ -89,7 +88,8 @@ class Orchestrator(TrainerFace):
         super().__init__()
         self.algorithm = algorithm if algorithm is not None else HOSFL()
         self.max_rounds, self.clients_per_round, self.simulation = max_rounds, clients_per_round, simulation
-        self.controls, self.seed = list(controls or []), seed
+        self.seed = seed
+        self.controls: list[str] = list(controls or [])
         self.val_check_interval, self.log_every_n_steps = val_check_interval, log_every_n_steps
         self.gradient_clip_val, self.default_root_dir = gradient_clip_val, str(default_root_dir)
         self.devices, self.precision = devices, precision
@@ -113,7 +113,7 @@ class Orchestrator(TrainerFace):
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
         self._setup_training(model)
         if resumed is not None:
-            self._restore(resumed)
+            checkpoints.restore(self, resumed)
         try:
             result = self._train(announce=True)
         except BaseException as error:
@@ -122,21 +122,27 @@ class Orchestrator(TrainerFace):
             raise
         finally:
             self._finish("fit")
-        controls = {name: self._control(name, start) for name in self.controls}
+        controls = {name: run_control(self, name, start) for name in self.controls}
         self.summary = write_summary(self, result, controls)
 
-    def validate(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[dict[str, float]]:
+    def validate(
+        self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
+    ) -> list[dict[str, float]]:
         """One pass over the validation data."""
         return self._evaluate_only(model, datamodule, TrainerFn.VALIDATING, "validate", "validation", ckpt_path)
 
-    def test(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[dict[str, float]]:
+    def test(
+        self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
+    ) -> list[dict[str, float]]:
         """One pass over the test data."""
         return self._evaluate_only(model, datamodule, TrainerFn.TESTING, "test", "test", ckpt_path)
 
-    def predict(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> list[Tensor]:
+    def predict(
+        self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
+    ) -> list[Tensor]:
         """``predict_step`` of every batch."""
         self._prepare(model, datamodule, TrainerFn.PREDICTING, "predict", ckpt_path, load=True)
-        outputs = self._loop("predict", datamodule.predict_dataloader())
+        outputs = run_evaluation(self, "predict", datamodule.predict_dataloader())
         self._finish("predict")
         return outputs
 
@@ -155,12 +161,16 @@ class Orchestrator(TrainerFace):
 
     # ---- hooks
 
-    def call(self, hook: str, **kwargs: Any) -> None:
-        """Fire a Trainer hook on every callback, then on the module."""
+    def call_callbacks(self, hook: str, **kwargs: Any) -> None:
+        """Fire a Trainer hook on every callback."""
         for callback in self.callbacks:
             self._asking = type(callback).__name__
             fire(callback, hook, trainer=self, pl_module=self.lightning_module, **kwargs)
         self._asking = None
+
+    def call(self, hook: str, **kwargs: Any) -> None:
+        """Fire a Trainer hook on every callback, then on the module."""
+        self.call_callbacks(hook, **kwargs)
         if hook not in ("setup", "teardown", "on_exception"):
             fire(self.lightning_module, hook, trainer=self, **kwargs)
 
@@ -219,7 +229,7 @@ class Orchestrator(TrainerFace):
         self.fabric.setup_module(model)
         model.eval()
         for logger in self.loggers:
-            logger.experiment  # noqa: B018 - opens the run folder before anything is written into it
+            getattr(logger, "experiment", None)  # opens the run folder before anything is written into it
         self.call("setup", stage=stage)
         if load and ckpt_path:
             model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
@@ -228,12 +238,11 @@ class Orchestrator(TrainerFace):
         self.clients_per_round = _checked_sample(self.clients_per_round, self.datamodule.num_clients)
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
         self.algorithm.setup(model, self.seed)
-        configured = model.configure_optimizers()
-        optimizer, scheduler = configured, None
-        if isinstance(configured, dict):
-            optimizer = configured["optimizer"]
-            scheduler = configured["lr_scheduler"]["scheduler"]
-        optimizer = self.fabric.setup_optimizers(optimizer)
+        configured: Any = model.configure_optimizers()
+        if not isinstance(configured, dict):
+            configured = {"optimizer": configured}
+        scheduler = configured["lr_scheduler"]["scheduler"] if "lr_scheduler" in configured else None
+        optimizer: Any = self.fabric.setup_optimizers(configured["optimizer"])
         self.server = Server(model, self.fabric, optimizer, scheduler, self.gradient_clip_val, self.seed, self.call)
 
     def _finish(self, stage: str) -> None:
@@ -296,26 +305,6 @@ class Orchestrator(TrainerFace):
         count = self.lightning_module.count
         return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
 
-    def _control(self, name: str, start: dict[str, Tensor]) -> RunResult:
-        """The same rounds from the same start with another client; the model ends as it was before."""
-        model, trained = self.lightning_module, {n: t.clone() for n, t in self.lightning_module.trained_state().items()}
-        rule = getattr(self.algorithm, "first_order_optimizer", None) if name == "first_order" else None
-        runner = Orchestrator(
-            algorithm=CONTROLS[name](rule or self.algorithm.client_optimizer),
-            max_rounds=self.max_rounds, clients_per_round=self.clients_per_round, simulation=self.simulation,
-            seed=self.seed, val_check_interval=self.val_check_interval, log_every_n_steps=self.log_every_n_steps,
-            accelerator=self.fabric.device.type, precision=self.precision, gradient_clip_val=self.gradient_clip_val,
-            callbacks=[RoundProgressBar(f"control: {name}")] if self.progress_bar_callback else [],
-            logger=CSVLogger(str(Path(self.log_dir) / "controls"), name=name, version="") if self.loggers else False,
-            enable_progress_bar=False, enable_checkpointing=False,
-        )  # fmt: skip
-        try:
-            model.load_trained_state(start)
-            return runner.rerun(model, self.datamodule)
-        finally:
-            model.load_trained_state(trained)
-            model.fabric = self.fabric
-
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule) -> RunResult:
         """The rounds alone: no controls, no summary, no announcement."""
         self._prepare(model, datamodule, TrainerFn.FITTING, "fit", None)
@@ -328,43 +317,27 @@ class Orchestrator(TrainerFace):
     # ---- evaluation
 
     def _validate(self) -> Evaluation:
-        losses = self._loop("validation", self.datamodule.val_dataloader())
+        losses = run_evaluation(self, "validation", self.datamodule.val_dataloader())
         self._validated = True
         self.state.stage = RunningStage.TRAINING
         metrics = {n: float(v) for n, v in self.callback_metrics.items() if n.startswith("val/")}
         return Evaluation(metrics, [float(loss) for loss in losses if loss is not None])
 
     def _evaluate_only(
-        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, stage: str, loop: str, ckpt_path: str | None
+        self,
+        model: SplitModule,
+        data: FederatedDataModule,
+        fn: TrainerFn,
+        stage: str,
+        loop: Loop,
+        ckpt_path: str | None,
     ) -> list[dict[str, float]]:
         self._prepare(model, data, fn, stage, ckpt_path, load=True)
         loader = data.test_dataloader() if loop == "test" else data.val_dataloader()
-        self._loop(loop, loader)
+        run_evaluation(self, loop, loader)
         self._flush()
         self._finish(stage)
         return [{name: float(value) for name, value in self.callback_metrics.items()}]
-
-    @torch.no_grad()
-    def _loop(self, loop: str, batches: Any) -> list[Any]:
-        """One evaluation epoch with Trainer's hooks; ``loop`` is ``validation``, ``test`` or ``predict``."""
-        model = self.lightning_module
-        self.state.stage = RunningStage(loop if loop != "validation" else "validate")
-        setattr(self, {"validation": "num_val_batches", "test": "num_test_batches", "predict": "num_predict_batches"}[loop], [len(batches)])
-        step = getattr(model, f"{loop}_step")
-        self.call(f"on_{loop}_start")
-        self.call(f"on_{loop}_epoch_start")
-        outputs = []
-        for i, batch in enumerate(batches):
-            self.call(f"on_{loop}_batch_start", batch=batch, batch_idx=i, dataloader_idx=0)
-            with self.fabric.autocast():
-                outputs.append(step(self.to_device(batch), i))
-            self.call(f"on_{loop}_batch_end", outputs=outputs[-1], batch=batch, batch_idx=i, dataloader_idx=0)
-        # The module first: it logs what callbacks of the same hook (EarlyStopping, ModelCheckpoint) read.
-        fire(model, f"on_{loop}_epoch_end")
-        for callback in self.callbacks:
-            fire(callback, f"on_{loop}_epoch_end", trainer=self, pl_module=model)
-        self.call(f"on_{loop}_end")
-        return outputs
 
     # ---- metrics
 
@@ -388,40 +361,9 @@ class Orchestrator(TrainerFace):
 
     def save_checkpoint(self, filepath: str, weights_only: bool | None = False) -> None:
         """Everything a resumed run needs, and of the model only what is trained."""
-        model = self.lightning_module
-        checkpoint: dict[str, Any] = {
-            "global_step": self.global_step,
-            "epoch": 0,
-            "state_dict": {},
-            "algorithm": self.algorithm.name,
-            "cut": model.cut,
-            "pretrained": model.pretrained,
-        }
-        if not weights_only:
-            checkpoint["method"] = self.algorithm.state_dict()
-            checkpoint["optimizer_states"] = [self.server.optimizer.state_dict()]
-            checkpoint["lr_schedulers"] = [self.server.scheduler.state_dict()] if self.server.scheduler else []
-            checkpoint["callbacks"] = {c.state_key: state for c in self.callbacks if (state := c.state_dict())}
+        checkpoint = checkpoints.collect(self, bool(weights_only))
         self.call("on_save_checkpoint", checkpoint=checkpoint)
         checkpoints.save(checkpoint, filepath)
-
-    def _restore(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["algorithm"] != self.algorithm.name:
-            raise checkpoints.CheckpointError(
-                f"ckpt_path: written by {checkpoint['algorithm']}, the recipe's trainer.algorithm is {self.algorithm.name}"
-            )
-        if "method" not in checkpoint:
-            raise checkpoints.CheckpointError("ckpt_path: holds weights only, so a run cannot continue from it")
-        self.lightning_module.load_trained_state(checkpoint["state_dict"])
-        self.algorithm.load_state_dict(checkpoint["method"])
-        self.server.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
-        if self.server.scheduler:
-            self.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
-        self.global_step = checkpoint["global_step"]
-        self.call("on_load_checkpoint", checkpoint=checkpoint)
-        for callback in self.callbacks:
-            if callback.state_key in checkpoint["callbacks"]:
-                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
 def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
@@ -429,7 +371,7 @@ def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list
         return [CSVLogger(root, name="")]
     if not logger:
         return []
-    return [logger] if isinstance(logger, Logger) else list(logger)  # type: ignore[arg-type]
+    return [logger] if isinstance(logger, Logger) else list(logger)
 
 
 def _checked_sample(wanted: int | None, clients: int) -> int:

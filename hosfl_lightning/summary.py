@@ -45,7 +45,7 @@ class RunResult:
 
 
 def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> float | None:
-    r"""``(frozen − method) / (frozen − first-order)`` in validation loss: the fraction of the first-order gap recovered.
+    r"""``(frozen − method) / (frozen − first-order)`` in validation loss: fraction of the first-order gap recovered.
 
     None where there is no gap to recover: where the paired difference of the two controls is not above twice its
     standard error over the validation batches. One run says nothing about other seeds.
@@ -135,7 +135,9 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("first-order gap recovered", shown))
     peak, forward = summary["client_peak_bytes"], summary["client_forward_bytes"]
     lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
-    kinds = ", ".join(f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items())
+    kinds = ", ".join(
+        f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items()
+    )
     lines.append(("bytes per client and round", kinds))
     if summary["seconds_per_round"] is not None:
         lines.append(("time per round", f"{summary['seconds_per_round']:.3f} s (median)"))

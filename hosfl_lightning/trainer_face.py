@@ -208,5 +208,9 @@ class TrainerFace:
     def progress_bar_callback(self) -> ProgressBar | None:
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
 
+    def set_num_batches(self, loop: str, count: int) -> None:
+        """How long the evaluation is, for progress bars."""
+        setattr(self, {"validation": "num_val_batches"}.get(loop, f"num_{loop}_batches"), [count])
+
     def _enter(self, fn: TrainerFn, stage: RunningStage) -> None:
         self.state = TrainerState(TrainerStatus.RUNNING, fn, stage)

@@ -28,7 +28,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, initializer_range=0.1,
+            num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            initializer_range=0.1,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve(TINY_LM)).save_pretrained(folder)

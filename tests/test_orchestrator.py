@@ -106,7 +106,9 @@ class TestStockCallbacks:
             def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
                 calls.append("step")
 
-            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            def on_train_batch_end(
+                self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+            ) -> None:
                 calls.append(f"end:{batch_idx}:{trainer.global_step}:{outputs['loss'].dim()}")
 
             def on_validation_end(self, trainer: Any, pl_module: Any) -> None:

@@ -18,7 +18,7 @@ class CommunicationMonitor(Callback):
 
     | logged key | meaning | unit |
     |---|---|---|
-    | ``comm/<kind>_bytes`` | this round, all clients; kind is smashed_data, multiplier, projected_gradients, update | bytes |
+    | ``comm/<kind>_bytes`` | this round, all clients, by kind of message (`KINDS`) | bytes |
     | ``comm/up_bytes``, ``comm/down_bytes`` | this round, all clients and kinds | bytes |
     | ``comm/total_bytes`` | since the first round | bytes |
     """

@@ -19,7 +19,7 @@ class DimensionFreeAggregation(Callback):
 
     | logged key | meaning | unit |
     |---|---|---|
-    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``, about the norm of the client's gradient | nats per unit of θ |
+    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``, about the norm of ``∇θ_c`` | nats per unit of θ |
     | ``client/lr`` | learning rate of the update | – |
 
     Reference: HO-SFL, arXiv 2603.14773; DeComFL, arXiv 2405.15861.

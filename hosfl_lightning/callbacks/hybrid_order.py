@@ -42,8 +42,8 @@ class HybridOrder(Callback):
     Clipping, accumulation, bf16, single-device and DDP strategies, checkpoints and resuming work as without it;
     ``gradient_clip_val`` acts above the cut only. The probes replay torch's random state, so dropout masks below the
     cut agree; they may run ``training_step`` up to the cut again (with ``self.log`` and metrics silenced) when the
-    module is not organised so that a submodule holds both θ_c and the cut. The first batch costs five more forwards of
-    the lower part, a copy of θ_c and, in host memory, the lower part's graph: it is checked that the loss reaches θ_c
+    module is not organised so that a submodule holds both θ_c and the cut. The first batch costs eleven more forwards
+    of the lower part, a copy of θ_c and, in host memory, the lower part's graph: it is checked that the loss reaches θ_c
     through the cut alone, and that a replay reproduces z.
 
     | logged key | meaning | unit |
@@ -166,7 +166,10 @@ class HybridOrder(Callback):
         assert self._client is not None
         optimizer = self._client.optimizer
         basis = optimizer.basis(optimizer.steps)
-        rows = trainer.strategy.all_gather(self._total).reshape(-1, basis.size)
+        # The sum of matrices that are zero but for one's own row: an all-gather, in rank order.
+        rows = self._total.new_zeros(trainer.world_size, basis.size)
+        rows[trainer.global_rank] = self._total
+        rows = trainer.strategy.reduce(rows, reduce_op="sum")
         answers = [
             ProjectedGradients(optimizer.steps, rank, basis.describe(), row, num_terms=1) for rank, row in enumerate(rows)
         ]

@@ -52,8 +52,8 @@ class ForwardOnlyClient(Client):
         r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
 
         Along four directions: the share of z's elements that change under a probe, and the root mean square of
-        ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the Lagrangian terms ``t±`` at ``θ ± μu``; zero where ``f_c`` is
-        linear. A single direction may lie almost across the gradient and would cry wolf.
+        ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the Lagrangian terms ``t±`` at ``θ ± μu``; zero where ``f_c``
+        is linear. A single direction may lie almost across the gradient and would cry wolf.
         """
         mu, everything = self.optimizer.mu, [slice(0, len(z))]
         basis = self.optimizer.basis(round, probes=4)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
@@ -22,6 +22,7 @@ from hosfl_lightning.split import Lora, add_lora, export_adapter, split
 from hosfl_lightning.split.errors import SplitError
 
 Batch = dict[str, Tensor]
+Metrics = dict[str, Metric]
 
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
@@ -46,7 +47,7 @@ class SplitModule(L.LightningModule, ABC):
 
     Raises:
         PretrainedError: The model cannot be loaded.
-        SplitError: The cut is out of range, the architecture cannot be cut exactly, or LoRA matches nothing on one half.
+        SplitError: The cut is out of range, the architecture cannot be cut exactly, LoRA matches nothing on a half.
     """
 
     #: What the orchestrator says in one line before the first round.
@@ -68,16 +69,15 @@ class SplitModule(L.LightningModule, ABC):
         super().__init__()
         self.pretrained, self.cut, self.lora = pretrained, cut, lora
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        whole = load_model(self.auto_class, pretrained, seed=seed, dtype=dtype, **model_kwargs)
+        whole: Any = load_model(self.auto_class, pretrained, seed=seed, dtype=dtype, **model_kwargs)
         whole.eval()
         if lora is not None:
             peft_model = add_lora(
                 whole, cut, lora, head=self.trains_head, base_model_name_or_path=resolve(pretrained), seed=seed
             ).eval()
             whole = peft_model.get_base_model()
-            self._whole = (peft_model,)  # in a tuple: Lightning must see each parameter once, in its half
-        else:
-            self._whole = (whole,)
+        # In a tuple: Lightning must see each parameter once, in its half.
+        self._whole = (peft_model if lora is not None else whole,)
         self.client_half, self.server_half = split(whole, cut)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
@@ -97,11 +97,11 @@ class SplitModule(L.LightningModule, ABC):
         """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
         return {"loss": MeanMetric()}
 
-    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Take one evaluation batch into the metrics."""
         metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
 
-    def computed(self, metrics: nn.ModuleDict) -> dict[str, Tensor]:
+    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
         """The values to log at the end of an evaluation, by name."""
         return {name: metric.compute() for name, metric in metrics.items()}
 
@@ -131,9 +131,7 @@ class SplitModule(L.LightningModule, ABC):
             SplitError: The state is of another model, cut or adapter.
         """
         mine = self.trained_state()
-        differ = sorted(set(mine) ^ set(state)) + [
-            n for n in mine if n in state and mine[n].shape != state[n].shape
-        ]
+        differ = sorted(set(mine) ^ set(state)) + [n for n in mine if n in state and mine[n].shape != state[n].shape]
         if differ:
             raise SplitError(
                 f"the checkpoint is of another model, cut or LoRA setting: {len(differ)} tensors differ, "
@@ -149,7 +147,7 @@ class SplitModule(L.LightningModule, ABC):
     # ---- Lightning
 
     @property
-    def whole(self) -> PreTrainedModel | Any:
+    def whole(self) -> Any:
         """The uncut model (a PeftModel with LoRA); its parameters are those of the halves."""
         return self._whole[0]
 
@@ -195,7 +193,10 @@ class SplitModule(L.LightningModule, ABC):
         optimizer = self.make_optimizer(list(self.server_parameters.values()))
         if self.make_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"}}  # type: ignore[typeddict-item]
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
 
     @contextmanager
     def dropout_active(self) -> Iterator[None]:
@@ -216,7 +217,9 @@ class SplitModule(L.LightningModule, ABC):
             SplitError: Without LoRA there is no adapter to write.
         """
         if self.lora is None:
-            raise SplitError("export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora")
+            raise SplitError(
+                "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
+            )
         export_adapter(self.whole, directory, resolve(self.pretrained))
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
@@ -225,13 +228,11 @@ class SplitModule(L.LightningModule, ABC):
         self.update_metrics(self._metrics(stage), logits, labels)
         return self.loss(logits, labels)
 
-    def _metrics(self, stage: str) -> nn.ModuleDict:
-        metrics = self.metrics[stage]
-        assert isinstance(metrics, nn.ModuleDict)
-        return metrics
+    def _metrics(self, stage: str) -> Metrics:
+        return dict(self.metrics[stage].items())  # type: ignore[operator]
 
     def _log_metrics(self, stage: str) -> None:
         metrics = self._metrics(stage)
         self.log_dict({f"{stage}/{name}": value for name, value in self.computed(metrics).items()})
         for metric in metrics.values():
-            metric.reset()  # type: ignore[operator]
+            metric.reset()

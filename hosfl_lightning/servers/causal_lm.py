@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import AutoModelForCausalLM
 
-from hosfl_lightning.servers.base import SplitModule
+from hosfl_lightning.servers.base import Metrics, SplitModule
 
 IGNORE = -100
 
@@ -34,13 +34,13 @@ class SplitCausalLM(SplitModule):
         """``loss`` and ``token_accuracy``."""
         return {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
 
-    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Weighted by the number of labelled tokens."""
         super().update_metrics(metrics, logits, labels)
         counted = labels[:, 1:] != IGNORE
         metrics["token_accuracy"].update((logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float())
 
-    def computed(self, metrics: nn.ModuleDict) -> dict[str, Tensor]:
+    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
         """Adds ``perplexity``."""
         values = super().computed(metrics)
         return {**values, "perplexity": values["loss"].exp()}

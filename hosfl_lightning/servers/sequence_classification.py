@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification
 
-from hosfl_lightning.servers.base import SplitModule, default_optimizer
+from hosfl_lightning.servers.base import Metrics, SplitModule, default_optimizer
 from hosfl_lightning.split import Lora
 
 
@@ -49,7 +49,7 @@ class SplitSequenceClassifier(SplitModule):
         """``loss`` and ``accuracy``."""
         return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
 
-    def update_metrics(self, metrics: nn.ModuleDict, logits: Tensor, labels: Tensor) -> None:
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """One batch."""
         super().update_metrics(metrics, logits, labels)
         metrics["accuracy"].update(logits, labels)

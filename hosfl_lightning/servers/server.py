@@ -23,8 +23,8 @@ class Server:
     r"""Descends ``Σ_k w_k ℓ_k(f_s(z_k; θ_s), y_k)`` and returns ``λ_k = ∂ℓ_k/∂z_k``, unweighted.
 
     The clients of a group run as one batch: the mean over its terms is the weighted mean of its clients' means, so
-    weights enter once. λ_k is what autograd leaves in ``z_k`` divided by ``w_k``. Gradients of several groups are summed
-    in order.
+    weights enter once. λ_k is what autograd leaves in ``z_k`` divided by ``w_k``. Gradients of several groups are
+    summed in order.
 
     Args:
         module: Whose ``training_step`` is the loss.
@@ -83,7 +83,12 @@ class Server:
         labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
         batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
         # Dropout masks are a function of (seed, round, batch), so a resumed run draws the same ones.
-        with self.module.dropout_active(), seeded((self.seed * 1_000_003 + round) % 2**63, z.device), torch.enable_grad(), self.fabric.autocast():
+        with (
+            self.module.dropout_active(),
+            seeded((self.seed * 1_000_003 + round) % 2**63, z.device),
+            torch.enable_grad(),
+            self.fabric.autocast(),
+        ):
             loss = self.module.training_step(batch, round) * share
         self.call("on_before_backward", loss=loss)
         self.fabric.backward(loss)
@@ -100,4 +105,3 @@ def _multipliers(group: Sequence[SmashedData], gradient: Tensor, w: Sequence[flo
         row += examples
         # A client without a single loss term has weight 0 and λ = 0.
         yield Multiplier.pack(message.round, message.client, mine / weight if weight else mine, message.mask)
-

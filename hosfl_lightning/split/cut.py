@@ -52,7 +52,7 @@ def prune_to_client(model: PreTrainedModel, structure: Structure, cut: int) -> P
         elif name not in structure.before:
             set_submodule(model, name, nn.Identity())
     stack = model.get_submodule(structure.layers.path)
-    set_submodule(stack, str(cut), Exit(stack.get_submodule(str(cut)), structure.tuples))
+    set_submodule(stack, str(cut), Exit(structure.tuples))
     for i in range(cut + 1, structure.layers.num_layers):
         del stack._modules[str(i)]
     for name in set(model._modules) - {structure.layers.backbone}:
@@ -65,8 +65,7 @@ def prune_to_server(model: PreTrainedModel, structure: Structure, cut: int) -> P
     stub_client(model, structure)
     stack = model.get_submodule(structure.layers.path)
     for i in range(cut):
-        kind = Entry if i == cut - 1 else Skip
-        set_submodule(stack, str(i), kind(stack.get_submodule(str(i)), structure.tuples))
+        set_submodule(stack, str(i), Entry(structure.tuples) if i == cut - 1 else Skip(structure.tuples))
     return model
 
 

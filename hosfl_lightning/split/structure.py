@@ -58,12 +58,10 @@ class Structure:
 
 
 class Skip(nn.Module):
-    """A layer that hands its input on, with the true layer's plain attributes (some models read them)."""
+    """A layer that hands its input on, as a tensor or as the first entry of a tuple."""
 
-    def __init__(self, layer: nn.Module, tuples: bool) -> None:
+    def __init__(self, tuples: bool) -> None:
         super().__init__()
-        plain = {k: v for k, v in vars(layer).items() if not k.startswith("_") and k != "training"}
-        self.__dict__.update(plain)
         self.tuples = tuples
 
     def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
@@ -145,9 +143,8 @@ def _record(model: PreTrainedModel, layers: LayerPath, tuples: bool) -> Structur
     for name, module in list(twin.named_children()):
         if name != layers.backbone:
             watch(name, module)
-    stack = twin.get_submodule(layers.path)
-    for i, layer in enumerate(list(stack.children())):
-        watch(f"{layers.path}.{i}", Skip(layer, tuples))
+    for i in range(layers.num_layers):
+        watch(f"{layers.path}.{i}", Skip(tuples))
     tokens = torch.zeros(1, 5, dtype=torch.long, device=embedding_weight(model).device)
     with quiet(twin), padding_token(model, None):
         logits = twin(input_ids=tokens, use_cache=False, return_dict=True).logits

@@ -70,7 +70,7 @@ def test_projecting_is_the_inner_product_with_each_direction(distribution: str) 
     basis = SharedDirections(1, 2, 2, distribution)
     gradient = random_tensors(SIZES)
     expected = [
-        sum((g.double() * direction(stream, t, 0, len(g))).sum() for t, g in enumerate(gradient))
+        torch.stack([(g.double() * direction(stream, t, 0, len(g))).sum() for t, g in enumerate(gradient)]).sum()
         for stream in basis.streams
     ]
     torch.testing.assert_close(basis.project(gradient), torch.stack(expected).float(), rtol=1e-6, atol=0)

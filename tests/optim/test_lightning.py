@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class ForwardOnly(Split):
         return self.make_optimizer()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        loss = self.optimizers().step(lambda: self.loss(batch))  # type: ignore[union-attr]
+        optimizer: Any = self.optimizers()
+        loss = optimizer.step(lambda: self.loss(batch))
         self.losses.append(float(loss))
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -82,7 +84,7 @@ def one_round(model: Split, batch: list[Tensor], fo: torch.optim.Optimizer, zo: 
     fo.zero_grad()
     backward((model.upper(cut).float() - y).square().mean())
     fo.step()
-    multiplier = cut.grad.float()  # type: ignore[union-attr]
+    multiplier = cut.grad.float()
     zo.record(zo.project(lambda: ((model.lower(x).float() - z.float()) * multiplier).double().sum()))
     zo.step()
 
@@ -95,7 +97,8 @@ class Hybrid(Split):
         return [torch.optim.SGD(self.upper.parameters(), lr=0.1), lower]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        fo, zo = self.optimizers()  # type: ignore[misc,union-attr]
+        optimizers: Any = self.optimizers()
+        fo, zo = optimizers
         one_round(self, batch, fo, zo.optimizer, self.manual_backward)
 
 
@@ -121,7 +124,7 @@ def plain_forward_only(precision: str = "32-true", epochs: int = 1) -> ForwardOn
 
     for _ in range(epochs):
         for batch in batches():
-            model.losses.append(float(zo.step(lambda b=batch: loss(b))))
+            model.losses.append(float(zo.step(partial(loss, batch))))
     return model
 
 
@@ -160,9 +163,9 @@ class Recorded(ForwardOnly):
     """Recorded on the raw optimizer, stepped through the wrapper."""
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        wrapped = self.optimizers()
-        wrapped.optimizer.record(wrapped.optimizer.project(lambda: self.loss(batch)))  # type: ignore[union-attr]
-        wrapped.step()  # type: ignore[union-attr]
+        wrapped: Any = self.optimizers()
+        wrapped.optimizer.record(wrapped.optimizer.project(lambda: self.loss(batch)))
+        wrapped.step()
 
 
 def test_recorded_values_through_the_wrapper_fire_one_hook_a_step(tmp_path: Path) -> None:
@@ -189,7 +192,8 @@ def test_recording_on_the_wrapper_is_not_lost(tmp_path: Path) -> None:
 def test_a_step_with_nothing_to_apply_is_refused_under_the_wrapper_too(tmp_path: Path) -> None:
     class Nothing(ForwardOnly):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            self.optimizers().step()  # type: ignore[union-attr]
+            optimizer: Any = self.optimizers()
+            optimizer.step()
 
     with pytest.raises(RuntimeError, match="nothing to apply"):
         trainer(tmp_path).fit(Nothing())
@@ -217,14 +221,14 @@ def fabric_of(precision: Any = "32-true") -> L.Fabric:
 def test_a_closure_through_fabrics_wrapper(precision: str) -> None:
     model, fabric = ForwardOnly(), fabric_of(precision)
     fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(model.make_optimizer())
+    optimizer: Any = fabric.setup_optimizers(model.make_optimizer())
 
     def loss(batch: list[Tensor]) -> Tensor:
         with fabric.autocast():
             return model.loss(batch)
 
     for batch in batches():
-        model.losses.append(float(optimizer.step(lambda b=batch: loss(b))))
+        model.losses.append(float(optimizer.step(partial(loss, batch))))
     plain = plain_forward_only(precision)
     assert_same_weights(model, plain)
     assert model.losses == plain.losses
@@ -240,7 +244,7 @@ def test_recorded_values_through_fabrics_wrapper_and_checkpoint(tmp_path: Path) 
     stopped, resumed = make(), make()
     for model, optimizer in (stopped, resumed):
         for batch in batches():
-            optimizer.optimizer.record(optimizer.optimizer.project(lambda m=model, b=batch: m.loss(b)))
+            optimizer.optimizer.record(optimizer.optimizer.project(partial(model.loss, batch)))
             optimizer.step()
         if model is stopped[0]:
             fabric.save(tmp_path / "fabric.ckpt", {"model": model, "optimizer": optimizer})

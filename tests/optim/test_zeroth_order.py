@@ -140,7 +140,8 @@ def test_resumed_is_never_stopped(rule: UpdateRule) -> None:
     buffer = io.BytesIO()
     torch.save([part.state_dict() for part in stopped], buffer)
     buffer.seek(0)
-    for part, state in zip(resumed, torch.load(buffer, weights_only=True)):
+    parts: tuple[Any, ...] = resumed
+    for part, state in zip(parts, torch.load(buffer, weights_only=True)):
         part.load_state_dict(state)
     assert resumed[1].steps == 3
     train(*resumed)

@@ -30,7 +30,6 @@ from tests.split.tiny_models import (
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **{f: lambda f=f: tiny_causal_lm(f) for f in CAUSAL},
-    "lfm2": lambda: tiny_causal_lm("lfm2", layer_types=["conv", "full_attention"] * 2),
     "opt_projected": lambda: tiny_causal_lm("opt", word_embed_proj_dim=16),
     "falcon_alibi": lambda: tiny_causal_lm("falcon", alibi=True),
     "llama_tied": lambda: tiny_causal_lm("llama", tie_word_embeddings=True),
