@@ -85,4 +85,5 @@ def _pruned(kind: type[PreTrainedModel], structure: Structure, cut: int, prune: 
             if any(tied.startswith(f"{name}.") for tied in self.all_tied_weights_keys.values()):
                 set_submodule(self, name, module)
 
-    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+    silent = {"_keys_to_ignore_on_load_unexpected": [".*"]}  # the other half's tensors are no news
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__, **silent})

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
+_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+
 
 def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name_or_path: str | None = None) -> Path:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, both halves in one adapter.
@@ -23,15 +25,18 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
 
     Raises:
         ValueError: no base model is known: an adapter that names none cannot be loaded by itself.
-        FileExistsError: ``directory`` is there and is not an adapter.
+        FileExistsError: ``directory`` holds anything but an adapter.
     """
     directory = Path(directory)
     config = peft_model.peft_config["default"]
     base = base_model_name_or_path or config.base_model_name_or_path
     if not base:
         raise ValueError("base_model_name_or_path is not set and the model has no name: pass the base model's.")
-    if directory.exists() and any(directory.iterdir()) and not (directory / "adapter_config.json").is_file():
-        raise FileExistsError(f"{directory} is there and holds no adapter: choose another directory.")
+    other = {file.name for file in directory.iterdir()} - _FILES if directory.exists() else set()
+    if other:
+        raise FileExistsError(
+            f"{directory} holds {', '.join(sorted(other))}: choose a directory for the adapter alone."
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     given, config.base_model_name_or_path = config.base_model_name_or_path, base
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))

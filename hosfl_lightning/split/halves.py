@@ -124,7 +124,8 @@ class ServerHalf(Half):
         """Smashed data to logits.
 
         Args:
-            z: (B, S, h); entries at padding may be anything finite, zero for instance.
+            z: (B, S, h); entries at padding may be anything finite, such as zero. An encoder classifier reads the
+                first position, so its batches are padded on the right.
             attention_mask: (B, S), 1 at valid tokens; ``None`` when there is no padding.
 
         Returns:

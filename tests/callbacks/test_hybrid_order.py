@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from torchmetrics import MeanMetric
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -32,6 +32,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor"),
 ]
 FEATURES, CLASSES = 6, 3
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False, "log_every_n_steps": 1,
+}  # fmt: skip
 
 
 class Sequential(L.LightningModule):
@@ -86,11 +90,7 @@ def loader(batch_size: int = 8, size: int = 32) -> DataLoader[Any]:
 
 
 def fit(module: L.LightningModule, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **kw: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1,
-    }  # fmt: skip
-    trainer = L.Trainer(callbacks=list(callbacks), **(settings | kw))
+    trainer = L.Trainer(callbacks=list(callbacks), **(QUIET | {"max_epochs": 1} | kw))
     trainer.fit(module, data if data is not None else loader(), ckpt_path=ckpt_path)
     return trainer
 
@@ -417,10 +417,22 @@ class SaveRank(Callback):
         torch.save(pl_module.state_dict(), self.folder / f"rank{trainer.global_rank}.pt")
 
 
+class Interleaved(Sequential):
+    """Rank r of two takes examples r, r + 2, ...; a step of both takes those of one process with the double batch."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        dataset: Any = loader().dataset
+        sampler = DistributedSampler(dataset, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(dataset, batch_size=8 // self.trainer.world_size, sampler=sampler)
+
+
 def test_two_ranks_are_one_process_with_the_double_batch(tmp_path: Path) -> None:
-    one, two = mlp(), mlp()
-    fit(one, hybrid(), data=loader(8))
-    fit(two, hybrid(), SaveRank(tmp_path), data=loader(4), devices=2, strategy="ddp_spawn")
+    one, two = Interleaved(*mlp().net), Interleaved(*mlp().net)
+    trainers = [L.Trainer(**QUIET, callbacks=[hybrid()], max_epochs=1)]
+    trainers += [L.Trainer(**(QUIET | {"devices": 2}), callbacks=[hybrid(), SaveRank(tmp_path)], max_epochs=1,
+                           strategy="ddp_spawn", use_distributed_sampler=False)]  # fmt: skip
+    for trainer, module in zip(trainers, (one, two)):
+        trainer.fit(module)
     ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     assert all(torch.allclose(ranks[0][name], value, atol=1e-5) for name, value in one.state_dict().items())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,13 +100,15 @@ def test_a_half_is_built_from_its_own_tensors_only(name: str, tmp_path: Path, mo
     assert not any(f"{client.layer_path.path}.0." in n for n in read_by_server)
 
 
-def test_shards_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = tiny_causal_lm("llama")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     with tensors_read(monkeypatch) as names:
         server = load_server_half(tmp_path, 3, dtype=torch.bfloat16)
     assert names == set(values(server))
+    assert "UNEXPECTED" not in caplog.text
     assert {p.dtype for p in server.parameters()} == {torch.bfloat16}
     assert sum(p.numel() for p in server.layers[3].parameters()) == sum(
         p.numel() for p in model.model.layers[3].parameters()

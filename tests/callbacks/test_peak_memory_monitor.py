@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
+from hosfl_lightning.algorithms import SplitFedSGD
+from hosfl_lightning.callbacks import PeakMemoryMonitor
+from hosfl_lightning.callbacks.peak_memory_monitor import storage_bytes
+from hosfl_lightning.optim import SGD, AdamW
+from tests.conftest import RandomTokens
+
+
+def report(trainer: Orchestrator) -> dict[str, int]:
+    return next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor)).report
+
+
+@pytest.fixture
+def long_rows() -> RandomTokens:
+    return RandomTokens([[48] * 4, [48] * 4])
+
+
+def test_forward_only_waits_with_z_and_first_order_with_its_graph(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], long_rows: RandomTokens
+) -> None:
+    reports = []
+    for algorithm in (HOSFL(client_optimizer=SGD(lr=0.1)), SplitFedSGD(SGD(lr=0.1))):
+        trainer = make_orchestrator(algorithm, max_rounds=1)
+        trainer.fit(make_model(), long_rows)
+        reports.append(report(trainer))
+    ours, first_order = reports
+    z = 4 * 48 * 32 * 4
+    assert z <= ours["client_waiting_bytes"] <= z + 1024
+    assert first_order["client_waiting_bytes"] > 10 * z
+    assert ours["client_forward_bytes"] == first_order["client_forward_bytes"]
+    inference = ours["client_forward_bytes"] - ours["client_static_bytes"]
+    working = ours["client_peak_bytes"] - ours["client_static_bytes"]
+    assert inference < working < 2 * inference < first_order["client_peak_bytes"] - first_order["client_static_bytes"]
+
+
+def test_static_bytes_are_exact_and_count_the_optimizer(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], long_rows: RandomTokens
+) -> None:
+    model = make_model()
+    half = model.client_half
+    exact = sum(t.numel() * t.element_size() for t in [*half.parameters(), *half.buffers()])
+    assert storage_bytes([*half.parameters(), *half.buffers()]) == exact
+    d_client = sum(p.numel() for p in model.client_parameters.values())
+    for rule, slots in ((SGD(lr=0.1), 0), (SGD(lr=0.1, momentum=0.9), 1), (AdamW(lr=0.1), 2)):
+        trainer = make_orchestrator(HOSFL(client_optimizer=rule), max_rounds=1)
+        trainer.fit(make_model(), long_rows)
+        assert report(trainer)["client_static_bytes"] == exact + slots * 4 * d_client
+
+
+def test_it_is_one_clients_batch_whatever_runs_jointly(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator]
+) -> None:
+    reports = []
+    for clients in (1, 3):
+        trainer = make_orchestrator(max_rounds=1)
+        trainer.fit(make_model(), RandomTokens([[32] * 4] * clients))
+        reports.append(report(trainer))
+    assert reports[0] == reports[1]
+
+
+def test_a_measured_run_is_the_unmeasured_run(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], data: RandomTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def train() -> dict[str, torch.Tensor]:
+        model = make_model()
+        make_orchestrator(HOSFL(client_optimizer=AdamW(lr=0.01))).fit(model, data)
+        return {n: t.clone() for n, t in model.trained_state().items()}
+
+    measured = train()
+    nothing: dict[str, Any] = {"client_peak_bytes": 0, "client_forward_bytes": 1}
+    monkeypatch.setattr(PeakMemoryMonitor, "on_train_start", lambda self, **_: self.report.update(nothing))
+    unmeasured = train()
+    assert all(torch.equal(measured[n], unmeasured[n]) for n in measured)

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, SplitSequenceClassifier
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.optim import SGD
+from hosfl_lightning.servers import PretrainedError
+from hosfl_lightning.split import Lora, LoraHalf, SplitError
+
+IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 256, 256]])
+MASK = (IDS != 256).long()
+
+
+def test_loss_is_hugging_faces(tiny_folder: Path) -> None:
+    model = SplitCausalLM(str(tiny_folder), cut=2)
+    labels = IDS.masked_fill(MASK == 0, -100)
+    whole = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    expected = whole(IDS, attention_mask=MASK, labels=labels)
+    assert torch.equal(model(IDS, MASK), expected.logits)
+    torch.testing.assert_close(model.loss(model(IDS, MASK), labels), expected.loss)
+    assert model.count(labels) == 6
+
+
+def test_without_lora_every_weight_is_trained_and_there_is_no_adapter(tiny_folder: Path, tmp_path: Path) -> None:
+    model = SplitCausalLM(str(tiny_folder), cut=2)
+    trained = sum(t.numel() for t in model.trained_state().values())
+    assert trained == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_folder).parameters())
+    with pytest.raises(SplitError, match="without LoRA"):
+        model.export(str(tmp_path / "adapter"))
+
+
+def test_full_fine_tuning_runs_and_moves_the_embeddings(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule
+) -> None:
+    model = SplitCausalLM(str(tiny_folder), cut=2)
+    before = model.client_half.get_parameter("model.embed_tokens.weight").clone()
+    make_orchestrator(HOSFL(mu=1e-4, client_optimizer=SGD(lr=1e-4))).fit(model, data)
+    after = model.client_half.get_parameter("model.embed_tokens.weight")
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.filterwarnings("ignore:the two sides of a probe")
+def test_exported_adapter_gives_the_split_models_logits(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule,
+    tiny_folder: Path,
+) -> None:  # fmt: skip
+    model, trainer = make_model(), make_orchestrator()
+    trainer.fit(model, data)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    untrained = base(IDS, attention_mask=MASK).logits
+    exported = PeftModel.from_pretrained(base, Path(trainer.log_dir) / "adapter").eval()
+    assert torch.equal(exported(IDS, attention_mask=MASK).logits, model(IDS, MASK))
+    assert not torch.equal(untrained, model(IDS, MASK))
+    assert exported.peft_config["default"].base_model_name_or_path == str(tiny_folder)
+
+
+class Labelled(FederatedDataModule):
+    """Two clients of four labelled examples; the first token is the label."""
+
+    def setup(self, stage: str) -> None:
+        def example(label: int, length: int) -> Example:
+            return Example([5 + label] + [9] * length, label)
+
+        self.clients = [[example(i % 3, 3 + i) for i in range(4)] for _ in range(2)]
+        self.validation_set = [example(i % 3, 4) for i in range(8)]
+
+
+@pytest.mark.filterwarnings("ignore:the two sides of a probe")
+def test_a_classifier_trains_its_head_at_the_server(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator]
+) -> None:
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1e-2)
+
+    lora = Lora(client=LoraHalf(r=2), server=LoraHalf(r=2))
+    model = SplitSequenceClassifier(str(tiny_folder), cut=2, num_labels=3, lora=lora, optimizer=adam)
+    assert any("score" in name for name in model.server_parameters)
+    assert not any("score" in name for name in model.client_parameters)
+    trainer = make_orchestrator(max_rounds=30)
+    trainer.fit(model, Labelled(batch_size=4))
+    first, last = trainer.summary["metrics_first"], trainer.summary["metrics_last"]
+    assert last["val/loss"] < first["val/loss"] - 0.1
+    assert last["val/accuracy"] > first["val/accuracy"]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=3)
+    exported = PeftModel.from_pretrained(base, Path(trainer.log_dir) / "adapter").eval()
+    assert torch.equal(exported(IDS, attention_mask=MASK).logits, model(IDS, MASK))
+
+
+def test_the_start_follows_from_the_seed_and_leaves_the_random_state(tiny_folder: Path) -> None:
+    def start(seed: int) -> torch.Tensor:
+        return next(iter(SplitSequenceClassifier(str(tiny_folder), 2, 3, Lora(), seed=seed).trained_state().values()))
+
+    before = torch.random.get_rng_state()
+    assert torch.equal(start(0), start(0))
+    assert not torch.equal(start(0), start(1))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_model_that_is_not_there_names_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PretrainedError, match=r"model.init_args.pretrained: no model at .*nowhere"):
+        SplitCausalLM(str(tmp_path / "nowhere"), cut=2)
+
+
+def test_loading_anothers_state_is_refused(make_model: Callable[..., SplitCausalLM]) -> None:
+    with pytest.raises(SplitError, match="another model, cut or LoRA setting"):
+        make_model(cut=1).load_trained_state(make_model(cut=2).trained_state())
