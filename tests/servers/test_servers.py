@@ -16,8 +16,8 @@ from hosfl_lightning.optim import SGD
 from hosfl_lightning.servers import PretrainedError
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
 
-IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 256, 256]])
-MASK = (IDS != 256).long()
+IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 0, 0]])  # 0 is pad in the model's config
+MASK = (IDS != 0).long()
 
 
 def test_loss_is_hugging_faces(tiny_folder: Path) -> None:
