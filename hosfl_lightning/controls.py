@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm, Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import RoundProgressBar
-from hosfl_lightning.summary import RunResult
+from hosfl_lightning.summary import Evaluation, RunResult
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CONTROLS: dict[str, type[Algorithm]] = {"frozen": Frozen, "first_order": SplitFedSGD}
 
 
-def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor]) -> RunResult:
+def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], first: Evaluation) -> RunResult:
     """The rounds of ``trainer`` from the same start, seeds and batches; the model ends as trained as it was.
 
     Its curves are written to ``controls/<name>/metrics.csv`` of the run folder.
@@ -28,6 +28,7 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor]) -> R
         trainer: After its own run.
         name: A key of `CONTROLS`.
         start: The trained tensors as they were before the first round.
+        first: The validation at that start.
     """
     model = trainer.lightning_module
     trained = {n: t.clone() for n, t in model.trained_state().items()}
@@ -50,7 +51,7 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor]) -> R
     )
     try:
         model.load_trained_state(start)
-        return runner.rerun(model, trainer.datamodule)
+        return runner.rerun(model, trainer.datamodule, first)
     finally:
         model.load_trained_state(trained)
         model.fabric = trainer.fabric

@@ -27,6 +27,9 @@ from hosfl_lightning.summary import Evaluation, RunResult, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
 from hosfl_lightning.transport import InProcess
 
+#: No GradScaler among them.
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
 
 class Orchestrator(TrainerFace):
     """Runs the rounds of a split federated method.
@@ -77,7 +80,7 @@ class Orchestrator(TrainerFace):
         accelerator: str = "cpu",
         strategy: str = "auto",
         devices: int = 1,
-        precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true",
+        precision: str = "32-true",
         gradient_clip_val: float | None = None,
         callbacks: list[Callback] | Callback | None = None,
         logger: bool | Logger | list[Logger] | None = True,
@@ -112,17 +115,19 @@ class Orchestrator(TrainerFace):
         self._prepare(model, datamodule, TrainerFn.FITTING, "fit", ckpt_path)
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
         self._setup_training(model)
+        if self.is_global_zero:
+            print(model.labels_notice, flush=True)
         if resumed is not None:
             checkpoints.restore(self, resumed)
         try:
-            result = self._train(announce=True)
+            result = self._train()
         except BaseException as error:
             self.state.status = TrainerStatus.INTERRUPTED
             self.call("on_exception", exception=error)
             raise
         finally:
             self._finish("fit")
-        controls = {name: run_control(self, name, start) for name in self.controls}
+        controls = {name: run_control(self, name, start, result.first) for name in self.controls}
         self.summary = write_summary(self, result, controls)
 
     def validate(
@@ -188,11 +193,13 @@ class Orchestrator(TrainerFace):
             raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
         if self.devices != 1:
             raise ValueError(f"trainer.devices must be 1, got {self.devices}: clients do not run on several ranks yet")
-        if str(self.precision) in ("16", "16-mixed", "16-true"):
-            raise ValueError(
-                f"trainer.precision={self.precision}: fp16 needs a GradScaler, which scales λ and refuses forward-only "
-                "steps; use bf16-mixed or 32-true"
+        if self.precision not in PRECISIONS:
+            reason = (
+                "fp16 needs a GradScaler, which scales λ and refuses forward-only steps; "
+                if "16" in str(self.precision)
+                else ""
             )
+            raise ValueError(f"trainer.precision={self.precision!r}: {reason}use one of {', '.join(PRECISIONS)}")
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
@@ -238,6 +245,8 @@ class Orchestrator(TrainerFace):
         self.clients_per_round = _checked_sample(self.clients_per_round, self.datamodule.num_clients)
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
         self.algorithm.setup(model, self.seed)
+        for k, name in enumerate(self.datamodule.client_names):
+            model.check_batch(self.datamodule.client_batch(k, 0), name)
         configured: Any = model.configure_optimizers()
         if not isinstance(configured, dict):
             configured = {"optimizer": configured}
@@ -259,12 +268,11 @@ class Orchestrator(TrainerFace):
 
     # ---- training
 
-    def _train(self, announce: bool) -> RunResult:
-        if announce and self.is_global_zero:
-            print(self.lightning_module.labels_notice, flush=True)
+    def _train(self, first: Evaluation | None = None) -> RunResult:
+        """Validate unless ``first`` is known, then the rounds."""
         self.call("on_fit_start")
         self.call("on_train_start")
-        first = self._validate()
+        first = first or self._validate()
         result = RunResult(first, first)
         self._flush()
         self.call("on_train_epoch_start")
@@ -303,14 +311,19 @@ class Orchestrator(TrainerFace):
         clients = self.sample(round)
         groups = [clients] if self.simulation == "batched" else [[k] for k in clients]
         count = self.lightning_module.count
-        return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
+        return [Cohort.join(g, [self._batch(k, round) for k in g], count) for g in groups]
 
-    def rerun(self, model: SplitModule, datamodule: FederatedDataModule) -> RunResult:
-        """The rounds alone: no controls, no summary, no announcement."""
+    def _batch(self, client: int, round: int) -> dict[str, Tensor]:
+        batch = self.datamodule.client_batch(client, round)
+        self.lightning_module.check_batch(batch, self.datamodule.client_names[client])
+        return batch
+
+    def rerun(self, model: SplitModule, datamodule: FederatedDataModule, first: Evaluation) -> RunResult:
+        """The rounds alone from a start that was validated already: no controls, no summary."""
         self._prepare(model, datamodule, TrainerFn.FITTING, "fit", None)
         self._setup_training(model)
         try:
-            return self._train(announce=False)
+            return self._train(first)
         finally:
             self._finish("fit")
 

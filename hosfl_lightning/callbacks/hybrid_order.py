@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hosfl_lightning.callbacks.cut_check import CutError
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.callbacks.lower_part import CutError, LowerPart
+from hosfl_lightning.callbacks.lower_part import LowerPart
 from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient
 from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
@@ -141,8 +142,8 @@ class HybridOrder(Callback):
         """Step 4: λ has arrived at the cut; answer with ``P`` scalars."""
         assert self._client is not None
         if self._stepped:
-            raise ValueError("HybridOrder: the optimizer evaluates its closure more than once a step (LBFGS does); use one "
-                             "that needs a single gradient")  # fmt: skip
+            raise ValueError("HybridOrder: the optimizer evaluates its closure more than once a step (LBFGS does); use "
+                             "one that needs a single gradient")  # fmt: skip
         z, multiplier = self._client.receive()
         cohort = Cohort(clients=[trainer.global_rank], batch={}, rows=[slice(None)], widths=[], num_terms=[1])
         basis = self._client.optimizer.basis(self._client.optimizer.steps)
@@ -171,7 +172,8 @@ class HybridOrder(Callback):
         rows[trainer.global_rank] = self._total
         rows = trainer.strategy.reduce(rows, reduce_op="sum")
         answers = [
-            ProjectedGradients(optimizer.steps, rank, basis.describe(), row, num_terms=1) for rank, row in enumerate(rows)
+            ProjectedGradients(optimizer.steps, rank, basis.describe(), row, num_terms=1)
+            for rank, row in enumerate(rows)
         ]
         update = self.aggregation.aggregate(answers, optimizer)
         self._client.apply(update.coefficients, basis)
@@ -247,8 +249,8 @@ class ReplayedClient(ForwardOnlyClient):
         if drift > 0.1 * effect:
             raise CutError(
                 f"cut: running the part below {self.lower.cut!r} again changes its output by {drift:.1e}, a probe by "
-                f"{effect:.1e}; it must depend on nothing but the batch and torch's random state (no numpy or random, no "
-                "work in place on the batch, no state of its own)"
+                f"{effect:.1e}; it must depend on nothing but the batch and torch's random state (no numpy or random, "
+                "no work in place on the batch, no state of its own)"
             )
         if torch.equal(layerwise, moved):
             optimizer.module = module
@@ -273,18 +275,16 @@ def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> Non
         raise ValueError("HybridOrder needs automatic_optimization=True; a module that steps by itself can use "
                          "hosfl_lightning.optim.ZerothOrder directly")  # fmt: skip
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler scales λ, and skips steps; use bf16-mixed "
-                         "or 32-true")  # fmt: skip
+        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler scales λ, and skips steps; use "
+                         "bf16-mixed or 32-true")  # fmt: skip
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
                          "single device or ddp")  # fmt: skip
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
         raise ValueError("HybridOrder: a training_step that takes dataloader_iter cannot run a batch twice; take "
                          "(batch, batch_idx)")  # fmt: skip
-    if getattr(pl_module, "_compiler_ctx", None) is not None or any(
-        m._compiled_call_impl is not None or isinstance(m, torch._dynamo.OptimizedModule) for m in pl_module.modules()
-    ):
-        raise ValueError("HybridOrder: a compiled module has no hooks at the cut; fit it without torch.compile")
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise ValueError("HybridOrder: a compiled LightningModule has no hooks at the cut; compile the upper part only")
 
 
 def _three_dimensional(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -13,14 +12,11 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
+from hosfl_lightning.callbacks.cut_check import CutError, check_paths, client_parameters, leaves, refuse_compiled
 from hosfl_lightning.optim.randomness import SameRandomness
 
 Phase = Literal["idle", "forward", "backward", "replay"]
 Replay = tuple[Callable[[], Any], SameRandomness]
-
-
-class CutError(ValueError):
-    """The cut, or the parameters named for the client, do not fit the module."""
 
 
 class _CutReached(Exception):
@@ -33,8 +29,8 @@ class _CutReached(Exception):
 class LowerPart:
     r"""``z = f_c(x; θ_c)``, whatever ``training_step`` computes before the module at the cut is called.
 
-    While attached, ``training_step`` trains as before but for the cut, whose input becomes ``z.detach()``: backprop ends
-    there, and ``z.grad`` is λ. `again` evaluates ``f_c`` on the same batch, under the same random state: it calls the
+    While attached, ``training_step`` trains as before but for the cut, whose input becomes ``z.detach()``: backprop
+    ends there, and ``z.grad`` is λ. `again` evaluates ``f_c`` on the same batch, under the same random state: it calls the
     innermost module that was running at the cut and holds θ_c, with the arguments it got, or else ``training_step``
     itself, and stops at the cut.
 
@@ -62,6 +58,7 @@ class LowerPart:
     ) -> None:
         self.module, self.cut, self.context = module, cut, context
         self.parameters = client_parameters(module, cut, client)
+        refuse_compiled(module, cut, list(self.parameters))
         self._phase: Phase = "idle"
         self._traced = False
         self._place: int | str | None = None
@@ -75,9 +72,7 @@ class LowerPart:
 
     def attach(self) -> None:
         """Watch ``training_step`` from now on."""
-        self._handles = [
-            self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)
-        ]
+        self._handles = [self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)]
         for holder in self.holders:
             # First of all hooks: a replay passes through the others again.
             enter = holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
@@ -217,86 +212,6 @@ class LowerPart:
                                "choose another cut, or another client")  # fmt: skip
             self._place = graphs[0]
         return inputs[self._place]
-
-
-def client_parameters(
-    module: nn.Module, cut: str, client: Sequence[str] | None
-) -> dict[str, nn.Parameter]:
-    """θ_c by name, in ``named_parameters()`` order.
-
-    Raises:
-        CutError: There is no such cut, a pattern matches nothing, or a parameter is inside the module at the cut.
-    """
-    modules = [name for name, _ in module.named_modules() if name]
-    if cut not in modules:
-        last = cut.rsplit(".", 1)[-1]
-        near = [name for name in modules if name.rsplit(".", 1)[-1] == last] or [n for n in modules if "." not in n]
-        raise CutError(f"cut: the module has no submodule {cut!r}; there is, for example, {', '.join(near[:5])}")
-    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if client is None:
-        earlier = ["", *modules[: modules.index(cut)]]
-        wanted = {name for name in trainable if name.rpartition(".")[0] in earlier}
-        if not wanted:
-            raise CutError(f"cut: no trainable parameter is registered before {cut!r}; name them in client=[...]")
-    else:
-        wanted = set()
-        for pattern in client:
-            matches = {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
-            if not matches:
-                raise CutError(f"client: {pattern!r} matches no trainable parameter, such as {next(iter(trainable))!r}")
-            wanted |= matches
-    inside = next((name for name in trainable if name in wanted and name.startswith(f"{cut}.")), None)
-    if inside:
-        raise CutError(f"client: {inside} is in {cut!r}, the module at the cut, so it is not below it")
-    return {name: p for name, p in trainable.items() if name in wanted}
-
-
-def check_paths(
-    module: nn.Module, cut: str, client: dict[str, nn.Parameter], below: set[int], above: set[int]
-) -> None:
-    """The loss depends on θ_c through z and on nothing else that is trained below the cut.
-
-    Args:
-        module: Holds all parameters.
-        cut: For the messages.
-        client: θ_c.
-        below: Ids of the parameters that the graph of z reaches.
-        above: Ids of those that the graph of the loss reaches when it ends at z.
-
-    Raises:
-        CutError: Names the parameters and what to change.
-    """
-    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
-    ours = {id(p) for p in client.values()}
-    complaints = [
-        (ours & above & below, f"cut: the loss also reaches %s by a path around {cut!r} (a skip connection or a tied "
-                               "weight), whose gradient would be lost; move the cut, or leave them out of client"),
-        ((ours & above) - below, f"client: %s are used at or after {cut!r}, not before it; leave them out"),
-        (ours - above - below, f"client: %s are not used before {cut!r}, so a probe would move them by noise; leave "
-                               "them out, or freeze them"),
-        (below - ours, f"client: %s are trained and used before {cut!r}, where backprop no longer arrives; name them "
-                       "in client too, or freeze them"),
-    ]  # fmt: skip
-    for wrong, message in complaints:
-        found = [name for number, name in names.items() if number in wrong]
-        if found:
-            raise CutError(message % (", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")))
-
-
-def leaves(root: Tensor) -> set[int]:
-    """Ids of the leaf tensors that the autograd graph of ``root`` reaches."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    pending = [root.grad_fn]
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        pending += [earlier for earlier, _ in node.next_functions]
-    return found
 
 
 @contextmanager

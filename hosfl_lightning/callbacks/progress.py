@@ -21,6 +21,13 @@ class RoundProgressBar(TQDMProgressBar):
         self.description = description
 
     @override
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.total = self.total_train_batches
+        bar.set_description(self.description)
+        return bar
+
+    @override
     def on_train_epoch_start(self, trainer: Any, *_: Any) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description(self.description)

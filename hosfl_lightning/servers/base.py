@@ -105,6 +105,26 @@ class SplitModule(L.LightningModule, ABC):
         """The values to log at the end of an evaluation, by name."""
         return {name: metric.compute() for name, metric in metrics.items()}
 
+    def check_batch(self, batch: Batch, client: str) -> None:
+        """Refuse a minibatch that the model cannot take, with the setting to mend instead of an index error.
+
+        Raises:
+            ValueError: A token id beyond the embeddings, or a row longer than the positions; names the client.
+        """
+        config = self.whole.config
+        largest, length = int(batch["input_ids"].max()), batch["input_ids"].shape[1]
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"data of client {client!r}: token id {largest}, but {self.pretrained!r} embeds {config.vocab_size} "
+                "tokens; set data.init_args.tokenizer to the model's own (null)"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise ValueError(
+                f"data of client {client!r}: a row of {length} tokens, but {self.pretrained!r} has {positions} "
+                "positions; lower the data's sequence_length or max_length"
+            )
+
     # ---- parameters
 
     @property

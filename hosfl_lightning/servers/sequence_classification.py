@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification
 
-from hosfl_lightning.servers.base import Metrics, SplitModule, default_optimizer
+from hosfl_lightning.servers.base import Batch, Metrics, SplitModule, default_optimizer
 from hosfl_lightning.split import Lora
 
 
@@ -44,6 +44,16 @@ class SplitSequenceClassifier(SplitModule):
     def count(self, labels: Tensor) -> int:
         """Examples."""
         return labels.numel()
+
+    def check_batch(self, batch: Batch, client: str) -> None:
+        """As in `SplitModule`, and the labels are within ``num_labels``."""
+        super().check_batch(batch, client)
+        low, high = int(batch["labels"].min()), int(batch["labels"].max())
+        if low < 0 or high >= self.num_labels:
+            raise ValueError(
+                f"data of client {client!r}: label {low if low < 0 else high} is not in 0..{self.num_labels - 1}; set "
+                "model.init_args.num_labels to the number of classes"
+            )
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``accuracy``."""

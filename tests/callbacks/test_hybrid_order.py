@@ -89,7 +89,9 @@ def loader(batch_size: int = 8, size: int = 32) -> DataLoader[Any]:
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
 
 
-def fit(module: L.LightningModule, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **kw: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule, *callbacks: Callback, data: Any = None, ckpt_path: Any = None, **kw: Any
+) -> L.Trainer:
     trainer = L.Trainer(callbacks=list(callbacks), **(QUIET | {"max_epochs": 1} | kw))
     trainer.fit(module, data if data is not None else loader(), ckpt_path=ckpt_path)
     return trainer
@@ -110,7 +112,9 @@ def same_bits(a: nn.Module, b: nn.Module) -> bool:
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
-    return max(float((p - q).abs().max()) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return max(
+        float((p - q).abs().max()) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 class Record(Callback):
@@ -181,6 +185,23 @@ def test_the_projected_gradients_are_those_of_the_true_gradient() -> None:
     cross_entropy(module.net(x), y).backward()
     exact = SharedDirections(0, 0, 2, "gauss16").project([p.grad for p in module.net[0].parameters()])  # type: ignore[misc]
     torch.testing.assert_close(record.coefficients[0], exact, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_first_batch_makes_a_graph_below_the_cut() -> None:
+    module = mlp()
+    graphs: list[bool] = []
+    module.net[0].register_forward_hook(lambda m, args, out: graphs.append(out.requires_grad))
+    fit(module, hybrid())
+    assert graphs[0]
+    assert not any(graphs[1:])
+
+
+def test_one_callback_serves_two_runs() -> None:
+    order, again, fresh = hybrid(), mlp(), mlp()
+    fit(mlp(), order)
+    fit(again, order)
+    fit(fresh, hybrid())
+    assert same_bits(again, fresh)
 
 
 class CausalLM(L.LightningModule):
@@ -470,6 +491,14 @@ def test_a_weight_read_outside_its_layer_is_probed_all_the_same() -> None:
     assert same_bits(functional, plain)
 
 
+def test_the_upper_part_may_be_compiled() -> None:
+    compiled, plain = mlp(), mlp()
+    compiled.net[4].compile(backend="eager")
+    for module in (compiled, plain):
+        fit(module, hybrid(), max_steps=2)
+    assert same_bits(compiled, plain)
+
+
 def test_smashed_data_given_by_keyword_after_a_float_mask() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
@@ -563,7 +592,11 @@ class Iterates(Sequential):
     [
         (Skip, hybrid(), r"net.0.weight, net.0.bias by a path around 'net.2'"),
         (Tied, hybrid(), r"net.0.weight by a path around"),
-        (Sequential, hybrid(client=["net.0", "net.4"]), r"client: net.4.weight, net.4.bias are used at or after 'net.2'"),
+        (
+            Sequential,
+            hybrid(client=["net.0", "net.4"]),
+            r"client: net.4.weight, net.4.bias are used at or after 'net.2'",
+        ),
         (Sequential, hybrid("net.4", client="net.0"), r"net.2.weight, net.2.bias are trained and used before 'net.4'"),
         (Sequential, hybrid(client="net.2"), r"client: net.2.weight is in 'net.2'"),
         (Sequential, hybrid(client=["net.0", "nett"]), r"client: 'nett' matches no trainable parameter"),
@@ -620,9 +653,12 @@ def test_trainer_settings_that_would_break_it() -> None:
     half = L.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="GradScaler"):
         fit(mlp(), hybrid(), plugins=half)
-    compiled = torch.compile(mlp(), backend="eager")
-    with pytest.raises(ValueError, match="compile"):
-        fit(compiled, hybrid())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a compiled LightningModule"):
+        fit(torch.compile(mlp(), backend="eager"), hybrid())  # type: ignore[arg-type]
+    module = mlp()
+    module.net[0].compile(backend="eager")
+    with pytest.raises(CutError, match="'net.0' is compiled"):
+        fit(module, hybrid())
 
 
 class Again(HybridOrder):

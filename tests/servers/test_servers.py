@@ -114,3 +114,25 @@ def test_a_model_that_is_not_there_names_the_setting(tmp_path: Path, monkeypatch
 def test_loading_anothers_state_is_refused(make_model: Callable[..., SplitCausalLM]) -> None:
     with pytest.raises(SplitError, match="another model, cut or LoRA setting"):
         make_model(cut=1).load_trained_state(make_model(cut=2).trained_state())
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([[5, 260]], r"client 'numpy': token id 260, .* embeds 260 tokens"),
+        ([[5] * 65], "a row of 65 tokens, .* 64 pos"),
+    ],
+)
+def test_a_batch_the_model_cannot_take_names_the_setting(
+    make_model: Callable[..., SplitCausalLM], ids: list[list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model().check_batch({"input_ids": torch.tensor(ids)}, "numpy")
+
+
+def test_a_label_beyond_the_head_names_the_setting(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator]
+) -> None:
+    model = SplitSequenceClassifier(str(tiny_folder), cut=2, num_labels=2, lora=Lora())
+    with pytest.raises(ValueError, match=r"label 2 is not in 0\.\.1; set model.init_args.num_labels"):
+        make_orchestrator().fit(model, Labelled(batch_size=4))
