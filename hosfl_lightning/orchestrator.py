@@ -196,7 +196,7 @@ class Orchestrator(TrainerFace):
         if self.precision not in PRECISIONS:
             reason = (
                 "fp16 needs a GradScaler, which scales λ and refuses forward-only steps; "
-                if "16" in str(self.precision)
+                if str(self.precision).startswith("16")
                 else ""
             )
             raise ValueError(f"trainer.precision={self.precision!r}: {reason}use one of {', '.join(PRECISIONS)}")

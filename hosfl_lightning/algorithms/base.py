@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -12,11 +12,20 @@ from torch import Tensor
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.clients import Anchor, Client, Cohort
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
+from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.servers.server import Server
+from hosfl_lightning.transport import InProcess
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, Update
 
-if TYPE_CHECKING:
-    from hosfl_lightning.orchestrator import Orchestrator
-    from hosfl_lightning.servers import SplitModule
+
+class Runner(Protocol):
+    """What a round needs of whoever runs it: the server, the way to it, and the clients' device."""
+
+    server: Server
+    transport: InProcess
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on the clients' device."""
 
 
 class Algorithm(ABC):
@@ -51,36 +60,36 @@ class Algorithm(ABC):
     def basis(self, round: int) -> Basis | None:
         """In what the clients answer in this round; None: they do not answer."""
 
-    def training_round(self, trainer: Orchestrator, round: int, cohorts: list[Cohort]) -> Tensor:
+    def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
         """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d."""
-        batches = [trainer.to_device(cohort.batch) for cohort in cohorts]
+        batches = [runner.to_device(cohort.batch) for cohort in cohorts]
         anchors = [self.client.forward(batch, cohort.rows) for batch, cohort in zip(batches, cohorts)]
-        inbox = [self.send(trainer, round, cohort, anchor.z) for cohort, anchor in zip(cohorts, anchors)]
-        loss, multipliers = trainer.server.step(inbox)
+        inbox = [self.send(runner, round, cohort, anchor.z) for cohort, anchor in zip(cohorts, anchors)]
+        loss, multipliers = runner.server.step(inbox)
         basis = self.basis(round)
         if basis is None:
             return loss
         answers = []
         for cohort, batch, anchor, group, sent in zip(cohorts, batches, anchors, multipliers, inbox):
-            received = [trainer.transport.down(message) for message in group]
+            received = [runner.transport.down(message) for message in group]
             multiplier = unpack_multipliers(received, sent, anchor.z)
             values = self.answer(batch, anchor, multiplier, cohort, basis)
             answers += [
-                trainer.transport.up(ProjectedGradients(round, k, basis.describe(), v, n))
+                runner.transport.up(ProjectedGradients(round, k, basis.describe(), v, n))
                 for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms)
             ]
-        update = trainer.transport.down(self.aggregate(answers), receivers=len(answers))
+        update = runner.transport.down(self.aggregate(answers), receivers=len(answers))
         self.client.apply(update.coefficients.to(loss.device), basis)
         return loss
 
-    def send(self, trainer: Orchestrator, round: int, cohort: Cohort, z: Tensor) -> list[SmashedData]:
+    def send(self, runner: Runner, round: int, cohort: Cohort, z: Tensor) -> list[SmashedData]:
         """Step 2, up: each client's z, labels and mask; padding and the joint batch's extra width stay behind."""
         messages = []
         for k, rows, width in zip(cohort.clients, cohort.rows, cohort.widths):
             labels = cohort.batch["labels"][rows]
             mask = cohort.batch["attention_mask"][rows, :width].bool()
             labels = labels[:, :width] if labels.dim() > 1 else labels
-            messages.append(trainer.transport.up(SmashedData.pack(round, k, z[rows, :width], labels, mask)))
+            messages.append(runner.transport.up(SmashedData.pack(round, k, z[rows, :width], labels, mask)))
         return messages
 
     def answer(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.clients import Client, FrozenClient
 from hosfl_lightning.optim import ZerothOrder
-
-if TYPE_CHECKING:
-    from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.servers import SplitModule
 
 
 class Frozen(Algorithm):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -13,10 +13,8 @@ from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.clients import Anchor, Client, Cohort, ForwardOnlyClient
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
+from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.wire import ProjectedGradients, Update
-
-if TYPE_CHECKING:
-    from hosfl_lightning.servers import SplitModule
 
 C = TypeVar("C", bound=Callback)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from typing_extensions import override
 from hosfl_lightning.callbacks.cut_check import CutError
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.callbacks.lower_part import LowerPart
+from hosfl_lightning.callbacks.lower_part import LowerPart, replaced
 from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient
 from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
@@ -90,7 +91,7 @@ class HybridOrder(Callback):
         self.settings: dict[str, Any] = {
             "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
-        self.lower: LowerPart | None = None
+        self._undo = ExitStack()
         self._client: ReplayedClient | None = None
         self._restored: dict[str, Any] = {}
 
@@ -108,13 +109,13 @@ class HybridOrder(Callback):
             complete()
             refuse_what_would_break(trainer, pl_module)
             self.lower = LowerPart(pl_module, self.cut, self.client, trainer.precision_plugin.forward_context)
+            self._undo.callback(self.lower.detach)
 
-        vars(pl_module)["configure_model"] = configure_model
+        self._undo.enter_context(replaced(configure_model, (pl_module, "configure_model")))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the client, now that its parameters are on their device."""
-        assert self.lower is not None
         self.lower.attach()
         self._client = ReplayedClient(self.lower, self.rule, self.settings)
         self._restore(self._client)
@@ -125,10 +126,7 @@ class HybridOrder(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the module as it was found."""
-        vars(pl_module).pop("configure_model", None)
-        if self.lower is not None:
-            self.lower.detach()
-            self.lower = None
+        self._undo.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

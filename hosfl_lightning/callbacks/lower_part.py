@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -30,9 +30,9 @@ class LowerPart:
     r"""``z = f_c(x; θ_c)``, whatever ``training_step`` computes before the module at the cut is called.
 
     While attached, ``training_step`` trains as before but for the cut, whose input becomes ``z.detach()``: backprop
-    ends there, and ``z.grad`` is λ. `again` evaluates ``f_c`` on the same batch, under the same random state: it calls the
-    innermost module that was running at the cut and holds θ_c, with the arguments it got, or else ``training_step``
-    itself, and stops at the cut.
+    ends there, and ``z.grad`` is λ. `again` evaluates ``f_c`` on the same batch, under the same random state: it calls
+    the innermost module that was running at the cut and holds θ_c, with the arguments it got, or else
+    ``training_step`` itself, and stops at the cut.
 
     The first batch is traced: its graph must reach every parameter of θ_c before the cut and none after or around it.
     The graph's shape is looked at, not gradients, so that a path which is still gated by a zero is found too. For that
@@ -65,34 +65,34 @@ class LowerPart:
         self._below: set[int] = set()
         self._anchor: Tensor | None = None
         self._running: list[tuple[nn.Module, Replay]] = []
-        self._handles: list[Any] = []
+        self._undo = ExitStack()
+        self._undo.callback(self._require_grad, True)
+        self._require_grad(False)
         for parameter in self.parameters.values():
-            parameter.requires_grad_(False)
             parameter.grad = None
 
     def attach(self) -> None:
         """Watch ``training_step`` from now on."""
-        self._handles = [self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)]
+        handles = [self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)]
         for holder in self.holders:
             # First of all hooks: a replay passes through the others again.
-            enter = holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
-            self._handles += [enter, holder.register_forward_hook(self._leave)]
+            handles.append(holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            handles.append(holder.register_forward_hook(self._leave))
+        for handle in handles:
+            self._undo.callback(handle.remove)
         self._original = self.module.training_step
 
         @functools.wraps(self._original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             return self._training_step(*args, **kwargs)
 
-        vars(self.module)["training_step"] = training_step
+        self._undo.enter_context(replaced(training_step, (self.module, "training_step")))
 
     def detach(self) -> None:
-        """Leave the module as it was found."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        vars(self.module).pop("training_step", None)
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        """Leave the module as it was found; forget the batch."""
+        self._undo.close()
+        self._anchor, self._running = None, []
+        vars(self).pop("_replay", None)
 
     @property
     def holders(self) -> list[nn.Module]:
@@ -139,7 +139,7 @@ class LowerPart:
         try:
             with nullcontext() if self._traced else self._graph_below():
                 output = self._original(*args, **kwargs)
-                loss = output["loss"] if isinstance(output, dict) else output
+                loss: Any = output["loss"] if isinstance(output, dict) else output
                 if loss is not None:
                     self._check(loss)
         finally:
@@ -162,14 +162,16 @@ class LowerPart:
         def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
             return tensor.device, tensor.cpu() if self._anchor is None else tensor
 
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(True)
+        self._require_grad(True)
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0])):
                 yield
         finally:
-            for parameter in self.parameters.values():
-                parameter.requires_grad_(False)
+            self._require_grad(False)
+
+    def _require_grad(self, required: bool) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(required)
 
     def _enter(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._phase == "forward" and self._anchor is None and torch.is_grad_enabled():
@@ -199,12 +201,12 @@ class LowerPart:
                 self._replay = self._running[-1][1]
                 self._running = []
         # A clone, so that the module may work in place (ReLU) without touching the anchor.
-        inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs, self._place: anchor.clone()}  # type: ignore[dict-item]
+        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: anchor.clone()}
         return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}
 
     def _smashed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """z among the inputs: at the first batch the one with a graph, from then on the one in the same place."""
-        inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
         if self._place is None:
             graphs = [place for place, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad]
             if not graphs:
@@ -215,18 +217,24 @@ class LowerPart:
 
 
 @contextmanager
-def silenced(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and torchmetrics do nothing: user code that runs again has counted its batch already."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-    quiet = [(module, "log"), *((m, name) for m in metrics for name in ("update", "forward"))]
-    saved = [vars(owner).get(name) for owner, name in quiet]
-    for owner, name in quiet:
-        vars(owner)[name] = lambda *_, **__: None
+def replaced(function: Callable[..., Any], *places: tuple[object, str]) -> Iterator[None]:
+    """Instance attributes that hide methods of the same name, until it is closed."""
+    missing = object()
+    saved = [vars(owner).get(name, missing) for owner, name in places]
+    for owner, name in places:
+        vars(owner)[name] = function
     try:
         yield
     finally:
-        for (owner, name), value in zip(quiet, saved):
-            if value is None:
+        for (owner, name), value in zip(places, saved):
+            if value is missing:
                 del vars(owner)[name]
             else:
                 vars(owner)[name] = value
+
+
+def silenced(module: LightningModule) -> AbstractContextManager[None]:
+    """``self.log`` and torchmetrics do nothing: user code that runs again has counted its batch already."""
+    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+    quiet = [(metric, name) for metric in metrics for name in ("update", "forward")]
+    return replaced(lambda *_, **__: None, (module, "log"), *quiet)

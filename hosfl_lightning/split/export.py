@@ -34,9 +34,7 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
         raise ValueError("base_model_name_or_path is not set and the model has no name: pass the base model's.")
     other = {file.name for file in directory.iterdir()} - _FILES if directory.exists() else set()
     if other:
-        raise FileExistsError(
-            f"{directory} holds {', '.join(sorted(other))}: choose a directory for the adapter alone."
-        )
+        raise FileExistsError(f"{directory} holds {', '.join(sorted(other))}: an adapter needs a directory of its own.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     given, config.base_model_name_or_path = config.base_model_name_or_path, base
     staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
