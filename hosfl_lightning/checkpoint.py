@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+
+from hosfl_lightning.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
@@ -18,13 +22,18 @@ class CheckpointError(ValueError):
 
 
 def save(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint whole or not at all."""
+    write_whole(path, lambda file: torch.save(checkpoint, file))
+
+
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
     """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -71,6 +80,7 @@ def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
         "algorithm": trainer.algorithm.name,
         "cut": model.cut,
         "pretrained": model.pretrained,
+        "first_validation": asdict(trainer.first_validation) if trainer.first_validation else None,
     }
     if not weights_only:
         scheduler = trainer.server.scheduler
@@ -99,6 +109,8 @@ def restore(trainer: Orchestrator, checkpoint: dict[str, Any]) -> None:
     if trainer.server.scheduler is not None:
         trainer.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
     trainer.global_step = checkpoint["global_step"]
+    if checkpoint["first_validation"] is not None:
+        trainer.first_validation = Evaluation(**checkpoint["first_validation"])
     trainer.call("on_load_checkpoint", checkpoint=checkpoint)
     for callback in trainer.callbacks:
         if callback.state_key in checkpoint["callbacks"]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm, Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import RoundProgressBar
-from hosfl_lightning.summary import Evaluation, RunResult
+from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.summary import RunResult
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
@@ -35,7 +36,7 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
     rule = getattr(trainer.algorithm, "first_order_optimizer", None) if name == "first_order" else None
     runner = type(trainer)(
         algorithm=CONTROLS[name](rule or trainer.algorithm.client_optimizer),
-        max_rounds=trainer.max_rounds,
+        max_rounds=max(trainer.global_step, 1),  # as many as the method ran, if it stopped early
         clients_per_round=trainer.clients_per_round,
         simulation=trainer.simulation,
         seed=trainer.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +20,19 @@ _STAGES = {
     "test": RunningStage.TESTING,
     "predict": RunningStage.PREDICTING,
 }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation: its metrics, and the loss of each batch, so that two runs can be compared in pairs."""
+
+    metrics: dict[str, float]
+    batch_losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        """Mean validation loss."""
+        return self.metrics["val/loss"]
 
 
 @torch.no_grad()

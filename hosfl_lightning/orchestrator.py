@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +19,12 @@ from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, R
 from hosfl_lightning.clients import Cohort
 from hosfl_lightning.controls import CONTROLS, run_control
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.evaluation import Loop, run_evaluation
+from hosfl_lightning.evaluation import Evaluation, Loop, run_evaluation
 from hosfl_lightning.hooks import check_hooks, fire
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.servers.server import Server
-from hosfl_lightning.summary import Evaluation, RunResult, write_summary
+from hosfl_lightning.summary import RunResult, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
 from hosfl_lightning.transport import InProcess
 
@@ -105,6 +106,8 @@ class Orchestrator(TrainerFace):
         self.callbacks = self._complete(list(given), enable_progress_bar, enable_checkpointing)
         self.transport = InProcess(serialize=simulation == "per_client")
         self.summary: dict[str, Any] = {}
+        self.first_validation: Evaluation | None = None
+        self.announces = True
         self._row: dict[str, Any] = {}
 
     # ---- the four entry points
@@ -114,19 +117,9 @@ class Orchestrator(TrainerFace):
         resumed = checkpoints.load(ckpt_path) if ckpt_path else None
         self._prepare(model, datamodule, TrainerFn.FITTING, "fit", ckpt_path)
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-        self._setup_training(model)
-        if self.is_global_zero:
-            print(model.labels_notice, flush=True)
-        if resumed is not None:
-            checkpoints.restore(self, resumed)
-        try:
-            result = self._train()
-        except BaseException as error:
-            self.state.status = TrainerStatus.INTERRUPTED
-            self.call("on_exception", exception=error)
-            raise
-        finally:
-            self._finish("fit")
+        result = self._run(model, resumed)
+        if self.is_global_zero and model.lora is not None:
+            model.export(str(Path(self.log_dir) / "adapter"))
         controls = {name: run_control(self, name, start, result.first) for name in self.controls}
         self.summary = write_summary(self, result, controls)
 
@@ -268,12 +261,27 @@ class Orchestrator(TrainerFace):
 
     # ---- training
 
-    def _train(self, first: Evaluation | None = None) -> RunResult:
-        """Validate unless ``first`` is known, then the rounds."""
+    def _run(self, model: SplitModule, resumed: dict[str, Any] | None = None) -> RunResult:
+        """Set up, restore, train; whatever happens, the loggers are closed and the model's modes put back."""
+        try:
+            self._setup_training(model)
+            if resumed is not None:
+                checkpoints.restore(self, resumed)
+            return self._train()
+        except BaseException as error:
+            self.state.status = TrainerStatus.INTERRUPTED
+            self.call("on_exception", exception=error)
+            raise
+        finally:
+            self._finish("fit")
+
+    def _train(self) -> RunResult:
+        if self.announces and self.is_global_zero:
+            print(self.lightning_module.labels_notice, flush=True)
         self.call("on_fit_start")
         self.call("on_train_start")
-        first = first or self._validate()
-        result = RunResult(first, first)
+        self.first_validation = self.first_validation or self._validate()
+        result = RunResult(self.first_validation, self.first_validation)
         self._flush()
         self.call("on_train_epoch_start")
         while self.global_step < self.max_rounds and not self.should_stop:
@@ -320,12 +328,9 @@ class Orchestrator(TrainerFace):
 
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule, first: Evaluation) -> RunResult:
         """The rounds alone from a start that was validated already: no controls, no summary."""
+        self.first_validation, self.announces = first, False
         self._prepare(model, datamodule, TrainerFn.FITTING, "fit", None)
-        self._setup_training(model)
-        try:
-            return self._train(first)
-        finally:
-            self._finish("fit")
+        return self._run(model)
 
     # ---- evaluation
 

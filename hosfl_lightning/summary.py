@@ -1,4 +1,4 @@
-"""What a run leaves behind: summary.json, the adapter, and the table people read."""
+"""What a run leaves behind: summary.json and the table people read."""
 
 from __future__ import annotations
 
@@ -15,24 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
+from hosfl_lightning.checkpoint import write_whole
+from hosfl_lightning.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
 
 PACKAGES = ("hosfl_lightning", "torch", "lightning", "transformers", "peft")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One validation: its metrics, and the loss of each batch, so that two runs can be compared in pairs."""
-
-    metrics: dict[str, float]
-    batch_losses: list[float]
-
-    @property
-    def loss(self) -> float:
-        """Mean validation loss."""
-        return self.metrics["val/loss"]
 
 
 @dataclass
@@ -59,14 +48,11 @@ def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> 
 
 
 def write_summary(trainer: Orchestrator, result: RunResult, controls: dict[str, RunResult]) -> dict[str, Any]:
-    """Write ``summary.json`` and ``adapter/`` into the run folder, print the table, return the summary."""
+    """Write ``summary.json`` into the run folder, print the table, return the summary."""
     summary = summarize(trainer, result, controls)
     if trainer.is_global_zero:
         folder = Path(trainer.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if trainer.lightning_module.lora is not None:
-            trainer.lightning_module.export(str(folder / "adapter"))
+        write_whole(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
         print_table(summary, result, controls, folder)
     return summary
 

@@ -17,6 +17,8 @@ from hosfl_lightning.optim import SGD
 from hosfl_lightning.servers.pretrained import TINY_LM, resolve
 from hosfl_lightning.split import Lora, LoraHalf
 
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine for long
+
 VOCAB = 260  # of the byte tokenizer
 
 

@@ -67,6 +67,16 @@ class TestStockCallbacks:
         trainer.fit(make_model(), data)
         assert trainer.global_step == 1 == stop.wait_count
 
+    def test_controls_stop_where_the_method_stopped(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        stop = EarlyStopping("val/loss", patience=1, min_delta=10.0)
+        trainer = make_orchestrator(callbacks=[stop], max_rounds=50, val_check_interval=1, controls=["frozen"])
+        trainer.fit(make_model(), data)
+        by_hand = make_orchestrator(Frozen(), max_rounds=1)
+        by_hand.fit(make_model(), data)
+        assert trainer.summary["controls"]["frozen"]["val_loss_last"] == by_hand.summary["val_loss_last"]
+
     def test_learning_rate_monitor_logs_the_servers_schedule(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
     ) -> None:
@@ -244,7 +254,8 @@ class TestResume:
         lora = Lora(client=LoraHalf(r=2), server=LoraHalf(r=2, dropout=0.2))
         settings = {"optimizer": adam, "lr_scheduler": schedule, "lora": lora}
         whole = make_model(**settings)
-        make_orchestrator(HOSFL(client_optimizer=rule), max_rounds=4, clients_per_round=2).fit(whole, data)
+        uninterrupted = make_orchestrator(HOSFL(client_optimizer=rule), max_rounds=4, clients_per_round=2)
+        uninterrupted.fit(whole, data)
 
         trainer = make_orchestrator(HOSFL(client_optimizer=rule), max_rounds=2, clients_per_round=2)
         first = make_model(**settings)
@@ -255,6 +266,8 @@ class TestResume:
         resumed.fit(second, data, ckpt_path=str(tmp_path / "two.ckpt"))
         assert resumed.global_step == 4
         assert_same_bits(state_of(whole), state_of(second))
+        for key in ("val_loss_first", "val_loss_last", "bytes_per_client_round", "rounds"):
+            assert resumed.summary[key] == uninterrupted.summary[key]
 
     def test_a_checkpoint_of_another_model_or_method_is_refused(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path

@@ -12,8 +12,11 @@ PACKAGE = Path(hosfl_lightning.__file__).parent
 #: From the command line down to the generator. Modules in one line may import each other.
 LAYERS = [
     {"cli"},
-    {"orchestrator", "controls", "evaluation"},
-    {"checkpoint", "summary", "trainer_face", "hooks"},
+    {"orchestrator", "controls"},
+    {"summary"},
+    {"checkpoint"},
+    {"evaluation", "trainer_face"},
+    {"hooks"},
     {"algorithms"},
     {"transport"},
     {"callbacks"},

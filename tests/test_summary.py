@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hosfl_lightning.summary import Evaluation, RunResult, gap_closed, size
+from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.summary import RunResult, gap_closed, size
 
 
 def run(losses: list[float]) -> RunResult:
