@@ -20,8 +20,8 @@ class PeakMemoryMonitor(Callback):
     """Measures the memory of each role once, before the first round, on *one* client's batch.
 
     Static bytes (parameters, buffers, optimizer state) are exact sums; working bytes are the peak of live tensor
-    storage during the real steps, followed operation by operation. The steps run on the real client and everything is put
-    back, so measured and unmeasured runs are the same run. On CUDA the allocator's own peak is logged as well.
+    storage during the real steps, followed operation by operation. The steps run on the real client and everything is
+    put back, so measured and unmeasured runs are the same run. On CUDA the allocator's own peak is logged as well.
 
     | logged key | meaning | unit |
     |---|---|---|
