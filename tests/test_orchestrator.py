@@ -229,6 +229,21 @@ class TestRounds:
         norm = torch.cat([s.flatten() for s in steps]).norm()
         torch.testing.assert_close(norm, torch.tensor(0.1 * 1e-3), rtol=1e-2, atol=0)
 
+    def test_the_servers_adapter_dropout_is_on_in_training_and_off_in_validation(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        states, losses = [], []
+        for dropout in (0.0, 0.5, 0.5):
+            model = make_model(lora=Lora(server=LoraHalf(dropout=dropout)))
+            trainer = make_orchestrator()
+            trainer.fit(model, data)
+            states.append(state_of(model))
+            [metrics] = make_orchestrator().validate(model, data)
+            losses.append((trainer.summary["val_loss_last"], metrics["val/loss"]))
+        assert any(not torch.equal(states[0][n], states[1][n]) for n in states[0])
+        assert_same_bits(states[1], states[2])
+        assert all(a == b for a, b in losses)
+
     def test_bf16_mixed_trains(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
     ) -> None:
@@ -249,7 +264,7 @@ class TestResume:
             return torch.optim.AdamW(params, lr=1e-2)
 
         def schedule(o: Any) -> Any:
-            return torch.optim.lr_scheduler.StepLR(o, 2, gamma=0.5)
+            return torch.optim.lr_scheduler.StepLR(o, 3, gamma=0.5)  # falls after the interruption
 
         lora = Lora(client=LoraHalf(r=2), server=LoraHalf(r=2, dropout=0.2))
         settings = {"optimizer": adam, "lr_scheduler": schedule, "lora": lora}
