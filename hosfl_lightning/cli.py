@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -50,10 +51,10 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage != "fit":
             return
-        config = self.parser.dump(self.config, skip_none=False, format="parser_mode")
+        config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_hyperparams({"config": config})
+                logger.log_hyperparams(config)
 
 
 class HOSFLCommand(LightningCLI):
@@ -91,7 +92,7 @@ def main(args: list[str] | None = None) -> None:
         fail(str(error))
     finally:
         if wandb.run is not None:
-            wandb.finish()
+            wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def fail(message: str) -> NoReturn:

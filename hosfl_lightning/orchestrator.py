@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class Orchestrator(TrainerFace):
         precision: ``32-true``, ``bf16-mixed`` or ``bf16-true``. fp16 with a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
         callbacks: Lightning callbacks.
-        logger: True: a ``CSVLogger``; False: none; or Lightning loggers.
+        logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before those that make no
+            run folder.
         default_root_dir: Where the run folder is made.
         enable_progress_bar: Show a bar.
         enable_checkpointing: Add a ``ModelCheckpoint`` (``last.ckpt`` at every validation) when there is none.
@@ -229,7 +230,7 @@ class Orchestrator(TrainerFace):
         self.fabric.setup_module(model)
         model.eval()
         for logger in self.loggers:
-            getattr(logger, "experiment", None)  # opens the run folder before anything is written into it
+            _open(logger)
         self.call("setup", stage=stage)
         if load and ckpt_path:
             model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
@@ -385,11 +386,19 @@ class Orchestrator(TrainerFace):
 
 
 def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
-    if logger is True:
-        return [CSVLogger(root, name="")]
+    """The loggers; beside those that make no run folder (W&B) a ``CSVLogger`` that does."""
     if not logger:
         return []
-    return [logger] if isinstance(logger, Logger) else list(logger)
+    given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
+    return given if any(one.log_dir for one in given) else [CSVLogger(root, name=""), *given]
+
+
+def _open(logger: Logger) -> None:
+    """Make the run folder before anything is written into it; W&B's curves go over rounds."""
+    experiment = getattr(logger, "experiment", None)
+    if isinstance(logger, WandbLogger):
+        experiment.define_metric("round")
+        experiment.define_metric("*", step_metric="round", step_sync=True)
 
 
 def _checked_sample(wanted: int | None, clients: int) -> int:

@@ -88,8 +88,10 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
 
 def print_table(summary: dict[str, Any], result: RunResult, controls: dict[str, RunResult], folder: Path) -> None:
     """Losses beside the controls, then what the client paid for them."""
-    console = Console(soft_wrap=True)
-    console.print(losses_table(summary, result, controls))
+    console, table = Console(soft_wrap=True), losses_table(summary, result, controls)
+    # In a narrow window rich would cut the digits off; a line that wraps still has them.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
     for label, value in cost_lines(summary):
         console.print(f"[bold]{label}[/bold]  {value}", highlight=False)
     console.print(f"[bold]run folder[/bold]  {folder}", highlight=False)

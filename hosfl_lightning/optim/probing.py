@@ -46,14 +46,14 @@ def perturbed_layerwise(
         layer = (_Rows if _looks_up_rows(leaf) else _Layer)(owned, probe, saved)
         layers.append(layer)
         handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
-        handles.append(leaf.register_forward_hook(layer.restore, always_call=True))
+        handles.append(leaf.register_forward_hook(layer.restore))
     with _fresh_autocast():
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            # Torch calls no hook after a KeyboardInterrupt, which Lightning survives.
+            # Torch calls no hook after an exception.
             for layer in layers:
                 while layer.calls:
                     layer.restore()

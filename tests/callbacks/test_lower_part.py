@@ -61,6 +61,20 @@ def test_a_run_that_breaks_off_leaves_the_module_as_found() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
 
 
+def test_gradients_taken_between_the_steps_pass_the_cut() -> None:
+    slopes: list[float] = []
+
+    class Saliency(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            x = batch[0].clone().requires_grad_()
+            with torch.enable_grad():
+                slopes.append(float(torch.autograd.grad(pl_module.net(x).sum(), x)[0].abs().sum()))
+
+    fit(mlp(), hybrid(), Saliency())
+    assert len(slopes) == 4
+    assert all(slopes)
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_probes_see_the_dropout_masks_of_the_batch(parts: bool) -> None:
     module = Parts() if parts else mlp(nn.Dropout(0.3))

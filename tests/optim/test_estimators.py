@@ -92,6 +92,7 @@ def test_the_number_of_evaluations(estimator: str, distribution: str, probes: in
     assert f.evaluations == EVALUATIONS[estimator](probes)
     assert v.shape == (probes,)
     assert v.dtype == torch.float64
+    assert zo.project(lambda: f().float()).dtype == torch.float64
     base = f()
     f.evaluations = 0
     assert torch.equal(zo.project(f, base=base), v)

@@ -284,7 +284,11 @@ def test_no_gradient_no_graph_and_modes_as_found(kind: str) -> None:
         outputs.append(net(IDS))
         return outputs[-1].square().mean()
 
-    assert zo.project(objective).abs().min() > 0
+    base = net(IDS).square().mean()
+    v = zo.project(objective, base=base)
+    assert v.abs().min() > 0
+    assert base.requires_grad
+    assert not v.requires_grad
     assert torch.is_grad_enabled()
     assert all(p.grad is None and p.requires_grad for p in net.parameters())
     assert not any(out.requires_grad for out in outputs)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,21 +13,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, SharedDirections, UpdateRule, ZerothOrder, basis
 
 SHAPES = [(13, 7), (5,), (), (41, 3)]
-RULES: list[tuple[UpdateRule, Callable[[Any], torch.optim.Optimizer]]] = [
-    (SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
-    (SGD(lr=0.1, weight_decay=0.05), lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05)),
-    (
+Reference = Callable[[Any], torch.optim.Optimizer]
+RULES: dict[str, tuple[UpdateRule, Reference]] = {
+    "sgd": (SGD(lr=0.1), partial(torch.optim.SGD, lr=0.1)),
+    "sgd, decay": (SGD(lr=0.1, weight_decay=0.05), partial(torch.optim.SGD, lr=0.1, weight_decay=0.05)),
+    "momentum": (
         SGD(lr=0.1, momentum=0.9, weight_decay=0.05),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.05),
+        partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.05),
     ),
-    (AdamW(lr=0.01), lambda p: torch.optim.AdamW(p, lr=0.01)),
-    (AdamW(lr=0.01, weight_decay=0.0), lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0)),
-    (
+    "adamw": (AdamW(lr=0.01), partial(torch.optim.AdamW, lr=0.01)),
+    "adamw, no decay": (AdamW(lr=0.01, weight_decay=0.0), partial(torch.optim.AdamW, lr=0.01, weight_decay=0.0)),
+    "adamw, betas": (
         AdamW(lr=0.03, betas=(0.8, 0.95), eps=1e-3),
-        lambda p: torch.optim.AdamW(p, lr=0.03, betas=(0.8, 0.95), eps=1e-3),
+        partial(torch.optim.AdamW, lr=0.03, betas=(0.8, 0.95), eps=1e-3),
     ),
-]
-STATEFUL = [SGD(lr=0.1, momentum=0.9, weight_decay=0.05), AdamW(lr=0.01)]
+}
+STATEFUL = ["momentum", "adamw"]
 
 
 @pytest.fixture
@@ -60,10 +62,9 @@ def assert_same_bits(actual: list[Any], expected: list[Any]) -> None:
         assert torch.equal(a.detach().view(integers), e.detach().view(integers))
 
 
-@pytest.mark.parametrize(("rule", "make_reference"), RULES, ids=lambda value: str(value) if value in STATEFUL else "")
-def test_every_rule_is_torch_optim_bit_for_bit(
-    rule: UpdateRule, make_reference: Callable[[Any], torch.optim.Optimizer]
-) -> None:
+@pytest.mark.parametrize("name", RULES)
+def test_every_rule_is_torch_optim_bit_for_bit(name: str) -> None:
+    rule, make_reference = RULES[name]
     ours, theirs = make_parameters(), make_parameters()
     optimizer, reference = ZerothOrder(ours, rule), make_reference(theirs)
     schedulers = [LambdaLR(o, lambda step: 1 / (1 + step)) for o in (optimizer, reference)]
@@ -87,7 +88,7 @@ def three_steps(rule: UpdateRule, shapes: list[Any], gradient: Basis, coefficien
     return parameters
 
 
-@pytest.mark.parametrize("rule", STATEFUL, ids=["momentum", "adamw"])
+@pytest.mark.parametrize("rule", [RULES[name][0] for name in STATEFUL], ids=STATEFUL)
 @pytest.mark.parametrize("distribution", ["rademacher", "gauss16"])
 @pytest.mark.parametrize(("chunk", "small"), [(1, 0), (7, 0), (60, 10), (150, 100)])
 def test_the_chunk_size_does_not_matter(
@@ -102,7 +103,7 @@ def test_the_chunk_size_does_not_matter(
     assert_same_bits(three_steps(rule, SHAPES, directions, coefficients), whole)
 
 
-@pytest.mark.parametrize("rule", STATEFUL, ids=["momentum", "adamw"])
+@pytest.mark.parametrize("rule", [RULES[name][0] for name in STATEFUL], ids=STATEFUL)
 def test_the_number_of_threads_does_not_matter(rule: UpdateRule, restored_threads: None) -> None:
     results = []
     for threads in (1, 2):
@@ -111,10 +112,9 @@ def test_the_number_of_threads_does_not_matter(rule: UpdateRule, restored_thread
     assert_same_bits(*results)
 
 
-@pytest.mark.parametrize(("rule", "make_reference"), RULES[2:4], ids=["momentum", "adamw"])
-def test_a_bf16_parameter_is_updated_in_fp32_and_cast_once(
-    rule: UpdateRule, make_reference: Callable[[Any], torch.optim.Optimizer]
-) -> None:
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_bf16_parameter_is_updated_in_fp32_and_cast_once(name: str) -> None:
+    rule, make_reference = RULES[name]
     narrow = make_parameters(torch.bfloat16)
     wide = [nn.Parameter(p.detach().float()) for p in narrow]
     optimizer, reference = ZerothOrder(narrow, rule), make_reference(wide)
@@ -135,7 +135,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(buffer, weights_only=True)
 
 
-@pytest.mark.parametrize("rule", STATEFUL, ids=["momentum", "adamw"])
+@pytest.mark.parametrize("rule", [RULES[name][0] for name in STATEFUL], ids=STATEFUL)
 def test_moments_of_a_bf16_parameter_stay_fp32_in_a_checkpoint(rule: UpdateRule) -> None:
     parameters = make_parameters(torch.bfloat16)
     optimizer = ZerothOrder(parameters, rule)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hosfl_lightning.optim import ESTIMATORS, SGD, AdamW, Dense, UpdateRule, ZerothOrder
-from hosfl_lightning.rng import DISTRIBUTIONS
+from hosfl_lightning.rng import DISTRIBUTIONS, direction, round_coefficient
 
 
 class Regression(nn.Module):
@@ -156,6 +156,23 @@ def test_a_loaded_state_decides_the_directions_and_moments() -> None:
     zo.record(torch.ones(5))
     zo.step()
     assert zo.state[zo.parameters[0]].keys() == {"momentum_buffer"}
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_mu_is_rounded_once_and_is_the_length_of_a_probe(estimator: str, distribution: str) -> None:
+    parameter = nn.Parameter(torch.zeros(9))
+    zo = ZerothOrder([parameter], probes=1, mu=0.1, estimator=estimator, distribution=distribution)
+    assert zo.mu == round_coefficient(0.1, DISTRIBUTIONS[distribution]) == pytest.approx(0.1, rel=2**-16)
+    seen: list[Tensor] = []
+
+    def look() -> Tensor:
+        seen.append(parameter.detach().clone())
+        return torch.zeros(())
+
+    zo.project(look)
+    mu_u = zo.mu * direction(zo.basis(0).streams[0], 0, 0, 9)
+    assert_equal(seen, {"forward": [torch.zeros(9), mu_u], "central": [mu_u, -mu_u]}[estimator])
 
 
 def test_hooks_of_torch_are_called_once_a_step() -> None:
