@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import wandb
@@ -65,6 +66,19 @@ class HOSFLCommand(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export")}
 
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        for name, value in self.trainer.callback_metrics.items():
+            print(f"{name}  {float(value):.4f}")
+
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        """One line of JSON an example: its class, or the next token at every position."""
+        path = Path(self.trainer.log_dir) / "predictions.jsonl"
+        path.write_text("".join(f"{json.dumps(one)}\n" for batch in self.trainer.predictions for one in batch.tolist()))
+        print(f"predictions written to {path}")
+
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``hosfl``.
@@ -108,7 +122,12 @@ def readable(message: str) -> str:
     value; the reason is the one entry that speaks of neither.
     """
     lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    reasons = [line.removeprefix("- ") for line in lines if line.startswith("- ")]
+    reasons: list[str] = []
+    for line in lines:
+        if line.startswith("- "):
+            reasons.append(line.removeprefix("- "))
+        elif reasons and reasons[-1].endswith(":"):  # "Problem with given class_path": what it was stands below
+            reasons[-1] += f" {line}"
     reasons = [r for r in reasons if "NoneType" not in r and not r.startswith("Does not validate")]
     if not reasons:
         return " ".join(lines)

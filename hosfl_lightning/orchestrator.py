@@ -107,6 +107,7 @@ class Orchestrator(TrainerFace):
         self.callbacks = self._complete(list(given), enable_progress_bar, enable_checkpointing)
         self.transport = InProcess(serialize=simulation == "per_client")
         self.summary: dict[str, Any] = {}
+        self.predictions: list[Tensor] = []
         self.first_validation: Evaluation | None = None
         self.announces = True
         self._row: dict[str, Any] = {}
@@ -141,9 +142,9 @@ class Orchestrator(TrainerFace):
     ) -> list[Tensor]:
         """``predict_step`` of every batch."""
         self._prepare(model, datamodule, TrainerFn.PREDICTING, "predict", ckpt_path, load=True)
-        outputs = run_evaluation(self, "predict", datamodule.predict_dataloader())
+        self.predictions = run_evaluation(self, "predict", datamodule.predict_dataloader())
         self._finish("predict")
-        return outputs
+        return self.predictions
 
     def export(self, model: SplitModule, datamodule: FederatedDataModule | None, ckpt_path: str, out: str) -> None:
         """Write the adapter of a checkpoint as one standard PEFT folder.
@@ -197,6 +198,8 @@ class Orchestrator(TrainerFace):
         for name in self.controls:
             if name not in CONTROLS:
                 raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ValueError(f"trainer.gradient_clip_val must be > 0, or null for none, got {self.gradient_clip_val}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"trainer.seed must be between 0 and 2**64 - 1, got {self.seed}")
 
@@ -225,6 +228,8 @@ class Orchestrator(TrainerFace):
         if data.tokenizer is None:
             data.tokenizer = model.tokenizer()
         data.setup(stage)
+        if fn is TrainerFn.FITTING:  # before a run folder is made
+            self._check_data(model, data)
         self._found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
         model.fabric = self.fabric  # self.log and self.manual_backward go through Fabric
         self.fabric.setup_module(model)
@@ -235,12 +240,14 @@ class Orchestrator(TrainerFace):
         if load and ckpt_path:
             model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
 
+    def _check_data(self, model: SplitModule, data: FederatedDataModule) -> None:
+        self.clients_per_round = _checked_sample(self.clients_per_round, data.num_clients)
+        for k, name in enumerate(data.client_names):
+            model.check_batch(data.client_batch(k, 0), name)
+
     def _setup_training(self, model: SplitModule) -> None:
-        self.clients_per_round = _checked_sample(self.clients_per_round, self.datamodule.num_clients)
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
         self.algorithm.setup(model, self.seed)
-        for k, name in enumerate(self.datamodule.client_names):
-            model.check_batch(self.datamodule.client_batch(k, 0), name)
         configured: Any = model.configure_optimizers()
         if not isinstance(configured, dict):
             configured = {"optimizer": configured}

@@ -313,15 +313,16 @@ class TestResume:
 
 
 class TestLeavesThingsAsFound:
+    @pytest.mark.parametrize("controls", [[], ["frozen", "first_order"]])
     def test_random_state_modes_and_requires_grad(
-        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, controls: list[str]
     ) -> None:
         model = make_model(lora=Lora(server=LoraHalf(dropout=0.5)))
         model.server_half.train()
         wanted = {n: p.requires_grad for n, p in model.named_parameters()}
         modes = {n: m.training for n, m in model.named_modules()}
         before = torch.random.get_rng_state()
-        make_orchestrator(controls=["frozen", "first_order"]).fit(model, data)
+        make_orchestrator(controls=controls).fit(model, data)
         assert torch.equal(before, torch.random.get_rng_state())
         assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
         assert {n: m.training for n, m in model.named_modules()} == modes

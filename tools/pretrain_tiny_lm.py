@@ -55,8 +55,8 @@ a model hub. It spells, indents and imitates the tone of Python documentation; i
 
 - One token per byte (id = byte value), `<|pad|>` 256, `<|eos|>` 257 between documents, no BOS; at most 512 positions.
 - Weights are stored in fp16 and load as fp32 (`"dtype": "float32"` in `config.json`).
-- Text: sources of the standard library of Python {python}, and once more their docstrings, comment blocks and long
-  strings; no tests, no installed packages. It is under the PSF license. One file in twenty is held out.
+- Text: sources of the standard library of Python {python} (PSF license), and once more their docstrings, comment
+  blocks and long strings; no tests, no installed packages. One file in twenty is held out.
 - Loss on held-out files: {source} nats per byte of source, {prose} of prose, with the weights as stored, in windows of
   256 bytes; a uniform guess has 5.56.
 - Made by `python tools/pretrain_tiny_lm.py` in {seconds:,.0f} s on {threads} CPU thread(s): {steps:,} steps of AdamW,

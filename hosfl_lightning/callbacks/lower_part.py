@@ -174,7 +174,7 @@ class LowerPart:
             parameter.requires_grad_(required)
 
     def _enter(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._phase == "forward" and self._anchor is None and torch.is_grad_enabled():
+        if self._phase == "forward" and self._anchor is None:
             self._running.append((holder, self._remember(functools.partial(holder, *args, **kwargs))))
 
     def _leave(self, holder: nn.Module, *_: Any) -> None:

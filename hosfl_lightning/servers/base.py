@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -62,7 +62,7 @@ class SplitModule(L.LightningModule, ABC):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
         **model_kwargs: Any,
     ) -> None:

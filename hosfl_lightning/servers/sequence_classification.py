@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -31,7 +33,7 @@ class SplitSequenceClassifier(SplitModule):
         lora: Lora | None = None,
         optimizer: OptimizerCallable = default_optimizer,
         lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: str = "float32",
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
     ) -> None:
         self.num_labels = num_labels

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from hosfl_lightning.callbacks.cut_check import CutError
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
@@ -178,6 +179,65 @@ def test_smashed_data_given_by_keyword_after_a_float_mask() -> None:
         fit(module, hybrid())
     for p, q in zip(keyword.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_checkpointed_block_around_the_cut() -> None:
+    class Checkpointed(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            hidden = checkpoint(self.net[2:4], self.net[:2](batch[0]), use_reentrant=False)
+            return cross_entropy(self.net[4](hidden), batch[1])
+
+    saving, plain = Checkpointed(*mlp().net), mlp()
+    for module in (saving, plain):
+        fit(module, hybrid())
+    assert same_bits(saving, plain)
+
+
+def test_hooks_of_the_user_run_once_in_a_replay() -> None:
+    hooked, plain = mlp(), mlp()
+    hooked.net.register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    plain.net[0].register_forward_pre_hook(lambda m, args: (2 * args[0],))
+    for module in (hooked, plain):
+        fit(module, hybrid())
+    assert same_bits(hooked, plain)
+
+
+def test_the_smallest_call_is_replayed() -> None:
+    class Counts(Sequential):
+        steps = 0
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    module = Counts(*mlp().net)
+    fit(module, hybrid())
+    assert module.steps == 4
+
+
+def test_a_call_that_ended_before_the_cut_is_not_replayed() -> None:
+    class Short(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[0](x)
+
+    class Aside(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.net(batch[0])
+            z = self.net[1](self.net[0](batch[0]))
+            return cross_entropy(self.net[4](self.net[3](self.net[2](z))), batch[1])
+
+    aside, plain = Aside(), mlp()
+    aside.net = Short(*mlp().net)
+    for module in (aside, plain):
+        fit(module, hybrid())
+    assert same_bits(aside, plain)
+
+
+def test_an_old_gradient_below_the_cut_is_dropped() -> None:
+    module = Parts()
+    module.encoder[0].weight.grad = torch.ones_like(module.encoder[0].weight)
+    fit(module, hybrid("head"), max_steps=1)
+    assert module.encoder[0].weight.grad is None
 
 
 # ---- what is refused
