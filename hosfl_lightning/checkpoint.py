@@ -54,7 +54,7 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"ckpt_path: {str(path)!r} is not a whole, plain checkpoint ({reason})") from error
     if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "algorithm"} <= set(checkpoint):
         raise CheckpointError(f"ckpt_path: {str(path)!r} was not written by the Orchestrator")

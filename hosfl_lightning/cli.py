@@ -66,6 +66,10 @@ class HOSFLCommand(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export")}
 
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: no settings are in our checkpoints, and a bad file is the Orchestrator's to refuse."""
+
     def after_validate(self) -> None:
         """Print what was measured."""
         for name, value in self.trainer.callback_metrics.items():

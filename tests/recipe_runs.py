@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,18 @@ def header_commands(path: Path) -> list[list[str]]:
     return [shlex.split(found) for found in re.findall(r"^hosfl .*$", header.replace("\\\n", " "), flags=re.MULTILINE)]
 
 
+@contextmanager
+def command_line() -> Iterator[pytest.MonkeyPatch]:
+    """As in a shell at the repository's root, not as inside pytest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", ["hosfl"])
+        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse renamed
+        yield patch
+
+
 def hosfl(*args: str) -> cli.HOSFLCommand:
-    """``hosfl args`` in this process, at the repository's root; returns what the command leaves: trainer, model, data."""
+    """``hosfl args`` in this process; returns what the command leaves: trainer, model and data."""
     kept = []
 
     class Kept(cli.HOSFLCommand):
@@ -60,10 +72,7 @@ def hosfl(*args: str) -> cli.HOSFLCommand:
             kept.append(self)
             super().__init__(*a, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr(sys, "argv", ["hosfl"])
-        patch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse renamed
+    with command_line() as patch:
         patch.setattr(cli, "HOSFLCommand", Kept)
         try:
             cli.main(list(args))

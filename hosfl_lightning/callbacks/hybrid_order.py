@@ -33,8 +33,8 @@ class HybridOrder(Callback):
         below   v_p = (1/μ) ⟨λ, f_c(x; θ_c + μ u_p) − z⟩,  p = 1..P
                 ĝ = (1/P) Σ_p v̄_p u_p,  θ_c ← rule(θ_c, ĝ),  v̄_p: mean over ranks, sum over accumulated batches
 
-    Nothing in the module changes: its optimizer trains what is above the cut, this callback what is below. No graph is
-    kept below the cut and no ``.grad`` is made there. Steps 4 and 5-6 of the round are `LagrangianUpdate` and
+    Nothing in the module changes: its optimizer trains what is above the cut, this callback what is below. No ``.grad``
+    is made below the cut, and no graph after the first batch. Steps 4 and 5-6 of the round are `LagrangianUpdate` and
     `DimensionFreeAggregation`, the same as in a federated run; ranks exchange ``P`` scalars for the lower part.
 
     Example::
@@ -43,16 +43,16 @@ class HybridOrder(Callback):
 
     Clipping, accumulation, bf16, single-device and DDP strategies, checkpoints and resuming work as without it;
     ``gradient_clip_val`` acts above the cut only. The probes replay torch's random state, so dropout masks below the
-    cut agree; they may run ``training_step`` up to the cut again (with ``self.log`` and metrics silenced) when the
-    module is not organised so that a submodule holds both θ_c and the cut. The first batch costs eleven more forwards
-    of the lower part, a copy of θ_c and, in host memory, the lower part's graph: it is checked that the loss reaches θ_c
-    through the cut alone, and that a replay reproduces z.
+    cut agree. Where no submodule that is called holds both θ_c and the cut, they run ``training_step`` up to the cut
+    again, with ``self.log`` and metrics silenced. The first batch costs a dozen more forwards of the lower part, a copy
+    of θ_c and, in host memory, the lower part's graph: it is checked that the loss reaches θ_c through the cut alone,
+    and that a replay reproduces z.
 
     | logged key | meaning | unit |
     |---|---|---|
-    | ``client/multiplier_norm`` | ``‖λ‖₂`` over the micro-batches of the step, on this rank | nats per activation |
+    | ``client/multiplier_norm`` | ``‖λ‖₂`` over the step's micro-batches, on this rank | nats per activation |
     | ``client/lagrangian_term`` | ``⟨λ, z⟩`` before the update, on this rank | nats |
-    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``, about the norm of the gradient below | nats per unit of θ |
+    | ``client/projected_gradient_rms`` | rms of ``v̄_p``, about the gradient's norm | nats per unit of θ |
     | ``client/lr`` | learning rate of the update below | – |
 
     Args:
@@ -71,7 +71,7 @@ class HybridOrder(Callback):
             break the method.
 
     Reference: HO-SFL, arXiv 2603.14773.
-    """  # noqa: E501
+    """
 
     def __init__(
         self,

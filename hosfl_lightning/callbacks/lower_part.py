@@ -54,7 +54,7 @@ class LowerPart:
         module: LightningModule,
         cut: str,
         client: Sequence[str] | None,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        context: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self.module, self.cut, self.context = module, cut, context
         self.parameters = client_parameters(module, cut, client)
@@ -68,8 +68,6 @@ class LowerPart:
         self._undo = ExitStack()
         self._undo.callback(self._require_grad, True)
         self._require_grad(False)
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     def attach(self) -> None:
         """Watch ``training_step`` from now on."""

@@ -233,13 +233,6 @@ def test_a_call_that_ended_before_the_cut_is_not_replayed() -> None:
     assert same_bits(aside, plain)
 
 
-def test_an_old_gradient_below_the_cut_is_dropped() -> None:
-    module = Parts()
-    module.encoder[0].weight.grad = torch.ones_like(module.encoder[0].weight)
-    fit(module, hybrid("head"), max_steps=1)
-    assert module.encoder[0].weight.grad is None
-
-
 # ---- what is refused
 
 

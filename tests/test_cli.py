@@ -1,0 +1,262 @@
+"""The command line: from a run's own config, and what a bad setting gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hosfl_lightning import cli
+from tests.recipe_runs import ROOT, command_line, hosfl, load, small
+
+TEXT = ROOT / "recipes" / "stories260k" / "shakespeare_hosfl_lora.yaml"
+CLASSES = ROOT / "recipes" / "minilm" / "banking77_hosfl_lora.yaml"
+LORA = "--model.init_args.lora"
+METHOD = "--trainer.algorithm.init_args"
+
+
+@dataclass
+class Finished:
+    """A run of two rounds, and where it lies."""
+
+    command: cli.HOSFLCommand
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / "version_0"
+
+    def again(self, action: str, *args: str) -> cli.HOSFLCommand:
+        """Another command from the run's own config, in another folder."""
+        where = f"--trainer.default_root_dir={self.root / action}"
+        return hosfl(action, f"--config={self.folder}/config.yaml", where, *args)
+
+    @property
+    def checkpoint(self) -> str:
+        return f"--ckpt_path={self.folder}/checkpoints/last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    root = tmp_path_factory.mktemp("finished")
+    return Finished(hosfl("fit", f"--config={TEXT}", *small(TEXT, root)), root)
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    return [{name: value for name, value in row.items() if not name.startswith("time/")} for row in rows]
+
+
+class TestFromARunsConfig:
+    def test_fit_again_is_the_same_run(self, finished: Finished) -> None:
+        again = Path(finished.again("fit").trainer.log_dir)
+        assert metrics(again) == metrics(finished.folder)
+        one, two = load(again / "config.yaml"), load(finished.folder / "config.yaml")
+        del one["trainer"]["default_root_dir"], two["trainer"]["default_root_dir"]
+        assert one == two
+
+    def test_fit_goes_on_from_a_checkpoint(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "40")
+        with pytest.warns(UserWarning, match="dirpath has changed"):  # ModelCheckpoint sees another run folder
+            trainer = finished.again("fit", finished.checkpoint, "--trainer.max_rounds=3").trainer
+        assert trainer.global_step == trainer.summary["rounds"] == 3
+        assert [row["round"] for row in metrics(Path(trainer.log_dir)) if row["train/loss"]] == ["3"]
+        table = capsys.readouterr().out
+        assert f"{trainer.summary['val_loss_last']:.4f}" in table
+        assert "…" not in table
+
+    def test_validate_prints_what_the_run_ended_with(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        finished.again("validate", finished.checkpoint)
+        expected = json.loads((finished.folder / "summary.json").read_text())["val_loss_last"]
+        assert f"val/loss  {expected:.4f}" in capsys.readouterr().out.splitlines()
+
+    def test_test_prints_the_test_set(self, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+        given = finished.command.datamodule.files[0]
+        finished.again("test", finished.checkpoint, f"--data.init_args.test_files=[{given}]")
+        assert "test/loss  " in capsys.readouterr().out
+
+    def test_predict_leaves_a_line_an_example(self, finished: Finished) -> None:
+        trainer = finished.again("predict", finished.checkpoint).trainer
+        lines = (Path(trainer.log_dir) / "predictions.jsonl").read_text().splitlines()
+        batches = list(finished.command.datamodule.predict_dataloader())
+        with torch.no_grad():
+            logits = [finished.command.model(b["input_ids"], b["attention_mask"]) for b in batches]
+        assert [json.loads(line) for line in lines] == [row for one in logits for row in one.argmax(-1).tolist()]
+
+    def test_export_writes_the_runs_adapter(self, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+        out = finished.root / "exported"
+        finished.again("export", finished.checkpoint, f"--out={out}")
+        assert str(out) in capsys.readouterr().out
+        one, two = (load_file(folder / "adapter_model.safetensors") for folder in (out, finished.folder / "adapter"))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in two)
+        configs = [(folder / "adapter_config.json").read_text() for folder in (out, finished.folder / "adapter")]
+        assert configs[0] == configs[1]
+
+
+def test_print_config_is_a_recipe(finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    with pytest.raises(RuntimeError, match="exit code 0"):
+        finished.again("fit", "--trainer.max_rounds=7", "--print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["trainer"]["max_rounds"] == 7
+
+
+#: What is given, and the words that must stand in the one line of the answer.
+BAD_TEXT: dict[str, list[str]] = {
+    "--model.init_args.cut=4": ["cut=4", "1 to 3"],
+    "--model.init_args.cut=0": ["cut=0", "1 to 3"],
+    "--model.init_args.cut=three": ["cut", "int", "three"],
+    "--model.init_args.pretrained=/nowhere/model": ["pretrained", "/nowhere/model", "tiny_lm"],
+    "--model.init_args.dtype=float7": ["dtype", "float7", "bfloat16"],
+    "--model.init_args.cutt=3": ["cutt", "not accepted"],
+    "--model=NoSuchModel": ["model", "NoSuchModel"],
+    f"{LORA}.client.target_modules=[no_proj]": ["lora.client.target_modules", "no_proj", "q_proj"],
+    f"{LORA}.server.target_modules=[no_proj]": ["lora.server.target_modules", "no_proj", "q_proj"],
+    f"{LORA}.client.dropout=0.1": ["lora.client.dropout", "set it to 0"],
+    f"{LORA}.server.r=0": ["r=0", "at least 1"],
+    f"{METHOD}.probes=0": ["probes", "got 0"],
+    f"{METHOD}.mu=0": ["mu", "> 0"],
+    f"{METHOD}.mu=-0.001": ["mu", "> 0"],
+    f"{METHOD}.estimator=sideways": ["estimator", "central", "sideways"],
+    f"{METHOD}.distribution=cauchy": ["distribution", "gauss16", "cauchy"],
+    f"{METHOD}.probez=3": ["probez", "not accepted"],
+    "--trainer.algorithm=NoSuchMethod": ["trainer.algorithm", "NoSuchMethod"],
+    "--trainer.clients_per_round=9": ["trainer.clients_per_round", "8 clients"],
+    "--trainer.clients_per_round=0": ["trainer.clients_per_round", ">= 1"],
+    "--trainer.max_rounds=0": ["trainer.max_rounds", ">= 1"],
+    "--trainer.max_rounds=ten": ["trainer.max_rounds", "int", "ten"],
+    "--trainer.max_round=3": ["--trainer.max_round=3", "unrecognized"],
+    "--trainer.precision=16-mixed": ["trainer.precision", "16-mixed", "bf16-mixed"],
+    "--trainer.accumulate_grad_batches=2": ["accumulate_grad_batches", "unrecognized"],
+    "--trainer.gradient_clip_val=0": ["trainer.gradient_clip_val", "> 0"],
+    "--trainer.controls=[backwards]": ["trainer.controls", "frozen", "backwards"],
+    "--trainer.simulation=remote": ["trainer.simulation", "per_client", "remote"],
+    "--trainer.devices=2": ["trainer.devices", "must be 1"],
+    "--data.init_args.files=[/nowhere/text.txt]": ["files", "/nowhere/text.txt"],
+    "--data.init_args.files=[EMPTY]": ["files", "is empty"],
+    "--data.init_args.num_clients=5000": ["num_clients=5000", "lower"],
+    "--data.init_args.sequence_length=300": ["300 tokens", "256", "sequence_length"],
+    "--ckpt_path=/nowhere/last.ckpt": ["ckpt_path", "/nowhere/last.ckpt"],
+    "--ckpt_path=EMPTY": ["ckpt_path", "not a whole"],
+}
+BAD_CLASSES: dict[str, list[str]] = {
+    "--data.init_args.train=LABEL_99": ["line 2", "label 99", "0..76"],
+    "--data.init_args.validation=/nowhere/v.jsonl": ["validation", "/nowhere/v.jsonl"],
+    "--model.init_args.num_labels=3": ["model.init_args.num_labels", "0..2"],
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "empty.txt").write_text("")
+    (folder / "label.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 99}\n')
+    return {"EMPTY": str(folder / "empty.txt"), "LABEL_99": str(folder / "label.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Path, list[str]]]:
+    """Per recipe, where its runs would lie and the arguments of a good command."""
+    made = {}
+    for recipe in (TEXT, CLASSES):
+        folder = tmp_path_factory.mktemp("shrunk")
+        made[recipe] = folder / "runs", ["fit", f"--config={recipe}", *small(recipe, folder)]
+    return made
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that ``hosfl args`` ends with."""
+    capsys.readouterr()
+    with command_line(), pytest.raises(SystemExit) as end:
+        cli.main(list(args))
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("hosfl: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "argument", "words"),
+    [(TEXT, *item) for item in BAD_TEXT.items()] + [(CLASSES, *item) for item in BAD_CLASSES.items()],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_ends_with_one_line_before_anything_is_written(
+    shrunk: dict[Path, tuple[Path, list[str]]],
+    files: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    recipe: Path,
+    argument: str,
+    words: list[str],
+) -> None:
+    runs, good = shrunk[recipe]
+    for name, path in files.items():
+        argument = argument.replace(name, path)
+    line = refused(capsys, *good, argument)
+    assert [word for word in words if word not in line] == []
+    assert not runs.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["fit", "--config=/nowhere.yaml"], ["config", "/nowhere.yaml"]),
+        (["fit", f"--config={TEXT}"], ["required", "pretrained"]),
+        (["fit"], ["required", "model"]),
+        (["fitt"], ["fitt", "'fit'"]),
+    ],
+)
+def test_an_incomplete_command_ends_with_one_line(
+    capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
+) -> None:
+    line = refused(capsys, *args)
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("action", ["fit", "validate", "export"])
+def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
+    finished: Finished, capsys: pytest.CaptureFixture[str], tmp_path: Path, action: str
+) -> None:
+    checkpoint = finished.folder / "checkpoints" / "last.ckpt"
+    before = checkpoint.read_bytes()
+    other = [f"--trainer.default_root_dir={tmp_path}", f"{LORA}.server.r=4"]
+    out = [f"--out={tmp_path / 'adapter'}"] if action == "export" else []
+    line = refused(capsys, action, f"--config={finished.folder}/config.yaml", finished.checkpoint, *other, *out)
+    assert "checkpoint is of another model, cut or LoRA setting" in line
+    assert checkpoint.read_bytes() == before
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (ValueError("bad"), 1), (RuntimeError("bug"), 1)], ids=["done", "refused", "crashed"]
+)
+def test_a_wandb_run_ends_as_the_command_does(
+    monkeypatch: pytest.MonkeyPatch, error: Exception | None, code: int
+) -> None:
+    finishes: list[int] = []
+
+    def finish(exit_code: int) -> None:
+        finishes.append(exit_code)
+
+    def command(*args: Any, **kwargs: Any) -> None:
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(cli, "HOSFLCommand", command)
+    monkeypatch.setattr(cli, "wandb", SimpleNamespace(run=object(), finish=finish))
+    with pytest.raises((SystemExit, RuntimeError)) if error else nullcontext():
+        cli.main([])
+    assert finishes == [code]
