@@ -2,6 +2,7 @@
 
 from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
@@ -9,6 +10,7 @@ from hosfl_lightning.callbacks.progress import RoundProgressBar
 __all__ = [
     "CommunicationMonitor",
     "DimensionFreeAggregation",
+    "HybridOrder",
     "LagrangianUpdate",
     "PeakMemoryMonitor",
     "RoundProgressBar",

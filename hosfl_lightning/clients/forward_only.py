@@ -51,7 +51,7 @@ class ForwardOnlyClient(Client):
     def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, round: int = 0) -> None:
         r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
 
-        Along four directions: the share of z's elements that change under a probe, and the root mean square of
+        Along four directions: the share of z's non-zero elements that change under a probe, and the root mean square of
         ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the Lagrangian terms ``t±`` at ``θ ± μu``; zero where ``f_c``
         is linear. A single direction may lie almost across the gradient and would cry wolf.
         """
@@ -64,7 +64,9 @@ class ForwardOnlyClient(Client):
                 with self.optimizer.perturbed(basis, probe, scale):
                     moved = self._evaluate(batch)
                 sides.append(float(lagrangian_term(moved, z, multiplier, everything)))
-            shares.append(float((moved != z).float().mean()))
+            # Elements that are zero on both sides (behind a ReLU) could not move and are not counted.
+            alive = (moved != 0) | (z != 0)
+            shares.append(float((moved != z).sum() / alive.sum().clamp(min=1)))
             sums.append(sum(sides))
             largest.append(max(map(abs, sides)))
         share = fmean(shares)

@@ -101,6 +101,16 @@ def test_a_good_mu_is_not(mu: float, estimator: str) -> None:
         client.check_probe(batch, client.forward(batch, rows).z, multiplier)
 
 
+def test_what_a_relu_has_put_out_is_not_called_rounding() -> None:
+    batch, multiplier, rows = setting()
+    client = forward_only(1e-3)
+    out = torch.zeros(8).index_fill_(0, torch.tensor([2]), 1.0)  # one feature of eight is alive
+    client.half.register_forward_hook(lambda module, inputs, z: z * out)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        client.check_probe(batch, client.forward(batch, rows).z, multiplier)
+
+
 def test_forward_only_and_frozen_clients_have_no_graph_and_eval_mode() -> None:
     batch, _, rows = setting()
     for kind in (ForwardOnlyClient, FrozenClient):

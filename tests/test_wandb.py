@@ -1,0 +1,111 @@
+"""The W&B overlay: an offline run, read back from its own file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import wandb
+
+from tests.recipe_runs import OVERLAYS, QUICKSTART, header_commands, hosfl, load, small
+
+OVERLAY = next(path for path in OVERLAYS if path.stem == "wandb")
+
+
+@dataclass
+class Logged:
+    """What the offline file holds, and the run folder beside it."""
+
+    records: list[dict[str, Any]]
+    folder: Path
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [record[kind] for record in self.records if record["type"] == kind]
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        return [record["item"] for record in self.of("history")]
+
+    @property
+    def csv(self) -> list[dict[str, str]]:
+        return list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
+    """The command in the overlay's header, made small; nothing leaves the folder."""
+    root = tmp_path_factory.mktemp("wandb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")  # WandbLogger sets it, so that it is put back here
+        for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            patch.setenv(name, str(root / name.lower()))
+        patch.setenv("WANDB_ERROR_REPORTING", "false")
+        patch.setenv("WANDB_SILENT", "true")
+        _, *words = header_commands(OVERLAY)[0]
+        place = f"--trainer.logger.init_args.save_dir={root}"
+        trainer = hosfl(*words, *small(QUICKSTART, root), place, "--trainer.controls=[]").trainer
+    (file,) = root.glob("wandb/offline-run-*/*.wandb")
+    return Logged(read_whole(file), Path(trainer.log_dir))
+
+
+def read_whole(file: Path) -> list[dict[str, Any]]:
+    """The records of an offline run; W&B may still be writing when its ``finish`` has returned."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    for _ in range(20):
+        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        records = [json.loads(line) for line in output.splitlines()]
+        if any(record["type"] == "exit" for record in records):
+            return records
+        time.sleep(0.3)
+    raise TimeoutError(f"no end of the run in {file}")
+
+
+def test_the_overlay_is_what_the_file_says() -> None:
+    assert load(OVERLAY)["trainer"]["logger"]["init_args"]["offline"] is True
+
+
+def test_the_run_folder_stays_the_recipes(logged: Logged) -> None:
+    assert logged.folder.parent.name == "runs"
+    left = {path.name for path in logged.folder.iterdir()}
+    assert left >= {"config.yaml", "metrics.csv", "checkpoints", "adapter", "summary.json"}
+
+
+@pytest.mark.parametrize("name", ["train/loss", "val/loss", "client/projected_gradient_rms"])
+def test_curves_go_over_rounds(logged: Logged, name: str) -> None:
+    curve = {row["round"]: row[name] for row in logged.rows if name in row}
+    assert curve == {int(row["round"]): pytest.approx(float(row[name])) for row in logged.csv if row[name]}
+    assert list(curve) == ([0, 2] if name == "val/loss" else [1, 2])
+
+
+def test_the_axis_is_the_round(logged: Logged) -> None:
+    axes = [metric["step_metric"] for metric in logged.of("metric") if metric.get("glob_name") == "*"]
+    assert axes[-1] == "round"
+    assert all("round" in row for row in logged.rows)
+
+
+def test_memory_and_bytes_are_there(logged: Logged) -> None:
+    summary, first, last = json.loads((logged.folder / "summary.json").read_text()), logged.rows[0], logged.rows[-1]
+    assert {name: first[f"memory/{name}"] for name in summary["memory"]} == summary["memory"]
+    kinds, participations = summary["bytes_per_client_round"], 2 * summary["clients_per_round"]
+    assert {kind: last[f"comm/{kind}_bytes"] * 2 / participations for kind in kinds} == pytest.approx(kinds)
+    assert last["comm/total_bytes"] == pytest.approx(sum(kinds.values()) * participations)
+
+
+def test_the_config_is_the_saved_one(logged: Logged) -> None:
+    config: dict[str, Any] = {}
+    for record in logged.of("config"):
+        config |= record["update"]
+    saved = load(logged.folder / "config.yaml")
+    assert {name: config[name] for name in saved} == saved
+
+
+def test_the_run_is_finished(logged: Logged) -> None:
+    assert [record["exit_code"] for record in logged.of("exit")] == [0]
+    assert wandb.run is None
