@@ -1,0 +1,89 @@
+"""What a forward-only client pays over plain forwards: time over (P + 1) of them, peak memory over one.
+
+    python benchmarks/client_step.py
+
+An OPT-shaped random-init model (hidden 256, 8 layers, 4 heads, ffn 1024, vocab 8192), cut 2, batch 8 x 128. Time is the median
+of the paired ratios, forward, answer and update against P + 1 plain no-grad forwards run right after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import OPTConfig, OPTForCausalLM
+
+from hosfl_lightning.callbacks.peak_memory_monitor import measure_client
+from hosfl_lightning.clients import Cohort, ForwardOnlyClient
+from hosfl_lightning.optim import SGD, AdamW, UpdateRule, ZerothOrder
+from hosfl_lightning.split import Lora, LoraHalf, add_lora, split
+
+CUT = 2
+
+
+def client(full: bool, rule: UpdateRule, probes: int) -> ForwardOnlyClient:
+    """The client half, trained by LoRA on q_proj and v_proj or in full."""
+    config = OPTConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, ffn_dim=1024,
+        word_embed_proj_dim=256, max_position_embeddings=256, tie_word_embeddings=False,
+    )  # fmt: skip
+    whole = OPTForCausalLM(config).eval()
+    if not full:
+        whole = add_lora(whole, CUT, Lora(LoraHalf(), LoraHalf()), head=False).get_base_model()
+    half, _ = split(whole, CUT, check=False)
+    trained = [(n, p) for n, p in half.named_parameters() if p.requires_grad]
+    return ForwardOnlyClient(half, ZerothOrder(trained, rule, module=half, probes=probes))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def step(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], round: int) -> None:
+    """A client's part of one round."""
+    anchor, basis = who.forward(batch, rows), who.optimizer.basis(round)
+    values = who.answer(batch, anchor, torch.full_like(anchor.z, 1e-3), rows, basis)
+    who.apply(values[0], basis)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 8192, (8, 128))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    cohort = Cohort.join([0], [batch], lambda labels: labels.numel())
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {arguments.threads} thread(s)")
+    print(f"{'client':12} {'rule':6} {'P':>3} {'time / (P+1) forwards':>22} {'peak / forward peak':>20}")
+    for full in (False, True):
+        for rule in (SGD(lr=1e-4), AdamW(lr=1e-4)):
+            for probes in (1, 4, 16):
+                who = client(full, rule, probes)
+                memory = measure_client(who, who.optimizer.basis(0), batch, cohort)
+                ratios = []
+                for repeat in range(arguments.repeats + 1):
+                    ours = seconds(lambda r=repeat: step(who, batch, cohort.rows, r))  # type: ignore[misc]
+                    plain = seconds(lambda: [who.forward(batch, cohort.rows) for _ in range(probes + 1)])
+                    ratios.append(ours / plain)
+                peak = memory["client_peak_bytes"] / memory["client_forward_bytes"]
+                print(
+                    f"{'full' if full else 'LoRA':12} {type(rule).__name__:6} {probes:3} "
+                    f"{statistics.median(ratios[1:]):22.3f} {peak:20.3f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
