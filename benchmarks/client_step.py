@@ -2,8 +2,8 @@
 
     python benchmarks/client_step.py
 
-An OPT-shaped random-init model (hidden 256, 8 layers, 4 heads, ffn 1024, vocab 8192), cut 2, batch 8 x 128. Time is the median
-of the paired ratios, forward, answer and update against P + 1 plain no-grad forwards run right after it.
+An OPT-shaped random-init model (hidden 256, 8 layers, 4 heads, ffn 1024, vocab 8192), cut 2, batch 8 x 128. Time is the
+median of the paired ratios, forward, answer and update against P + 1 plain no-grad forwards run right after it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -54,6 +55,12 @@ def step(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], ro
     who.apply(values[0], basis)
 
 
+def forwards(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], times: int) -> None:
+    """Plain no-grad forwards."""
+    for _ in range(times):
+        who.forward(batch, rows)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,9 +81,8 @@ def main() -> None:
                 memory = measure_client(who, who.optimizer.basis(0), batch, cohort)
                 ratios = []
                 for repeat in range(arguments.repeats + 1):
-                    ours = seconds(lambda r=repeat: step(who, batch, cohort.rows, r))  # type: ignore[misc]
-                    plain = seconds(lambda: [who.forward(batch, cohort.rows) for _ in range(probes + 1)])
-                    ratios.append(ours / plain)
+                    ours = seconds(partial(step, who, batch, cohort.rows, repeat))
+                    ratios.append(ours / seconds(partial(forwards, who, batch, cohort.rows, probes + 1)))
                 peak = memory["client_peak_bytes"] / memory["client_forward_bytes"]
                 print(
                     f"{'full' if full else 'LoRA':12} {type(rule).__name__:6} {probes:3} "

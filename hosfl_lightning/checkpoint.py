@@ -15,6 +15,7 @@ from hosfl_lightning.evaluation import Evaluation
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
+    from hosfl_lightning.servers import SplitModule
 
 
 class CheckpointError(ValueError):
@@ -56,7 +57,7 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(f"ckpt_path: {str(path)!r} is not a whole, plain checkpoint ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step", "algorithm"} <= set(checkpoint):
+    if not isinstance(checkpoint, dict) or not {"state_dict", "settings", "fingerprint"} <= set(checkpoint):
         raise CheckpointError(f"ckpt_path: {str(path)!r} was not written by the Orchestrator")
     return checkpoint
 
@@ -70,16 +71,27 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def settings_of(trainer: Orchestrator) -> dict[str, Any]:
+    """What a resumed run must agree on with the run that made the checkpoint."""
+    return {
+        "algorithm": trainer.algorithm.name,
+        **trainer.algorithm.settings(),
+        "seed": trainer.seed,
+        "clients": trainer.datamodule.num_clients,
+        "clients_per_round": trainer.num_sampled,
+        "simulation": trainer.simulation,
+        "precision": trainer.precision,
+        "server_schedule": trainer.server.scheduler is not None,
+    }
+
+
 def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
     """What a resumed run needs; the module's own hook adds the tensors that are trained."""
-    model = trainer.lightning_module
     checkpoint: dict[str, Any] = {
         "global_step": trainer.global_step,
-        "epoch": 0,
         "state_dict": {},
-        "algorithm": trainer.algorithm.name,
-        "cut": model.cut,
-        "pretrained": model.pretrained,
+        "settings": settings_of(trainer),
+        "fingerprint": trainer.lightning_module.fingerprint(),
         "first_validation": asdict(trainer.first_validation) if trainer.first_validation else None,
     }
     if not weights_only:
@@ -91,19 +103,36 @@ def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
     return checkpoint
 
 
+def load_model(model: SplitModule, checkpoint: dict[str, Any]) -> None:
+    """Copy the trained tensors in.
+
+    Raises:
+        CheckpointError: They were trained on another backbone.
+        SplitError: Another cut or other adapters.
+    """
+    model.load_trained_state(checkpoint["state_dict"])
+    if checkpoint["fingerprint"] != model.fingerprint():
+        raise CheckpointError(
+            f"ckpt_path: it was trained on other weights than those of model.init_args.pretrained={model.pretrained!r}"
+        )
+
+
 def restore(trainer: Orchestrator, checkpoint: dict[str, Any]) -> None:
     """Continue where the checkpoint was made.
 
     Raises:
-        CheckpointError: Of another method, or without optimizer states.
+        CheckpointError: Another method, other settings or another backbone, or no optimizer states.
     """
-    if checkpoint["algorithm"] != trainer.algorithm.name:
-        raise CheckpointError(
-            f"ckpt_path: written by {checkpoint['algorithm']}, but trainer.algorithm is {trainer.algorithm.name}"
-        )
+    mine, theirs = settings_of(trainer), checkpoint["settings"]
+    for name in [*mine, *(theirs.keys() - mine.keys())]:
+        if mine.get(name) != theirs.get(name):
+            raise CheckpointError(
+                f"ckpt_path: the run was made with {name}={theirs.get(name)}, the recipe says {mine.get(name)}; "
+                "a resumed run keeps its settings"
+            )
     if "method" not in checkpoint:
         raise CheckpointError("ckpt_path: holds weights only, so a run cannot continue from it")
-    trainer.lightning_module.load_trained_state(checkpoint["state_dict"])
+    load_model(trainer.lightning_module, checkpoint)
     trainer.algorithm.load_state_dict(checkpoint["method"])
     trainer.server.optimizer.load_state_dict(checkpoint["optimizer_states"][0])
     if trainer.server.scheduler is not None:

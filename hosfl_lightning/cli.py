@@ -79,8 +79,9 @@ class HOSFLCommand(LightningCLI):
 
     def after_predict(self) -> None:
         """One line of JSON an example: its class, or the next token at every position."""
-        path = Path(self.trainer.log_dir) / "predictions.jsonl"
-        path.write_text("".join(f"{json.dumps(one)}\n" for batch in self.trainer.predictions for one in batch.tolist()))
+        trainer: Any = self.trainer
+        path = Path(trainer.log_dir) / "predictions.jsonl"
+        path.write_text("".join(f"{json.dumps(one)}\n" for batch in trainer.predictions for one in batch.tolist()))
         print(f"predictions written to {path}")
 
 

@@ -55,4 +55,3 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
         return runner.rerun(model, trainer.datamodule, first)
     finally:
         model.load_trained_state(trained)
-        model.fabric = trainer.fabric

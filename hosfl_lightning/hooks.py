@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 
 #: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
 FIRED = frozenset(
@@ -26,11 +26,20 @@ REFUSED_MODULE_HOOKS = (
 )  # fmt: skip
 
 
+#: The same for the data; it sets up clients and loaders, nothing is moved or changed on the way.
+REFUSED_DATA_HOOKS = (
+    "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer", "train_dataloader",
+    "state_dict", "load_state_dict", "on_exception",
+)  # fmt: skip
+#: Hooks of callbacks that a module does not share.
+CALLBACK_ONLY = ("on_exception",)
+
+
 class HookError(TypeError):
     """A hook was overridden that the orchestrator never fires."""
 
 
-def check_hooks(callbacks: Sequence[Callback], module: LightningModule) -> None:
+def check_hooks(callbacks: Sequence[Callback], module: LightningModule, data: LightningDataModule) -> None:
     """Refuse what would be silently ignored.
 
     Overrides in Lightning's own classes are exempt: what they hang on an unfired hook (the sanity check) Trainer may
@@ -45,20 +54,22 @@ def check_hooks(callbacks: Sequence[Callback], module: LightningModule) -> None:
                 raise HookError(
                     f"{type(callback).__name__} overrides {hook}, which the Orchestrator never calls; remove it"
                 )
-    for hook in REFUSED_MODULE_HOOKS:
-        if getattr(type(module), hook) is not getattr(LightningModule, hook):
-            raise HookError(f"{type(module).__name__} overrides {hook}, which the Orchestrator never calls; remove it")
+    for owner, base, hooks in (
+        (module, LightningModule, REFUSED_MODULE_HOOKS),
+        (data, LightningDataModule, REFUSED_DATA_HOOKS),
+    ):
+        for hook in hooks:
+            if getattr(type(owner), hook) is not getattr(base, hook):
+                raise HookError(
+                    f"{type(owner).__name__} overrides {hook}, which the Orchestrator never calls; remove it"
+                )
 
 
-def fire(receiver: Any, hook: str, **kwargs: Any) -> None:
-    """Call ``receiver.hook`` with those of the keyword arguments it takes."""
-    method = getattr(receiver, hook, None)
-    if method is None:
-        return
-    names = inspect.signature(method).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        method(**kwargs)
-    else:
+def fire(module: LightningModule, hook: str, **kwargs: Any) -> None:
+    """Call the module's hook with those of the arguments that it takes; a callback's own hooks it does not have."""
+    method = getattr(module, hook, None)
+    if method is not None and hook not in CALLBACK_ONLY:
+        names = inspect.signature(method).parameters
         method(**{name: value for name, value in kwargs.items() if name in names})
 
 

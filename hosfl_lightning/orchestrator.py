@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
-from torch import Tensor
+from torch import Tensor, nn
 
 from hosfl_lightning import checkpoint as checkpoints
 from hosfl_lightning.algorithms import HOSFL, Algorithm
@@ -23,8 +24,8 @@ from hosfl_lightning.evaluation import Evaluation, Loop, run_evaluation
 from hosfl_lightning.hooks import check_hooks, fire
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
-from hosfl_lightning.servers.server import Server
-from hosfl_lightning.summary import RunResult, write_summary
+from hosfl_lightning.servers.server import Server, configured
+from hosfl_lightning.summary import RunResult, print_table, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
 from hosfl_lightning.transport import InProcess
 
@@ -47,7 +48,7 @@ class Orchestrator(TrainerFace):
         max_rounds: Rounds to run.
         clients_per_round: ``K`` of the data's ``N`` clients; None: all.
         simulation: ``batched``: a round's clients run as one batch (fast). ``per_client``: one after the other, every
-            message encoded and decoded, as remote clients would.
+            message encoded and decoded, as remote clients would. Equal to rounding, but for server dropout's masks.
         controls: Run the same rounds again with a client that is ``frozen`` and one that backpropagates
             (``first_order``), from the same start, seeds and batches; the summary compares them.
         seed: Of client sampling and of the random directions.
@@ -56,7 +57,8 @@ class Orchestrator(TrainerFace):
         accelerator: As Trainer's: ``cpu``, ``gpu``, ``auto``.
         strategy: As Fabric's; one process for now.
         devices: 1 for now.
-        precision: ``32-true``, ``bf16-mixed`` or ``bf16-true``. fp16 with a GradScaler is refused.
+        precision: ``32-true``, ``bf16-mixed`` or ``bf16-true`` (which converts the model, adapters included). fp16 with
+            a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
         callbacks: Lightning callbacks.
         logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before those that make no
@@ -110,40 +112,46 @@ class Orchestrator(TrainerFace):
         self.predictions: list[Tensor] = []
         self.first_validation: Evaluation | None = None
         self.announces = True
+        self.num_sampled = 0
         self._row: dict[str, Any] = {}
 
     # ---- the four entry points
 
     def fit(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> None:
-        """Run the rounds, then the controls, then write the summary, the adapter and the table."""
+        """Run the rounds, then the controls; the adapter and the summary are written as soon as they are known."""
+        _check_model(model)
         resumed = checkpoints.load(ckpt_path) if ckpt_path else None
-        self._prepare(model, datamodule, TrainerFn.FITTING, "fit", ckpt_path)
+        self.announces = True
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-        result = self._run(model, resumed)
+        result = self._run(model, datamodule, resumed, None)
         if self.is_global_zero and model.lora is not None:
             model.export(str(Path(self.log_dir) / "adapter"))
-        controls = {name: run_control(self, name, start, result.first) for name in self.controls}
+        controls: dict[str, RunResult] = {}
         self.summary = write_summary(self, result, controls)
+        for name in self.controls:
+            controls[name] = run_control(self, name, start, result.first)
+            self.summary = write_summary(self, result, controls)
+        if self.is_global_zero:
+            print_table(self.summary, result, controls, self.log_dir)
 
     def validate(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[dict[str, float]]:
         """One pass over the validation data."""
-        return self._evaluate_only(model, datamodule, TrainerFn.VALIDATING, "validate", "validation", ckpt_path)
+        return self._evaluate_only(model, datamodule, TrainerFn.VALIDATING, "validation", ckpt_path)
 
     def test(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[dict[str, float]]:
         """One pass over the test data."""
-        return self._evaluate_only(model, datamodule, TrainerFn.TESTING, "test", "test", ckpt_path)
+        return self._evaluate_only(model, datamodule, TrainerFn.TESTING, "test", ckpt_path)
 
     def predict(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[Tensor]:
         """``predict_step`` of every batch."""
-        self._prepare(model, datamodule, TrainerFn.PREDICTING, "predict", ckpt_path, load=True)
-        self.predictions = run_evaluation(self, "predict", datamodule.predict_dataloader())
-        self._finish("predict")
+        with self._session(model, datamodule, TrainerFn.PREDICTING, ckpt_path):
+            self.predictions = run_evaluation(self, "predict", datamodule.predict_dataloader())
         return self.predictions
 
     def export(self, model: SplitModule, datamodule: FederatedDataModule | None, ckpt_path: str, out: str) -> None:
@@ -155,24 +163,27 @@ class Orchestrator(TrainerFace):
             ckpt_path: The checkpoint.
             out: The folder to write.
         """
-        model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
+        checkpoints.load_model(model, checkpoints.load(ckpt_path))
         model.export(out)
         print(f"adapter written to {out}")
 
     # ---- hooks
 
     def call_callbacks(self, hook: str, **kwargs: Any) -> None:
-        """Fire a Trainer hook on every callback."""
+        """Fire a Trainer hook on every callback, with Trainer's positions."""
         for callback in self.callbacks:
             self._asking = type(callback).__name__
-            fire(callback, hook, trainer=self, pl_module=self.lightning_module, **kwargs)
+            getattr(callback, hook)(self, self.lightning_module, *kwargs.values())
         self._asking = None
 
     def call(self, hook: str, **kwargs: Any) -> None:
         """Fire a Trainer hook on every callback, then on the module."""
         self.call_callbacks(hook, **kwargs)
-        if hook not in ("setup", "teardown", "on_exception"):
-            fire(self.lightning_module, hook, trainer=self, **kwargs)
+        fire(self.lightning_module, hook, **kwargs)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision's context, for the clients' forwards as for the server's."""
+        return self.fabric.autocast()
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch on the device of this process."""
@@ -186,6 +197,8 @@ class Orchestrator(TrainerFace):
                 raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
+        if self.simulation not in ("batched", "per_client"):
+            raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
         if self.devices != 1:
             raise ValueError(f"trainer.devices must be 1, got {self.devices}: clients do not run on several ranks yet")
         if self.precision not in PRECISIONS:
@@ -215,73 +228,83 @@ class Orchestrator(TrainerFace):
         # As in Trainer: checkpoints last, so that they hold what the other callbacks did in the same hook.
         return sorted(given, key=lambda c: isinstance(c, ModelCheckpoint))
 
-    def _prepare(
-        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, stage: str, ckpt_path: str | None,
-        load: bool = False,
-    ) -> None:  # fmt: skip
-        if not isinstance(model, SplitModule):
-            raise TypeError(f"model must be a hosfl_lightning.servers.SplitModule, got {type(model).__name__}")
-        check_hooks(self.callbacks, model)
+    @contextmanager
+    def _session(
+        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, ckpt_path: str | None = None
+    ) -> Iterator[None]:
+        """Model and data are ready inside; whatever happens, loggers are closed and everything is put back."""
+        checkpoint = checkpoints.load(ckpt_path) if ckpt_path else None
+        _check_model(model)
+        check_hooks(self.callbacks, model, data)
         self.lightning_module, self.datamodule, self.ckpt_path = model, data, ckpt_path
-        self._enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(stage))
+        self._enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
+        self.global_step, self.should_stop, self._validated, self._row = 0, False, False, {}
+        self.callback_metrics.clear()
         self.fabric.launch()
+        self._prepare_data(model, data, fn)
+        found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+        fabric_before = model._fabric
+        model.fabric = self.fabric  # self.log and self.manual_backward go through Fabric
+        try:
+            self.fabric.setup_module(model)
+            model.eval()
+            if checkpoint is not None:
+                checkpoints.load_model(model, checkpoint)
+            for logger in self.loggers:
+                _open(logger)
+            self.call("setup", stage=fn.value)
+            yield
+        except BaseException as error:
+            self.state.status = TrainerStatus.INTERRUPTED
+            self.call("on_exception", exception=error)
+            raise
+        finally:
+            self._finish(fn.value, *found)
+            model._fabric = fabric_before
+
+    def _prepare_data(self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn) -> None:
+        """Set up and check the data before a run folder is made."""
         if data.tokenizer is None:
             data.tokenizer = model.tokenizer()
-        data.setup(stage)
-        if fn is TrainerFn.FITTING:  # before a run folder is made
-            self._check_data(model, data)
-        self._found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
-        model.fabric = self.fabric  # self.log and self.manual_backward go through Fabric
-        self.fabric.setup_module(model)
-        model.eval()
-        for logger in self.loggers:
-            _open(logger)
-        self.call("setup", stage=stage)
-        if load and ckpt_path:
-            model.load_trained_state(checkpoints.load(ckpt_path)["state_dict"])
-
-    def _check_data(self, model: SplitModule, data: FederatedDataModule) -> None:
-        self.clients_per_round = _checked_sample(self.clients_per_round, data.num_clients)
-        for k, name in enumerate(data.client_names):
-            model.check_batch(data.client_batch(k, 0), name)
+        data.prepare_data()
+        data.setup(fn.value)
+        if fn is TrainerFn.FITTING:
+            self.num_sampled = _checked_sample(self.clients_per_round, data.num_clients)
+            for name, examples in zip(data.client_names, data.clients):
+                model.check_examples(examples, f"client {name!r}")
+        model.check_examples(data.validation_set, "validation")
+        model.check_examples(data.test_set, "test")
 
     def _setup_training(self, model: SplitModule) -> None:
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
-        self.algorithm.setup(model, self.seed)
-        configured: Any = model.configure_optimizers()
-        if not isinstance(configured, dict):
-            configured = {"optimizer": configured}
-        scheduler = configured["lr_scheduler"]["scheduler"] if "lr_scheduler" in configured else None
-        optimizer: Any = self.fabric.setup_optimizers(configured["optimizer"])
-        self.server = Server(model, self.fabric, optimizer, scheduler, self.gradient_clip_val, self.seed, self.call)
+        self.algorithm.setup(model, self.seed, self.callbacks)
+        optimizer, scheduler = configured(model)
+        wrapped: Any = self.fabric.setup_optimizers(optimizer)
+        self.server = Server(model, self.fabric, wrapped, scheduler, self.gradient_clip_val, self.seed, self.call)
 
-    def _finish(self, stage: str) -> None:
-        """Close the loggers; modes and ``requires_grad`` become what they were before."""
+    def _finish(self, stage: str, modes: list[tuple[nn.Module, bool]], wanted: list[tuple[nn.Parameter, bool]]) -> None:
         self.call("teardown", stage=stage)
-        modes, wanted = self._found
+        self.datamodule.teardown(stage)
         for module, training in modes:
             module.training = training
         for parameter, requires_grad in wanted:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
         for logger in self.loggers:
-            logger.finalize("success" if self.state.status is not TrainerStatus.INTERRUPTED else "failed")
+            logger.finalize("failed" if self.state.status is TrainerStatus.INTERRUPTED else "success")
 
     # ---- training
 
-    def _run(self, model: SplitModule, resumed: dict[str, Any] | None = None) -> RunResult:
-        """Set up, restore, train; whatever happens, the loggers are closed and the model's modes put back."""
-        try:
+    def _run(
+        self, model: SplitModule, data: FederatedDataModule, resumed: dict[str, Any] | None, first: Evaluation | None
+    ) -> RunResult:
+        """The rounds alone; ``first`` is the validation at the start where it is known."""
+        with self._session(model, data, TrainerFn.FITTING):
+            self.first_validation = first
             self._setup_training(model)
             if resumed is not None:
                 checkpoints.restore(self, resumed)
             return self._train()
-        except BaseException as error:
-            self.state.status = TrainerStatus.INTERRUPTED
-            self.call("on_exception", exception=error)
-            raise
-        finally:
-            self._finish("fit")
 
     def _train(self) -> RunResult:
         if self.announces and self.is_global_zero:
@@ -297,6 +320,8 @@ class Orchestrator(TrainerFace):
             if self.global_step % self.val_check_interval == 0 or self.is_last_batch or self.should_stop:
                 result.last = self._validate()
             self._flush()
+        if not result.seconds:  # resumed at its end
+            result.last = self._validate()
         self.state.status = TrainerStatus.FINISHED
         self.call("on_train_epoch_end")
         self.call("on_train_end")
@@ -320,25 +345,19 @@ class Orchestrator(TrainerFace):
     def sample(self, round: int) -> list[int]:
         """The clients of a round, ascending: the first ``K`` of a permutation under ``(seed, round)``."""
         order = permutation(self.datamodule.num_clients, self.seed, Domain.CLIENT_SAMPLING, round=round)
-        return sorted(order[: self.clients_per_round].tolist())
+        return sorted(order[: self.num_sampled].tolist())
 
     def cohorts(self, round: int) -> list[Cohort]:
         """The sampled clients' minibatches: one cohort when batched, one a client otherwise."""
         clients = self.sample(round)
         groups = [clients] if self.simulation == "batched" else [[k] for k in clients]
         count = self.lightning_module.count
-        return [Cohort.join(g, [self._batch(k, round) for k in g], count) for g in groups]
-
-    def _batch(self, client: int, round: int) -> dict[str, Tensor]:
-        batch = self.datamodule.client_batch(client, round)
-        self.lightning_module.check_batch(batch, self.datamodule.client_names[client])
-        return batch
+        return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
 
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule, first: Evaluation) -> RunResult:
-        """The rounds alone from a start that was validated already: no controls, no summary."""
-        self.first_validation, self.announces = first, False
-        self._prepare(model, datamodule, TrainerFn.FITTING, "fit", None)
-        return self._run(model)
+        """The rounds from a start that was validated already: no controls, no summary, no announcement."""
+        self.announces = False
+        return self._run(model, datamodule, None, first)
 
     # ---- evaluation
 
@@ -347,28 +366,26 @@ class Orchestrator(TrainerFace):
         self._validated = True
         self.state.stage = RunningStage.TRAINING
         metrics = {n: float(v) for n, v in self.callback_metrics.items() if n.startswith("val/")}
-        return Evaluation(metrics, [float(loss) for loss in losses if loss is not None])
+        if "val/loss" not in metrics:
+            raise ValueError(f"{type(self.lightning_module).__name__} must log 'val/loss' in its validation")
+        return Evaluation(metrics, [float(loss) for loss in losses if isinstance(loss, Tensor)])
 
     def _evaluate_only(
-        self,
-        model: SplitModule,
-        data: FederatedDataModule,
-        fn: TrainerFn,
-        stage: str,
-        loop: Loop,
-        ckpt_path: str | None,
+        self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, loop: Loop, ckpt_path: str | None
     ) -> list[dict[str, float]]:
-        self._prepare(model, data, fn, stage, ckpt_path, load=True)
-        loader = data.test_dataloader() if loop == "test" else data.val_dataloader()
-        run_evaluation(self, loop, loader)
-        self._flush()
-        self._finish(stage)
+        with self._session(model, data, fn, ckpt_path):
+            run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
+            self._flush()
         return [{name: float(value) for name, value in self.callback_metrics.items()}]
 
     # ---- metrics
 
     def _take_metrics(self, metrics: dict[str, Any]) -> None:
-        values = {name: v.detach() if isinstance(v, Tensor) else torch.tensor(float(v)) for name, v in metrics.items()}
+        # fp64: a count of bytes is exact only to 2**24 in fp32.
+        values = {
+            name: value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+            for name, value in metrics.items()
+        }
         self._row.update(values)
         self.callback_metrics.update(values)
 
@@ -392,6 +409,11 @@ class Orchestrator(TrainerFace):
         checkpoints.save(checkpoint, filepath)
 
 
+def _check_model(model: SplitModule) -> None:
+    if not isinstance(model, SplitModule):
+        raise TypeError(f"model must be a hosfl_lightning.servers.SplitModule, got {type(model).__name__}")
+
+
 def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
     """The loggers; beside those that make no run folder (W&B) a ``CSVLogger`` that does."""
     if not logger:
@@ -402,7 +424,7 @@ def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list
 
 def _open(logger: Logger) -> None:
     """Make the run folder before anything is written into it; W&B's curves go over rounds."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if isinstance(logger, WandbLogger):
         experiment.define_metric("round")
         experiment.define_metric("*", step_metric="round", step_sync=True)

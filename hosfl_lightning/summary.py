@@ -48,12 +48,11 @@ def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> 
 
 
 def write_summary(trainer: Orchestrator, result: RunResult, controls: dict[str, RunResult]) -> dict[str, Any]:
-    """Write ``summary.json`` into the run folder, print the table, return the summary."""
+    """Write ``summary.json`` into the run folder and return it."""
     summary = summarize(trainer, result, controls)
     if trainer.is_global_zero:
         folder = Path(trainer.log_dir)
         write_whole(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
-        print_table(summary, result, controls, folder)
     return summary
 
 
@@ -67,7 +66,7 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
         "algorithm": trainer.algorithm.name,
         "rounds": trainer.global_step,
         "clients": trainer.datamodule.num_clients,
-        "clients_per_round": trainer.clients_per_round,
+        "clients_per_round": trainer.num_sampled,
         "probes": getattr(trainer.algorithm, "probes", None),
         "d_client": sum(p.numel() for p in optimizer.parameters),
         "val_loss_first": result.first.loss,
@@ -86,7 +85,7 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
     }
 
 
-def print_table(summary: dict[str, Any], result: RunResult, controls: dict[str, RunResult], folder: Path) -> None:
+def print_table(summary: dict[str, Any], result: RunResult, controls: dict[str, RunResult], folder: str) -> None:
     """Losses beside the controls, then what the client paid for them."""
     console, table = Console(soft_wrap=True), losses_table(summary, result, controls)
     # In a narrow window rich would cut the digits off; a line that wraps still has them.

@@ -89,9 +89,10 @@ class TestFromARunsConfig:
         assert "test/loss  " in capsys.readouterr().out
 
     def test_predict_leaves_a_line_an_example(self, finished: Finished) -> None:
-        trainer = finished.again("predict", finished.checkpoint).trainer
-        lines = (Path(trainer.log_dir) / "predictions.jsonl").read_text().splitlines()
-        batches = list(finished.command.datamodule.predict_dataloader())
+        command = finished.again("predict", finished.checkpoint, "--data.init_args.eval_batch_size=4")
+        lines = (Path(command.trainer.log_dir) / "predictions.jsonl").read_text().splitlines()
+        batches = list(command.datamodule.predict_dataloader())
+        assert len(batches) > 1
         with torch.no_grad():
             logits = [finished.command.model(b["input_ids"], b["attention_mask"]) for b in batches]
         assert [json.loads(line) for line in lines] == [row for one in logits for row in one.argmax(-1).tolist()]
@@ -168,13 +169,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def shrunk(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Path, list[str]]]:
-    """Per recipe, where its runs would lie and the arguments of a good command."""
-    made = {}
-    for recipe in (TEXT, CLASSES):
-        folder = tmp_path_factory.mktemp("shrunk")
-        made[recipe] = folder / "runs", ["fit", f"--config={recipe}", *small(recipe, folder)]
-    return made
+def shrunk(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, list[str]]:
+    """Per recipe, the arguments of a good command."""
+    return {
+        recipe: ["fit", f"--config={recipe}", *small(recipe, tmp_path_factory.mktemp("shrunk"))]
+        for recipe in (TEXT, CLASSES)
+    }
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
@@ -195,19 +195,19 @@ def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_input_ends_with_one_line_before_anything_is_written(
-    shrunk: dict[Path, tuple[Path, list[str]]],
+    shrunk: dict[Path, list[str]],
     files: dict[str, str],
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     recipe: Path,
     argument: str,
     words: list[str],
 ) -> None:
-    runs, good = shrunk[recipe]
     for name, path in files.items():
         argument = argument.replace(name, path)
-    line = refused(capsys, *good, argument)
+    line = refused(capsys, *shrunk[recipe], f"--trainer.default_root_dir={tmp_path / 'runs'}", argument)
     assert [word for word in words if word not in line] == []
-    assert not runs.exists()
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,23 @@ def test_an_incomplete_command_ends_with_one_line(
     capsys: pytest.CaptureFixture[str], args: list[str], words: list[str]
 ) -> None:
     line = refused(capsys, *args)
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("trainer: {max_round: 3}", ["trainer.max_round", "not accept"]),
+        ("trainer: {accumulate_grad_batches: 2}", ["trainer.accumulate_grad_batches", "not accept"]),
+        ("trainer: {max_rounds: 3\nmodel: [", ["config", "line 2"]),
+    ],
+)
+def test_a_bad_config_file_ends_with_one_line(
+    shrunk: dict[Path, list[str]], capsys: pytest.CaptureFixture[str], tmp_path: Path, config: str, words: list[str]
+) -> None:
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(config)
+    line = refused(capsys, *shrunk[TEXT], f"--config={overlay}")
     assert [word for word in words if word not in line] == []
 
 

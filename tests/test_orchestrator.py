@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import LagrangianUpdate
 from hosfl_lightning.checkpoint import CheckpointError, load
+from hosfl_lightning.clients import FirstOrderClient
 from hosfl_lightning.hooks import HookError
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
@@ -144,6 +146,70 @@ class TestStockCallbacks:
         with pytest.raises(HookError, match="Waits overrides on_sanity_check_start"):
             make_orchestrator(callbacks=[Waits()]).fit(make_model(), data)
 
+    def test_hooks_of_module_and_data_that_are_never_called_are_refused(
+        self, tiny_folder: Path, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        class Steps(SplitCausalLM):
+            def optimizer_step(self, *args: Any, **kwargs: Any) -> None: ...
+
+        class Moves(RandomTokens):
+            def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any: ...
+
+        with pytest.raises(HookError, match="Steps overrides optimizer_step"):
+            make_orchestrator().fit(Steps(str(tiny_folder), cut=2), data)
+        with pytest.raises(HookError, match="Moves overrides on_before_batch_transfer"):
+            make_orchestrator().fit(make_model(), Moves(data.lengths))
+
+    def test_module_and_data_hooks_are_called_and_callbacks_by_position(
+        self, tiny_folder: Path, make_orchestrator: MakeOrchestrator
+    ) -> None:
+        calls: list[str] = []
+
+        class Module(SplitCausalLM):
+            def setup(self, stage: str) -> None:
+                calls.append(f"module setup {stage}")
+
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                calls.append(f"module batch {batch_idx}")
+
+            def teardown(self, stage: str) -> None:
+                calls.append(f"module teardown {stage}")
+
+        class Data(RandomTokens):
+            def prepare_data(self) -> None:
+                calls.append("prepare_data")
+
+            def teardown(self, stage: str) -> None:
+                calls.append(f"data teardown {stage}")
+
+        class OtherNames(Callback):
+            def on_train_start(self, runner: Any, module: Any) -> None:
+                calls.append(f"callback {type(module).__name__}")
+
+            def on_train_batch_end(self, *args: Any) -> None:
+                calls.append(f"callback end {len(args)}")
+
+        trainer = make_orchestrator(max_rounds=1, callbacks=[OtherNames()])
+        trainer.fit(Module(str(tiny_folder), cut=2, lora=Lora()), Data([[5, 6]]))
+        assert calls == [
+            "prepare_data", "module setup fit", "callback Module", "module batch 0", "callback end 5",
+            "module teardown fit", "data teardown fit",
+        ]  # fmt: skip
+
+    def test_a_step_the_method_does_not_have_is_refused(self, make_orchestrator: MakeOrchestrator) -> None:
+        with pytest.raises(ValueError, match="Frozen has no step for LagrangianUpdate"):
+            make_orchestrator(Frozen(), callbacks=[LagrangianUpdate()])
+
+    def test_a_client_put_into_train_mode_is_noticed(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        class Trains(Callback):
+            def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+                pl_module.train()
+
+        with pytest.raises(RuntimeError, match="client half is in train mode"):
+            make_orchestrator(callbacks=[Trains()]).fit(make_model(), data)
+
     def test_a_trainer_attribute_that_is_missing_names_itself_and_the_callback(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
     ) -> None:
@@ -219,6 +285,65 @@ class TestRounds:
         for name, tensor in model.client_parameters.items():
             torch.testing.assert_close(tensor.detach(), expected[name], rtol=1e-4, atol=1e-7)
 
+    def test_the_first_order_control_has_its_own_rule(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        algorithm = HOSFL(client_optimizer=SGD(lr=0.1), first_order_optimizer=SGD(lr=0.3))
+        trainer = make_orchestrator(algorithm, controls=["first_order"])
+        trainer.fit(make_model(), data)
+        by_hand = make_orchestrator(SplitFedSGD(SGD(lr=0.3)))
+        by_hand.fit(make_model(), data)
+        assert trainer.summary["controls"]["first_order"]["val_loss_last"] == by_hand.summary["val_loss_last"]
+
+    def test_a_control_that_fails_leaves_the_summary_of_the_rest(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        def fails(*_: Any) -> None:
+            raise MemoryError("no graph fits")
+
+        monkeypatch.setattr(FirstOrderClient, "answer", fails)
+        trainer = make_orchestrator(controls=["frozen", "first_order"])
+        with pytest.raises(MemoryError):
+            trainer.fit(make_model(), data)
+        summary = json.loads((Path(trainer.log_dir) / "summary.json").read_text())
+        assert set(summary["controls"]) == {"frozen"}
+
+    def test_a_client_without_a_loss_term_counts_for_nothing(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator
+    ) -> None:
+        data = RandomTokens([[1, 1], [6, 9]])  # a single token predicts nothing
+        for simulation in ("batched", "per_client"):
+            trainer = make_orchestrator(simulation=simulation)
+            trainer.fit(make_model(), data)
+            losses = [float(r["train/loss"]) for r in rows(Path(trainer.log_dir)) if r["train/loss"]]
+            assert all(math.isfinite(loss) for loss in losses)
+            assert len(losses) == 3
+
+    @pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+    def test_clients_and_server_train_in_the_precision_they_are_validated_in(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, precision: str,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        model, seen = make_model(), []
+        for half in (model.client_half, model.server_half):
+            linear = next(m for n, m in half.named_modules() if n.endswith(("gate_proj.base_layer", "o_proj")))
+            linear.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
+        algorithm = HOSFL(probes=2, mu=2**-4, estimator="central", client_optimizer=SGD(lr=0.1))
+        make_orchestrator(algorithm, precision=precision).fit(model, data)
+        assert set(seen) == {dtype}
+
+    @pytest.mark.filterwarnings("ignore:mu=")
+    def test_bf16_true_trains(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        model = make_model()
+        start = state_of(model)
+        algorithm = HOSFL(probes=2, mu=2**-4, estimator="central", client_optimizer=SGD(lr=0.5))
+        make_orchestrator(algorithm, precision="bf16-true").fit(model, data)
+        assert any((t.float() != start[n]).any() for n, t in model.trained_state().items() if "client" in n)
+        assert all(t.dtype == torch.bfloat16 and t.isfinite().all() for t in model.trained_state().values())
+
     def test_gradient_clipping_bounds_the_servers_step(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
     ) -> None:
@@ -293,13 +418,71 @@ class TestResume:
         trainer.save_checkpoint(path)
         with pytest.raises(SplitError, match="another model, cut or LoRA"):
             make_orchestrator().fit(make_model(cut=3), data, ckpt_path=path)
-        with pytest.raises(CheckpointError, match="written by HOSFL"):
+        with pytest.raises(CheckpointError, match="made with algorithm=HOSFL, the recipe says Frozen"):
             make_orchestrator(Frozen()).fit(make_model(), data, ckpt_path=path)
         trainer.save_checkpoint(path, weights_only=True)
         with pytest.raises(CheckpointError, match="weights only"):
             make_orchestrator().fit(make_model(), data, ckpt_path=path)
         with pytest.raises(CheckpointError, match="no file"):
             make_orchestrator().fit(make_model(), data, ckpt_path=str(tmp_path / "b.ckpt"))
+
+    @pytest.mark.parametrize(
+        ("algorithm", "settings", "message"),
+        [
+            (HOSFL(probes=3, client_optimizer=SGD(lr=0.1)), {}, "probes=2, the recipe says 3"),
+            (HOSFL(client_optimizer=SGD(lr=0.2)), {}, "lr=0.1, the recipe says 0.2"),
+            (HOSFL(client_optimizer=AdamW(lr=0.1)), {}, "client_optimizer=SGD, the recipe says AdamW"),
+            (HOSFL(client_optimizer=SGD(lr=0.1)), {"seed": 7}, "seed=0, the recipe says 7"),
+            (HOSFL(client_optimizer=SGD(lr=0.1)), {"clients_per_round": 2}, "clients_per_round=3, the recipe says 2"),
+        ],
+    )
+    def test_a_resumed_run_keeps_its_settings(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path,
+        algorithm: HOSFL, settings: dict[str, Any], message: str,
+    ) -> None:  # fmt: skip
+        trainer = make_orchestrator(max_rounds=1)
+        trainer.fit(make_model(), data)
+        trainer.save_checkpoint(str(tmp_path / "a.ckpt"))
+        with pytest.raises(CheckpointError, match=message):
+            make_orchestrator(algorithm, **settings).fit(make_model(), data, ckpt_path=str(tmp_path / "a.ckpt"))
+
+    def test_another_backbone_of_the_same_shape_is_refused(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path
+    ) -> None:
+        trainer = make_orchestrator(max_rounds=1)
+        trainer.fit(make_model(), data)
+        path = str(tmp_path / "a.ckpt")
+        trainer.save_checkpoint(path)
+        other = make_model()
+        for parameter in other.server_half.parameters():
+            parameter.data.add_(0.5)
+        for run in (
+            lambda: make_orchestrator().fit(other, data, ckpt_path=path),
+            lambda: make_orchestrator().validate(other, data, ckpt_path=path),
+            lambda: make_orchestrator().export(other, None, path, str(tmp_path / "adapter")),
+        ):
+            with pytest.raises(CheckpointError, match="trained on other weights"):
+                run()
+
+    def test_resuming_at_the_end_reports_the_end(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path
+    ) -> None:
+        trainer = make_orchestrator()
+        trainer.fit(make_model(), data)
+        trainer.save_checkpoint(str(tmp_path / "a.ckpt"))
+        again = make_orchestrator()
+        again.fit(make_model(), data, ckpt_path=str(tmp_path / "a.ckpt"))
+        for key in ("val_loss_first", "val_loss_last", "rounds"):
+            assert again.summary[key] == trainer.summary[key]
+
+    def test_a_second_fit_is_a_run_of_its_own(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        trainer = make_orchestrator()
+        first, second = make_model(), make_model()
+        trainer.fit(first, data)
+        trainer.fit(second, data)
+        assert_same_bits(state_of(first), state_of(second))
 
     def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path
@@ -362,6 +545,8 @@ class TestEvaluation:
         data.test_set = data.validation_set
         [tested] = make_orchestrator().test(model, data)
         assert tested["test/loss"] == metrics["val/loss"]
+        assert set(tested) == {"test/loss", "test/token_accuracy", "test/perplexity"}
+        assert set(trainer.validate(model, data)[0]) == {"val/loss", "val/token_accuracy", "val/perplexity"}
         predicted = make_orchestrator().predict(model, data)
         assert [p.shape for p in predicted] == [(4, 12), (4, 12)]
 
@@ -383,6 +568,7 @@ class TestEvaluation:
         ({"clients_per_round": 0}, "trainer.clients_per_round must be >= 1"),
         ({"precision": "16-mixed"}, "GradScaler"),
         ({"devices": 2}, "trainer.devices must be 1"),
+        ({"simulation": "Batched"}, "trainer.simulation"),
         ({"controls": ["ice"]}, "'ice' is not one of frozen, first_order"),
         ({"seed": -1}, "trainer.seed"),
     ],
@@ -390,6 +576,16 @@ class TestEvaluation:
 def test_bad_settings_are_named(make_orchestrator: MakeOrchestrator, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_orchestrator(**settings)
+
+
+def test_evaluation_that_fails_leaves_the_model_as_found(
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+) -> None:
+    model = make_model().train()
+    with pytest.raises(ValueError, match="has no test examples"):
+        make_orchestrator().test(model, data)
+    assert model.training
+    assert model._fabric is None
 
 
 def test_more_clients_than_there_are(

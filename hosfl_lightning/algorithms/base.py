@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning.aggregation import combine
+from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.clients import Anchor, Client, Cohort
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
 from hosfl_lightning.servers import SplitModule
@@ -26,6 +30,9 @@ class Runner(Protocol):
 
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch on the clients' device."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of a forward; one context a step, since it keeps casts of the weights it saw."""
 
 
 class Algorithm(ABC):
@@ -45,12 +52,24 @@ class Algorithm(ABC):
         return type(self).__name__
 
     def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
-        """Callbacks the method needs beside those that were given."""
+        """Callbacks the method needs beside those that were given.
+
+        Raises:
+            ValueError: A callback is a step that the method does not have.
+        """
+        for callback in given:
+            if isinstance(callback, LagrangianUpdate | DimensionFreeAggregation):
+                raise ValueError(f"trainer.callbacks: {self.name} has no step for {type(callback).__name__}; remove it")
         return []
 
-    def setup(self, module: SplitModule, seed: int) -> None:
-        """Build the client; called once the module is on its device."""
+    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
+        """Build the client; called once the module is on its device, with the callbacks of this run."""
         self.client = self.make_client(module, seed)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must agree on; plain values."""
+        rule = self.client_optimizer
+        return {"client_optimizer": type(rule).__name__, **{k: _plain(v) for k, v in asdict(rule).items()}}
 
     @abstractmethod
     def make_client(self, module: SplitModule, seed: int) -> Client:
@@ -63,7 +82,8 @@ class Algorithm(ABC):
     def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
         """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d."""
         batches = [runner.to_device(cohort.batch) for cohort in cohorts]
-        anchors = [self.client.forward(batch, cohort.rows) for batch, cohort in zip(batches, cohorts)]
+        with runner.autocast():
+            anchors = [self.client.forward(batch, cohort.rows) for batch, cohort in zip(batches, cohorts)]
         inbox = [self.send(runner, round, cohort, anchor.z) for cohort, anchor in zip(cohorts, anchors)]
         loss, multipliers = runner.server.step(inbox)
         basis = self.basis(round)
@@ -73,7 +93,8 @@ class Algorithm(ABC):
         for cohort, batch, anchor, group, sent in zip(cohorts, batches, anchors, multipliers, inbox):
             received = [runner.transport.down(message) for message in group]
             multiplier = unpack_multipliers(received, sent, anchor.z)
-            values = self.answer(batch, anchor, multiplier, cohort, basis)
+            with runner.autocast():
+                values = self.answer(batch, anchor, multiplier, cohort, basis)
             answers += [
                 runner.transport.up(ProjectedGradients(round, k, basis.describe(), v, n))
                 for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms)
@@ -109,6 +130,10 @@ class Algorithm(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.client.optimizer.load_state_dict(state["client_optimizer"])
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def unpack_multipliers(received: list[Multiplier], sent: list[SmashedData], z: Tensor) -> Tensor:

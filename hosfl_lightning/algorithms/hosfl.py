@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -15,8 +15,6 @@ from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.wire import ProjectedGradients, Update
-
-C = TypeVar("C", bound=Callback)
 
 
 class HOSFL(Algorithm):
@@ -64,9 +62,18 @@ class HOSFL(Algorithm):
         Raises:
             ValueError: Two of a kind.
         """
-        self.lagrangian_update, first = _one_of(LagrangianUpdate, given)
-        self.aggregation, second = _one_of(DimensionFreeAggregation, given)
-        return first + second
+        return _missing(LagrangianUpdate, given) + _missing(DimensionFreeAggregation, given)
+
+    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
+        """As in `Algorithm`; the steps are the callbacks of this run."""
+        super().setup(module, seed, callbacks)
+        self.lagrangian_update = next(c for c in callbacks if isinstance(c, LagrangianUpdate))
+        self.aggregation = next(c for c in callbacks if isinstance(c, DimensionFreeAggregation))
+
+    def settings(self) -> dict[str, Any]:
+        """The rule's and the probes'."""
+        probes = {name: getattr(self, name) for name in ("probes", "mu", "estimator", "distribution")}
+        return {**super().settings(), **probes}
 
     def make_client(self, module: SplitModule, seed: int) -> Client:
         """A `ForwardOnlyClient` with layer-wise probes."""
@@ -92,8 +99,8 @@ class HOSFL(Algorithm):
         return self.aggregation.aggregate(answers, self.client.optimizer)
 
 
-def _one_of(kind: type[C], given: list[Callback]) -> tuple[C, list[Callback]]:
+def _missing(kind: type[Callback], given: list[Callback]) -> list[Callback]:
     found = [callback for callback in given if isinstance(callback, kind)]
     if len(found) > 1:
         raise ValueError(f"trainer.callbacks holds {len(found)} {kind.__name__}; a round has one, remove the others")
-    return (found[0], []) if found else ((made := kind()), [made])
+    return [] if found else [kind()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from typing_extensions import override
 
 from hosfl_lightning.clients import Client, Cohort
 from hosfl_lightning.memory import MemoryMeter
+from hosfl_lightning.optim import Basis
+from hosfl_lightning.servers.server import loss_of
 
 
 class PeakMemoryMonitor(Callback):
@@ -26,7 +28,7 @@ class PeakMemoryMonitor(Callback):
     | logged key | meaning | unit |
     |---|---|---|
     | ``memory/client_static_bytes`` | client parameters, buffers, optimizer state | bytes |
-    | ``memory/client_forward_bytes`` | static + a plain no-grad forward: inference | bytes |
+    | ``memory/client_forward_bytes`` | parameters, buffers + a plain no-grad forward: inference | bytes |
     | ``memory/client_peak_bytes`` | static + the highest of forward, answer to λ, update | bytes |
     | ``memory/client_waiting_bytes`` | held while waiting for λ, beside the static bytes and the batch | bytes |
     | ``memory/server_static_bytes`` | server parameters and buffers | bytes |
@@ -62,27 +64,36 @@ class PeakMemoryMonitor(Callback):
             pl_module.log("memory/cuda_peak_bytes", torch.cuda.max_memory_allocated(trainer.fabric.device))
 
 
-def measure_client(client: Client, basis: Any, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
+def measure_client(client: Client, basis: Basis | None, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
     """Inference, then the client's own steps on the same batch; parameters and optimizer end as they were."""
     static = storage_bytes([*client.half.parameters(), *client.half.buffers()])
     with torch.no_grad(), MemoryMeter() as meter, meter.role("client"):
         client.half(batch["input_ids"], batch["attention_mask"])
         forward = meter.peak("client")
-    with undone(client), MemoryMeter() as meter, meter.role("client"):
-        anchor = client.forward(batch, cohort.rows)
-        waiting = meter.live("client")
-        if basis is not None:
-            multiplier = torch.full_like(anchor.z, 1e-3)
-            values = client.answer(batch, anchor, multiplier, cohort.rows, basis)
-            client.apply(values[0], basis)
-        peak = meter.peak("client")
+    with undone(client):
+        round_of(client, basis, batch, cohort)  # so that the optimizer's state is there while the next one is measured
         state = storage_bytes(t for s in client.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
+        with MemoryMeter() as meter, meter.role("client"):
+            waiting = round_of(client, basis, batch, cohort, lambda: meter.live("client"))
+            peak = meter.peak("client")
     return {
         "client_static_bytes": static + state,
         "client_forward_bytes": static + forward,
-        "client_peak_bytes": static + peak,
+        "client_peak_bytes": static + state + peak,
         "client_waiting_bytes": waiting,
     }
+
+
+def round_of(
+    client: Client, basis: Basis | None, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int] = int
+) -> int:
+    """The client's steps of one round, with a made-up λ; returns what ``waiting`` says before λ comes."""
+    anchor = client.forward(batch, cohort.rows)
+    held = waiting()
+    if basis is not None:
+        values = client.answer(batch, anchor, torch.full_like(anchor.z, 1e-3), cohort.rows, basis)
+        client.apply(values[0], basis)
+    return held
 
 
 def measure_server(module: Any, batch: dict[str, Tensor]) -> dict[str, int]:
@@ -92,8 +103,8 @@ def measure_server(module: Any, batch: dict[str, Tensor]) -> dict[str, int]:
         z = module.client_half(batch["input_ids"], batch["attention_mask"])
     z.requires_grad_()
     with torch.enable_grad(), MemoryMeter() as meter, meter.role("server"):
-        loss = module.training_step({"z": z, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}, 0)
-        torch.autograd.backward(loss)
+        smashed = {"z": z, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+        torch.autograd.backward(loss_of(module.training_step(smashed, 0)))
         peak = meter.peak("server")
     for parameter in module.server_half.parameters():
         parameter.grad = None

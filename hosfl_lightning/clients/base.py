@@ -101,6 +101,10 @@ class Client(ABC):
         self.optimizer.step()
 
     def _evaluate(self, batch: Batch) -> Tensor:
+        if self.half.training:
+            raise RuntimeError(
+                "the client half is in train mode, so its dropout would differ between probes; call eval()"
+            )
         return self.half(batch["input_ids"], batch["attention_mask"])
 
 

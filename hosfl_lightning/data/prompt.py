@@ -29,7 +29,7 @@ class PromptEncoder:
 
     Raises:
         ValueError: If the prompt has not exactly one "{text}", two label words are equal or one is empty, or
-            `max_length` leaves no room for any text.
+            `max_length` leaves no space for any text.
 
     Reference: Malladi et al. 2023, MeZO, arXiv 2305.17333, appendix E.
     """
@@ -48,7 +48,7 @@ class PromptEncoder:
         self._start = _leading_special_tokens(tokenizer)
         self._longest = max(self.label_words, key=lambda word: len(self._encode([""], [word])[0]))
         if self._length("") >= max_length:
-            raise ValueError(f"max_length={max_length} leaves no room for text beside the prompt and its label word")
+            raise ValueError(f"max_length={max_length} leaves no space for text beside the prompt and its label word")
 
     def __call__(self, texts: Sequence[str], labels: Sequence[int]) -> list[Example]:
         """Encode texts with their class indices.

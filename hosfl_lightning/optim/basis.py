@@ -35,16 +35,16 @@ def buckets(sizes: Sequence[int]) -> list[list[Piece]]:
     """
     cut: list[list[Piece]] = []
     together: list[Piece] = []
-    room = CHUNK
+    free = CHUNK
     for tensor, size in enumerate(sizes):
         if size > SMALL:
             cut += [[(tensor, start, min(start + CHUNK, size))] for start in range(0, size, CHUNK)]
             continue
-        if size > room:
+        if size > free:
             cut.append(together)
-            together, room = [], CHUNK
+            together, free = [], CHUNK
         together.append((tensor, 0, size))
-        room -= size
+        free -= size
     return [*cut, together] if together else cut
 
 

@@ -80,7 +80,7 @@ class Expander:
 
         Args:
             packed: Contiguous int32 words, any shape.
-            out: Contiguous 1-D fp32 with room for all elements of ``packed``.
+            out: Contiguous 1-D fp32 that holds all elements of ``packed``.
 
         Returns:
             ``out``.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any, Literal
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
+from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
 from hosfl_lightning.split import Lora, add_lora, export_adapter, split
@@ -105,25 +107,33 @@ class SplitModule(L.LightningModule, ABC):
         """The values to log at the end of an evaluation, by name."""
         return {name: metric.compute() for name, metric in metrics.items()}
 
-    def check_batch(self, batch: Batch, client: str) -> None:
-        """Refuse a minibatch that the model cannot take, with the setting to mend instead of an index error.
+    def check_examples(self, examples: Sequence[Example], owner: str) -> None:
+        """Refuse data that the model cannot take, with the setting to mend instead of an index error mid-run.
 
         Raises:
-            ValueError: A token id beyond the embeddings, or a row longer than the positions; names the client.
+            ValueError: A token id beyond the embeddings, or a row longer than the positions; names whose it is.
         """
         config = self.whole.config
-        largest, length = int(batch["input_ids"].max()), batch["input_ids"].shape[1]
+        largest = max((int(torch.as_tensor(e.input_ids).max()) for e in examples), default=0)
         if largest >= config.vocab_size:
             raise ValueError(
-                f"data of client {client!r}: token id {largest}, but {self.pretrained!r} embeds {config.vocab_size} "
-                "tokens; set data.init_args.tokenizer to the model's own (null)"
+                f"data of {owner}: token id {largest}, but {self.pretrained!r} embeds {config.vocab_size} tokens; "
+                "set data.init_args.tokenizer to the model's own (null)"
             )
         positions = getattr(config, "max_position_embeddings", None)
-        if positions is not None and length > positions:
+        longest = max((len(e.input_ids) for e in examples), default=0)
+        if positions is not None and longest > positions:
             raise ValueError(
-                f"data of client {client!r}: a row of {length} tokens, but {self.pretrained!r} has {positions} "
-                "positions; lower the data's sequence_length or max_length"
+                f"data of {owner}: a row of {longest} tokens, but {self.pretrained!r} has {positions} positions; "
+                "lower the data's sequence_length or max_length"
             )
+
+    def fingerprint(self) -> str:
+        """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
+        frozen = [p for n, p in self.server_half.named_parameters() if n not in self.server_parameters]
+        if not frozen:
+            return "all trained"
+        return sha256(frozen[0].detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()
 
     # ---- parameters
 

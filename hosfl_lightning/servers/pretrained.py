@@ -53,7 +53,10 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Draw under ``seed`` on the CPU and on ``device``, and give the random states back as they were."""
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        # Not torch.manual_seed: that reseeds every CUDA generator, and only this device's state was saved.
+        torch.default_generator.manual_seed(seed)
+        if device is not None and device.type == "cuda":
+            torch.cuda.default_generators[device.index or 0].manual_seed(seed)
         yield
 
 

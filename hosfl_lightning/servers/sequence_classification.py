@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import AutoModelForSequenceClassification
 
-from hosfl_lightning.servers.base import Batch, Metrics, SplitModule, default_optimizer
+from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.servers.base import Metrics, SplitModule, default_optimizer
 from hosfl_lightning.split import Lora
 
 
@@ -47,13 +49,13 @@ class SplitSequenceClassifier(SplitModule):
         """Examples."""
         return labels.numel()
 
-    def check_batch(self, batch: Batch, client: str) -> None:
+    def check_examples(self, examples: Sequence[Example], owner: str) -> None:
         """As in `SplitModule`, and the labels are within ``num_labels``."""
-        super().check_batch(batch, client)
-        low, high = int(batch["labels"].min()), int(batch["labels"].max())
-        if low < 0 or high >= self.num_labels:
+        super().check_examples(examples, owner)
+        wrong = [e.labels for e in examples if not 0 <= int(e.labels) < self.num_labels]  # type: ignore[arg-type]
+        if wrong:
             raise ValueError(
-                f"data of client {client!r}: label {low if low < 0 else high} is not in 0..{self.num_labels - 1}; set "
+                f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
                 "model.init_args.num_labels to the number of classes"
             )
 

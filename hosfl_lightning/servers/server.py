@@ -66,7 +66,7 @@ class Server:
         total, multipliers = torch.zeros((), device=self.fabric.device), []
         for group, parts in zip(groups, received):
             share = [next(w) for _ in group]
-            loss, gradient = self._backward(parts, sum(share), group[0].round)
+            loss, gradient = self._backward(parts, sum(share), group[0])
             total = total + loss
             multipliers.append(list(_multipliers(group, gradient, share)))
         if self.gradient_clip_val is not None:
@@ -77,24 +77,56 @@ class Server:
             self.scheduler.step()
         return total, multipliers
 
-    def _backward(self, parts: Sequence[Part], share: float, round: int) -> tuple[Tensor, Tensor]:
+    def _backward(self, parts: Sequence[Part], share: float, first: SmashedData) -> tuple[Tensor, Tensor]:
         zs, ys, masks = zip(*parts)
         z = stack_rows(zs).to(self.fabric.device).requires_grad_()
+        if not share:  # no loss term in the whole group: its mean would be 0 / 0
+            return torch.zeros((), device=z.device), torch.zeros_like(z)
         labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
         batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
-        # Dropout masks are a function of (seed, round, batch), so a resumed run draws the same ones.
-        with (
-            self.module.dropout_active(),
-            seeded((self.seed * 1_000_003 + round) % 2**63, z.device),
-            torch.enable_grad(),
-            self.fabric.autocast(),
-        ):
-            loss = self.module.training_step(batch, round) * share
+        # Dropout masks are a function of (seed, round, group), so a resumed run draws the same ones.
+        seed = (self.seed * 1_000_003 + first.round * 1_009 + first.client) % 2**63
+        with self.module.dropout_active(), seeded(seed, z.device), torch.enable_grad(), self.fabric.autocast():
+            loss = loss_of(self.module.training_step(batch, first.round)) * share
         self.call("on_before_backward", loss=loss)
         self.fabric.backward(loss)
         self.call("on_after_backward")
         assert z.grad is not None
         return loss.detach(), z.grad
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss of what a ``training_step`` may return: a tensor, or a dictionary with ``loss``."""
+    return output["loss"] if isinstance(output, dict) else output
+
+
+def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
+    """The server's optimizer and its schedule, from what ``configure_optimizers`` may return.
+
+    Raises:
+        ValueError: More than one optimizer, or a schedule that is not stepped once a round.
+    """
+    config: Any = module.configure_optimizers()
+    if isinstance(config, tuple) and len(config) == 2 and all(isinstance(part, list) for part in config):
+        (optimizer, *others), schedules = config
+    elif isinstance(config, dict):
+        optimizer, others, schedules = config["optimizer"], [], [config.get("lr_scheduler")]
+    else:
+        optimizer, others, schedules = config, [], []
+    schedule = schedules[0] if schedules else None
+    settings = schedule if isinstance(schedule, dict) else {"scheduler": schedule}
+    if others or not isinstance(optimizer, torch.optim.Optimizer) or len(schedules) > 1:
+        raise ValueError(f"{type(module).__name__}.configure_optimizers: the server has one optimizer and one schedule")
+    if (
+        isinstance(settings["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
+        or settings.get("frequency", 1) != 1
+        or settings.get("interval", "step") != "step"
+    ):
+        raise ValueError(
+            "model.init_args.lr_scheduler: the server's schedule is stepped once a round, without a metric; "
+            "use one with interval 'step' and frequency 1"
+        )
+    return optimizer, settings["scheduler"]
 
 
 def _multipliers(group: Sequence[SmashedData], gradient: Tensor, w: Sequence[float]) -> Iterator[Multiplier]:

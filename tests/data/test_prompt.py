@@ -88,7 +88,7 @@ def test_a_word_that_merges_with_the_prompt_is_refused(make_tokenizer: MakeToken
         ("{text} {text}", WORDS, 64, "exactly once"),
         ("{text} It was", [" a", " a"], 64, "label_words"),
         ("{text} It was", [" a", " "], 64, "label_words"),
-        ("{text} It was", WORDS, len(" It was terrible"), "max_length=16 leaves no room"),
+        ("{text} It was", WORDS, len(" It was terrible"), "max_length=16 leaves no space"),
     ],
 )
 def test_bad_settings(

@@ -10,11 +10,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, SplitSequenceClassifier
+from hosfl_lightning.algorithms import Frozen
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.optim import SGD
 from hosfl_lightning.servers import PretrainedError
+from hosfl_lightning.servers.server import configured
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from tests.conftest import sgd
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 0, 0]])  # 0 is pad in the model's config
 MASK = (IDS != 0).long()
@@ -118,21 +121,96 @@ def test_loading_anothers_state_is_refused(make_model: Callable[..., SplitCausal
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [
-        ([[5, 260]], r"client 'numpy': token id 260, .* embeds 260 tokens"),
-        ([[5] * 65], "a row of 65 tokens, .* 64 pos"),
-    ],
+    [([5, 260], r"client 'numpy': token id 260, .* embeds 260 tokens"), ([5] * 65, "a row of 65 tokens, .* 64 pos")],
 )
-def test_a_batch_the_model_cannot_take_names_the_setting(
-    make_model: Callable[..., SplitCausalLM], ids: list[list[int]], message: str
+def test_data_the_model_cannot_take_names_the_setting(
+    make_model: Callable[..., SplitCausalLM], ids: list[int], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        make_model().check_batch({"input_ids": torch.tensor(ids)}, "numpy")
+        make_model().check_examples([Example([5], [5]), Example(ids, ids)], "client 'numpy'")
 
 
-def test_a_label_beyond_the_head_names_the_setting(
-    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator]
+@pytest.mark.parametrize("where", ["clients", "validation_set"])
+def test_a_label_beyond_the_head_is_found_before_the_first_round(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], tmp_path: Path, where: str
 ) -> None:
-    model = SplitSequenceClassifier(str(tiny_folder), cut=2, num_labels=2, lora=Lora())
-    with pytest.raises(ValueError, match=r"label 2 is not in 0\.\.1; set model.init_args.num_labels"):
-        make_orchestrator().fit(model, Labelled(batch_size=4))
+    class Wrong(Labelled):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            examples = self.clients[1] if where == "clients" else self.validation_set
+            examples.append(Example([5], 3))
+
+    model = SplitSequenceClassifier(str(tiny_folder), cut=2, num_labels=3, lora=Lora())
+    with pytest.raises(ValueError, match=r"label 3 is not in 0\.\.2; set model.init_args.num_labels"):
+        make_orchestrator().fit(model, Wrong(batch_size=1))
+    assert not (tmp_path / "runs").exists()
+
+
+class Configured(SplitCausalLM):
+    """Returns what a test gives it."""
+
+    returns: Any = None
+
+    def configure_optimizers(self) -> Any:
+        optimizer = sgd(self.server_parameters.values())
+        return self.returns(optimizer)
+
+
+def step_lr(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    "returns",
+    [
+        lambda o: o,
+        lambda o: ([o], [step_lr(o)]),
+        lambda o: {"optimizer": o, "lr_scheduler": step_lr(o)},
+        lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": step_lr(o), "interval": "step"}},
+    ],
+)
+def test_configure_optimizers_may_return_what_lightning_takes(tiny_folder: Path, returns: Any) -> None:
+    model = Configured(str(tiny_folder), cut=2)
+    model.returns = returns
+    optimizer, scheduler = configured(model)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert scheduler is None or scheduler.optimizer is optimizer
+
+
+@pytest.mark.parametrize(
+    ("returns", "message"),
+    [
+        (lambda o: ([o, o], []), "one optimizer"),
+        (lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": step_lr(o), "frequency": 5}}, "stepped once a round"),
+        (lambda o: {"optimizer": o, "lr_scheduler": {"scheduler": step_lr(o), "interval": "epoch"}}, "once a round"),
+        (lambda o: ([o], [torch.optim.lr_scheduler.ReduceLROnPlateau(o)]), "without a metric"),
+    ],
+)
+def test_a_schedule_that_would_be_ignored_is_refused(tiny_folder: Path, returns: Any, message: str) -> None:
+    model = Configured(str(tiny_folder), cut=2)
+    model.returns = returns
+    with pytest.raises(ValueError, match=message):
+        configured(model)
+
+
+def test_no_cuda_generator_is_reseeded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a CUDA generator was reseeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", refuse)
+    SplitCausalLM(str(tiny_folder), cut=2, lora=Lora())
+
+
+def test_a_training_step_may_return_a_dictionary(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule
+) -> None:
+    class Dictionary(SplitCausalLM):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx)}
+
+    results = []
+    for kind in (SplitCausalLM, Dictionary):
+        trainer = make_orchestrator(Frozen())
+        trainer.fit(kind(str(tiny_folder), cut=2, optimizer=sgd), data)
+        results.append(trainer.summary["val_loss_last"])
+    assert results[0] == results[1]
