@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
@@ -25,23 +24,6 @@ class CheckpointError(ValueError):
 def save(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a checkpoint whole or not at all."""
     write_whole(path, lambda file: torch.save(checkpoint, file))
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
-    """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
 
 
 def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> dict[str, Any]:
@@ -60,15 +42,6 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
     if not isinstance(checkpoint, dict) or not {"state_dict", "settings", "fingerprint"} <= set(checkpoint):
         raise CheckpointError(f"ckpt_path: {str(path)!r} was not written by the Orchestrator")
     return checkpoint
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def settings_of(trainer: Orchestrator) -> dict[str, Any]:

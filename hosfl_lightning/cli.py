@@ -105,6 +105,9 @@ def main(args: list[str] | None = None) -> None:
             seed_everything_default=False,
             args=args,
         )
+    except KeyboardInterrupt:
+        print("hosfl: interrupted; go on with --ckpt_path and the last file in the run's checkpoints/", file=sys.stderr)
+        raise SystemExit(130) from None
     except USER_ERRORS as error:
         if os.environ.get("HOSFL_TRACEBACK"):
             raise

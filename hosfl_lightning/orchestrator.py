@@ -265,7 +265,9 @@ class Orchestrator(TrainerFace):
     def _prepare_data(self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn) -> None:
         """Set up and check the data before a run folder is made."""
         if data.tokenizer is None:
-            data.tokenizer = model.tokenizer()
+            data.tokenizer, data.tokenizer_of = model.tokenizer(), model.pretrained
+        elif data.tokenizer_of not in (None, model.pretrained):
+            raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
         data.prepare_data()
         data.setup(fn.value)
         if fn is TrainerFn.FITTING:

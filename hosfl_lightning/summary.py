@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
-from hosfl_lightning.checkpoint import write_whole
 from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator

@@ -277,3 +277,16 @@ def test_a_wandb_run_ends_as_the_command_does(
     with pytest.raises((SystemExit, RuntimeError)) if error else nullcontext():
         cli.main([])
     assert finishes == [code]
+
+
+def test_an_interrupt_ends_with_a_line_that_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "HOSFLCommand", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit"])
+    assert ended.value.code == 130
+    assert "interrupted; go on with --ckpt_path" in capsys.readouterr().err

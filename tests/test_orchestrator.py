@@ -484,6 +484,13 @@ class TestResume:
         trainer.fit(second, data)
         assert_same_bits(state_of(first), state_of(second))
 
+    def test_data_tokenized_for_another_model_is_refused(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        make_orchestrator(max_rounds=1).fit(make_model(), data)
+        with pytest.raises(ValueError, match=r"tokenized for .*tiny_llama"):
+            make_orchestrator(max_rounds=1).fit(SplitCausalLM("tiny_lm", cut=2, lora=Lora()), data)
+
     def test_a_checkpoint_holds_what_is_trained_and_nothing_else(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path
     ) -> None:

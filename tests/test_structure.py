@@ -27,7 +27,7 @@ LAYERS = [
     {"optim"},
     {"wire"},
     {"data"},
-    {"rng"},
+    {"rng", "files"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

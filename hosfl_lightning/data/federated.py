@@ -36,6 +36,7 @@ class FederatedDataModule(L.LightningDataModule):
     Attributes:
         clients: The examples of each client.
         validation_set: Held-out examples, shared by all clients.
+        tokenizer_of: The model whose tokenizer the orchestrator has set, if it was None.
         test_set: Further held-out examples; empty when there are none.
 
     Example::
@@ -60,6 +61,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.tokenizer = tokenizer
+        self.tokenizer_of: str | None = None
         self.seed = seed
         self.clients: list[list[Example]] = []
         self.validation_set: list[Example] = []

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 from peft import PeftModel
+
+from hosfl_lightning.files import sync
 
 _FILES = {"adapter_config.json", "adapter_model.safetensors"}
 
@@ -42,20 +43,12 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
         peft_model.save_pretrained(str(staging / "new"), save_embedding_layers=False)
         (staging / "new" / "README.md").unlink(missing_ok=True)  # an empty model card
         for file in [*(staging / "new").iterdir(), staging / "new"]:
-            _sync(file)
+            sync(file)
         if directory.exists():
             directory.rename(staging / "old")
         (staging / "new").rename(directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     finally:
         config.base_model_name_or_path = given
         shutil.rmtree(staging)
     return directory
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

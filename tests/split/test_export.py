@@ -62,7 +62,7 @@ def test_an_adapter_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch:
         raise OSError("no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hosfl_lightning.split.export._sync", fail)
+        patch.setattr("hosfl_lightning.split.export.sync", fail)
         with pytest.raises(OSError, match="no space"):
             export_adapter(peft_model, folder, "second")
     config = folder / "adapter_config.json"
