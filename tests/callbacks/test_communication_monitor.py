@@ -65,11 +65,11 @@ def test_a_count_is_logged_exactly_beyond_what_fp32_holds(
     make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], data: RandomTokens
 ) -> None:
     trainer = make_orchestrator(max_rounds=1)
-    monitor(trainer).totals["update"] = 2**24 + 1
+    monitor(trainer).totals["update"] = 2**40 + 1
     trainer.fit(make_model(), data)
     with (Path(trainer.log_dir) / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["comm/total_bytes"]]
-    assert float(rows[-1]["comm/total_bytes"]) == sum(monitor(trainer).totals.values()) > 2**24
+    assert float(rows[-1]["comm/total_bytes"]) == sum(monitor(trainer).totals.values()) > 2**40
 
 
 def test_padding_does_not_travel(
