@@ -58,7 +58,6 @@ class TrainerFace:
     log_every_n_steps: int
     default_root_dir: str
     val_check_interval: int
-    server: Any
 
     fast_dev_run = False
     sanity_checking = False
@@ -78,6 +77,7 @@ class TrainerFace:
         self.num_test_batches: list[int] = []
         self.num_predict_batches: list[int] = []
         self.lightning_module: Any = None
+        self.server: Any = None  # until training is set up
         self.datamodule: Any = None
         self.ckpt_path: str | None = None
         self._validated = False
@@ -173,11 +173,11 @@ class TrainerFace:
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.server.optimizer]
+        return [] if self.server is None else [self.server.optimizer]
 
     @property
     def lr_scheduler_configs(self) -> list[SimpleNamespace]:
-        scheduler = self.server.scheduler
+        scheduler = None if self.server is None else self.server.scheduler
         return [] if scheduler is None else [SimpleNamespace(scheduler=scheduler, name=None, interval="step")]
 
     @property

@@ -220,6 +220,10 @@ class TestStockCallbacks:
         with pytest.raises(AttributeError, match=r"'accumulate_grad_batches' \(asked for by Curious\)"):
             make_orchestrator(callbacks=[Curious()]).fit(make_model(), data)
 
+    def test_there_are_no_optimizers_before_training_is_set_up(self, make_orchestrator: MakeOrchestrator) -> None:
+        trainer = make_orchestrator()
+        assert (trainer.optimizers, trainer.lr_scheduler_configs) == ([], [])
+
     def test_two_steps_of_a_kind_are_refused(self, make_orchestrator: MakeOrchestrator) -> None:
         with pytest.raises(ValueError, match="2 LagrangianUpdate"):
             make_orchestrator(callbacks=[LagrangianUpdate(), LagrangianUpdate()])
