@@ -23,9 +23,10 @@ FIRED = frozenset(
 REFUSED_MODULE_HOOKS = (
     "optimizer_step", "optimizer_zero_grad", "lr_scheduler_step", "configure_gradient_clipping", "backward",
     "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer", "configure_callbacks",
+    "configure_model", "prepare_data", "train_dataloader", "val_dataloader", "test_dataloader", "predict_dataloader",
+    "on_validation_model_eval", "on_validation_model_train", "on_validation_model_zero_grad", "on_test_model_eval",
+    "on_test_model_train", "on_predict_model_eval",
 )  # fmt: skip
-
-
 #: The same for the data; it sets up clients and loaders, nothing is moved or changed on the way.
 REFUSED_DATA_HOOKS = (
     "transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer", "train_dataloader",

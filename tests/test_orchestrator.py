@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     TQDMProgressBar,
 )
+from lightning.pytorch.core.hooks import ModelHooks
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
@@ -25,7 +26,7 @@ from hosfl_lightning.algorithms import Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import LagrangianUpdate
 from hosfl_lightning.checkpoint import CheckpointError, load
 from hosfl_lightning.clients import FirstOrderClient
-from hosfl_lightning.hooks import HookError
+from hosfl_lightning.hooks import FIRED, REFUSED_MODULE_HOOKS, HookError
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
 from tests.conftest import RandomTokens
@@ -146,17 +147,29 @@ class TestStockCallbacks:
         with pytest.raises(HookError, match="Waits overrides on_sanity_check_start"):
             make_orchestrator(callbacks=[Waits()]).fit(make_model(), data)
 
-    def test_hooks_of_module_and_data_that_are_never_called_are_refused(
-        self, tiny_folder: Path, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    @pytest.mark.parametrize(
+        "hook",
+        ["optimizer_step", "lr_scheduler_step", "backward", "configure_model", "prepare_data", "train_dataloader",
+         "configure_callbacks", "on_validation_model_eval", "on_validation_model_zero_grad", "on_predict_model_eval"],
+    )  # fmt: skip
+    def test_a_module_hook_that_is_never_called_is_refused(
+        self, tiny_folder: Path, make_orchestrator: MakeOrchestrator, data: RandomTokens, hook: str
     ) -> None:
-        class Steps(SplitCausalLM):
-            def optimizer_step(self, *args: Any, **kwargs: Any) -> None: ...
+        overriding = type("Overriding", (SplitCausalLM,), {hook: lambda self, *args, **kwargs: None})
+        with pytest.raises(HookError, match=f"Overriding overrides {hook}"):
+            make_orchestrator().fit(overriding(str(tiny_folder), cut=2), data)
 
+    def test_every_module_hook_is_called_or_refused(self) -> None:
+        """So that a hook which a later Lightning adds cannot be ignored in silence."""
+        hooks = {name for name in dir(ModelHooks) if name.startswith("on_")}
+        assert hooks - FIRED - set(REFUSED_MODULE_HOOKS) == set()
+
+    def test_a_data_hook_that_is_never_called_is_refused(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
         class Moves(RandomTokens):
             def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any: ...
 
-        with pytest.raises(HookError, match="Steps overrides optimizer_step"):
-            make_orchestrator().fit(Steps(str(tiny_folder), cut=2), data)
         with pytest.raises(HookError, match="Moves overrides on_before_batch_transfer"):
             make_orchestrator().fit(make_model(), Moves(data.lengths))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.clients import Client, Cohort
-from hosfl_lightning.memory import MemoryMeter
+from hosfl_lightning.memory import MemoryMeter, plain_forward_peak
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers.server import loss_of
 
@@ -67,9 +67,7 @@ class PeakMemoryMonitor(Callback):
 def measure_client(client: Client, basis: Basis | None, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
     """Inference, then the client's own steps on the same batch; parameters and optimizer end as they were."""
     static = storage_bytes([*client.half.parameters(), *client.half.buffers()])
-    with torch.no_grad(), MemoryMeter() as meter, meter.role("client"):
-        client.half(batch["input_ids"], batch["attention_mask"])
-        forward = meter.peak("client")
+    forward = plain_forward_peak(lambda: client.half(batch["input_ids"], batch["attention_mask"]))
     with undone(client):
         round_of(client, basis, batch, cohort)  # so that the optimizer's state is there while the next one is measured
         state = storage_bytes(t for s in client.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
