@@ -26,7 +26,7 @@ LAYERS = [
     {"split", "memory", "padding"},
     {"optim"},
     {"wire"},
-    {"data"},
+    {"data", "availability"},
     {"rng", "files"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,6 +1,6 @@
 """Zeroth-order optimization: bases, estimators, update rules, and the optimizer made of them."""
 
-from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections, basis_of
 from hosfl_lightning.optim.estimators import ESTIMATORS, central_difference, forward_difference
 from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
@@ -14,6 +14,7 @@ __all__ = [
     "SharedDirections",
     "UpdateRule",
     "ZerothOrder",
+    "basis_of",
     "central_difference",
     "forward_difference",
 ]

@@ -11,6 +11,7 @@ mask is True. Messages compare by identity, since tensors do not compare to one 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -177,6 +178,8 @@ class Update:
         step: The rule's step count, >= 0.
         participants: The clients k whose coefficients are in the mean.
         weights: Their w_k, in the same order.
+        mu: Smoothing length of the probes as rounded; None where there are none.
+        incarnation: Which server, on which hardware, made it.
     """
 
     kind: ClassVar[str] = "update"
@@ -187,6 +190,8 @@ class Update:
     step: int
     participants: list[int]
     weights: list[float]
+    mu: float | None = None
+    incarnation: str = ""
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
@@ -198,6 +203,10 @@ class Update:
         _check_list(self.kind, "weights", self.weights, (int, float))
         if len(self.participants) != len(self.weights):
             raise FieldError(f"update: {len(self.participants)} participants, but {len(self.weights)} weights")
+        if self.mu is not None and not (type(self.mu) is float and 0 < self.mu < math.inf):
+            raise FieldError(f"update: mu must be None or a finite number > 0, got {self.mu!r}")
+        if not isinstance(self.incarnation, str):
+            raise FieldError(f"update: incarnation must be a string, got {self.incarnation!r}")
 
 
 Message: TypeAlias = SmashedData | Multiplier | ProjectedGradients | Update

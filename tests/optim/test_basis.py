@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.optim import Dense, SharedDirections
+from hosfl_lightning.optim import Dense, SharedDirections, basis_of
 from hosfl_lightning.optim.basis import CHUNK, SMALL, Basis, buckets
 from hosfl_lightning.rng import DISTRIBUTIONS, Stream, direction, round_coefficient
 
@@ -185,3 +187,23 @@ def test_settings_out_of_range_are_named() -> None:
         SharedDirections(-1, 0, 2)
     with pytest.raises(ValueError, match="round"):
         SharedDirections(0, 2**32, 2)
+
+
+@pytest.mark.parametrize("basis", [SharedDirections(5, 3, 2, "gauss16"), SharedDirections(5, 3, 4), Dense([4, 9])])
+def test_a_basis_is_rebuilt_from_its_description(basis: Basis) -> None:
+    description = json.loads(json.dumps(basis.describe()))
+    rebuilt = basis_of(description, 5, 3, [4, 9])
+    assert type(rebuilt) is type(basis)
+    coefficients = torch.randn(basis.size, generator=torch.Generator().manual_seed(0))
+    expected = reconstruct(basis, coefficients, [4, 9])
+    assert all(torch.equal(a, e) for a, e in zip(reconstruct(rebuilt, coefficients, [4, 9]), expected))
+
+
+@pytest.mark.parametrize(
+    "description",
+    [{}, {"kind": "moons"}, {"kind": "dense", "probes": 2}, {"kind": "shared_directions", "probes": 2}],
+)
+def test_a_description_of_no_basis_is_shown(description: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no basis is described by") as error:
+        basis_of(description, 0, 0, [1])
+    assert str(description) in str(error.value)

@@ -1,4 +1,4 @@
-"""The server's mean over clients: the weights of a round and the weighted mean of projected gradients."""
+"""The weights of a round, and the weighted mean over clients with them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from hosfl_lightning.optim import ZerothOrder
-from hosfl_lightning.wire import ProjectedGradients, Update
 
 
 def weights(num_terms: Sequence[int]) -> list[float]:
@@ -54,43 +51,26 @@ def weighted_mean(coefficients: Tensor, weights: Sequence[float]) -> Tensor:
         ValueError: Shapes that do not fit, or a client whose coefficients are not finite in float32.
         TypeError: Coefficients of another dtype.
     """
-    if coefficients.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"coefficients must be float32 or float64, got {coefficients.dtype}")
-    if coefficients.dim() != 2 or not len(coefficients) or len(coefficients) != len(weights):
-        raise ValueError(
-            f"coefficients must be (K, P), one row for each of {len(weights)} weights, got {tuple(coefficients.shape)}"
-        )
-    _refuse_non_finite(coefficients)
+    check_coefficients(coefficients, weights)
     mean = torch.zeros_like(coefficients[0], dtype=torch.float64)
     for weight, row in zip(weights, coefficients, strict=True):
         mean += row.double() * weight
     return mean.float()
 
 
-def combine(answers: Sequence[ProjectedGradients], optimizer: ZerothOrder) -> Update:
-    """The weighted mean of a round's answers as an update record.
+def check_coefficients(coefficients: Tensor, weights: Sequence[float]) -> None:
+    """Refuse what no rule can aggregate.
 
-    Args:
-        answers: Ascending client ids, all in one basis.
-        optimizer: Whose rule and hyper-parameters the record carries; its next step is the record's.
-
-    Returns:
-        Who took part with which weights, v̄, and the rule with its learning rate: enough to apply the update again.
+    Raises:
+        ValueError: Shapes that do not fit, or a client whose coefficients are not finite in float32.
+        TypeError: Coefficients of another dtype.
     """
-    w = weights([answer.num_terms for answer in answers])
-    group = optimizer.param_groups[0]
-    return Update(
-        round=answers[0].round,
-        basis=answers[0].basis,
-        coefficients=weighted_mean(torch.stack([answer.coefficients for answer in answers]), w),
-        rule={"name": type(optimizer.rule).__name__, **{k: group[k] for k in optimizer.rule.hyper_parameters()}},
-        step=optimizer.steps + 1,
-        participants=[answer.client for answer in answers],
-        weights=w,
-    )
-
-
-def _refuse_non_finite(coefficients: Tensor) -> None:
+    if coefficients.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"coefficients must be float32 or float64, got {coefficients.dtype}")
+    if coefficients.dim() != 2 or not len(coefficients) or len(coefficients) != len(weights):
+        raise ValueError(
+            f"coefficients must be (K, P), one row for each of {len(weights)} weights, got {tuple(coefficients.shape)}"
+        )
     bad = torch.nonzero(~torch.isfinite(coefficients.float()))
     if len(bad):
         row, probe = bad[0].tolist()

@@ -1,0 +1,21 @@
+"""Step 5 of a round: who is heard, by which rule the answers become one, and the record that applies it."""
+
+from hosfl_lightning.aggregation.rules import AggregationRule, Median, NormClippedMean, TrimmedMean, WeightedMean
+from hosfl_lightning.aggregation.screening import LIMIT, screen
+from hosfl_lightning.aggregation.update import UpdateError, apply_update, combine
+from hosfl_lightning.aggregation.weights import weighted_mean, weights
+
+__all__ = [
+    "LIMIT",
+    "AggregationRule",
+    "Median",
+    "NormClippedMean",
+    "TrimmedMean",
+    "UpdateError",
+    "WeightedMean",
+    "apply_update",
+    "combine",
+    "screen",
+    "weighted_mean",
+    "weights",
+]

@@ -1,0 +1,58 @@
+"""Who is heard in a round: answers that no rule can use are refused by name, and the round goes on with the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hosfl_lightning.optim import Basis
+from hosfl_lightning.wire import ProjectedGradients
+
+#: Largest magnitude of a coefficient. Real ones are about the norm of a gradient; one of 1e6 says that a probe with a
+#: smoothing length of 1e-3 changes the loss by 1,000 nats, where no derivative means anything.
+LIMIT = 1e6
+
+
+def screen(
+    answers: Sequence[ProjectedGradients], round: int, basis: Basis, limit: float = LIMIT
+) -> tuple[list[ProjectedGradients], dict[int, str]]:
+    """Tell the answers that can be aggregated from those that cannot; nothing raises.
+
+    Args:
+        answers: Of a round, one a client.
+        round: The round.
+        basis: In what the clients were asked to answer.
+        limit: Largest magnitude of a coefficient, > 0.
+
+    Returns:
+        The answers to aggregate, in the order given, and for every other client the reason in words, such as
+        ``"client 3: projected gradient 1 is nan"``.
+    """
+    valid: list[ProjectedGradients] = []
+    refused: dict[int, str] = {}
+    for answer in answers:
+        reason = _objection(answer, round, basis, limit)
+        if reason is None:
+            valid.append(answer)
+        else:
+            refused[answer.client] = f"client {answer.client}: {reason}"
+    return valid, refused
+
+
+def _objection(answer: ProjectedGradients, round: int, basis: Basis, limit: float) -> str | None:
+    if answer.round != round:
+        return f"its answer is for round {answer.round}, this is round {round}"
+    if answer.basis != basis.describe():
+        return f"its answer is in the basis {answer.basis}, the round's is {basis.describe()}"
+    if answer.coefficients.shape != (basis.size,):
+        return f"it sent {list(answer.coefficients.shape)} projected gradients, the round has [{basis.size}]"
+    if answer.num_terms == 0:
+        return "it has no loss term"
+    # Not `> limit`: that is false for nan.
+    bad = torch.nonzero(~(answer.coefficients.abs() <= limit))
+    if not len(bad):
+        return None
+    probe = int(bad[0])
+    value = answer.coefficients[probe].item()
+    return f"projected gradient {probe} is {value:g}" + (f", beyond ±{limit:g}" if abs(value) > limit else "")

@@ -1,0 +1,99 @@
+"""The update record of a round: made from the answers, and applied again by anybody who holds the seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean
+from hosfl_lightning.aggregation.weights import weights
+from hosfl_lightning.optim import ZerothOrder, basis_of
+from hosfl_lightning.wire import ProjectedGradients, Update
+
+MEAN = WeightedMean()
+
+
+class UpdateError(ValueError):
+    """The record does not belong to the client that was to apply it."""
+
+
+def combine(
+    answers: Sequence[ProjectedGradients],
+    optimizer: ZerothOrder,
+    rule: AggregationRule = MEAN,
+    mu: float | None = None,
+    incarnation: str = "",
+) -> Update:
+    """A round's answers as one update record.
+
+    Args:
+        answers: Of those who answered, in any order, all of one round and basis; w_k = n_k / Σ n over them.
+        optimizer: Whose rule and hyper-parameters the record carries, one set for all groups; its next step is the
+            record's.
+        rule: How the coefficients become one vector.
+        mu: Smoothing length as rounded, where there are probes.
+        incarnation: Which server, on which hardware, makes the record.
+
+    Returns:
+        Who took part with which weights, v̄, and the rule with its learning rate: enough for `apply_update`.
+
+    Raises:
+        ValueError: No answer, none with a loss term, or a client whose coefficients are not finite: `screen` first.
+    """
+    answers = sorted(answers, key=lambda answer: answer.client)
+    w = weights([answer.num_terms for answer in answers])
+    group = optimizer.param_groups[0]
+    return Update(
+        round=answers[0].round,
+        basis=answers[0].basis,
+        coefficients=rule(torch.stack([answer.coefficients for answer in answers]), w),
+        rule={"name": type(optimizer.rule).__name__, **{k: group[k] for k in optimizer.rule.hyper_parameters()}},
+        step=optimizer.steps + 1,
+        participants=[answer.client for answer in answers],
+        weights=w,
+        mu=mu,
+        incarnation=incarnation,
+    )
+
+
+def apply_update(update: Update, optimizer: ZerothOrder) -> None:
+    """``θ ← rule(θ, Σ_p v̄_p b_p)`` with the hyper-parameters *of the record*: live, late or in a replay, the same bits.
+
+    A client that was away for a while would else apply old rounds with today's learning rate.
+
+    Args:
+        update: What `combine` made, or its copy from a message or a log.
+        optimizer: Of the same rule, with the run's seed, after ``update.step - 1`` steps. Left as it was if this
+            raises.
+
+    Raises:
+        UpdateError: Another rule, or not the optimizer's next step.
+        ValueError: A basis that is not known, or another number of coefficients than it has.
+    """
+    hyper_parameters = _hyper_parameters(update, optimizer)
+    missing = update.step - 1 - optimizer.steps
+    if missing:
+        raise UpdateError(
+            f"the update of round {update.round} is step {update.step}, the client has taken {optimizer.steps}: "
+            + (f"apply the {missing} missing before it, in order" if missing > 0 else "it was applied already")
+        )
+    sizes = [parameter.numel() for parameter in optimizer.parameters]
+    basis = basis_of(update.basis, optimizer.param_groups[0]["seed"], update.round, sizes)
+    optimizer.record(update.coefficients, basis)
+    for group in optimizer.param_groups:
+        group.update(hyper_parameters)
+    optimizer.step()
+
+
+def _hyper_parameters(update: Update, optimizer: ZerothOrder) -> dict[str, object]:
+    name, own = update.rule.get("name"), type(optimizer.rule).__name__
+    if name != own:
+        raise UpdateError(f"the update of round {update.round} is for the rule {name}, the client's optimizer is {own}")
+    recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in update.rule.items() if k != "name"}
+    expected = optimizer.rule.hyper_parameters()
+    if recorded.keys() != expected.keys():
+        raise UpdateError(
+            f"the update of round {update.round} has the settings {sorted(recorded)} of {own}, not {sorted(expected)}"
+        )
+    return recorded
