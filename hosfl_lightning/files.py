@@ -1,35 +1,82 @@
-"""Files that are there whole or not at all, whatever kills the process."""
+"""Every durable write: files that are there whole or not at all, and bytes that stay once they are appended.
+
+Nothing else in the package syncs, replaces or cuts a file, so a test can end the process at each of these calls: it
+exchanges the ``os`` of this module.
+"""
 
 from __future__ import annotations
 
+import io
 import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_BUFFER = 1 << 20
+
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
-    """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new."""
+    """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new.
+
+    The temporary file always has the same name, so that the next write clears away what a kill left of it.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.makedirs(path.parent, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with io.BufferedWriter(_File(temporary, "wb", opener=_create), _BUFFER) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
     sync(path.parent)
 
 
-def sync(path: Path) -> None:
+def append(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` behind a file that exists, and fsync: on return it is durable, on an error the file is as before.
+
+    A kill may leave any prefix of ``data``.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        size, rest = os.fstat(descriptor).st_size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        except BaseException:
+            os.truncate(path, size)
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def truncate(path: str | os.PathLike[str], size: int) -> None:
+    """Cut a file to its first ``size`` bytes, durably."""
+    os.truncate(path, size)
+    sync(path)
+
+
+def sync(path: str | os.PathLike[str]) -> None:
     """Make a file's bytes, or a folder's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class _File(io.FileIO):
+    """Writes through this module's ``os``, as everything here does."""
+
+    def write(self, data: Any) -> int:
+        return os.write(self.fileno(), data)
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o666)

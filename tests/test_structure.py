@@ -18,7 +18,7 @@ LAYERS = [
     {"evaluation", "trainer_face"},
     {"hooks"},
     {"algorithms"},
-    {"transport"},
+    {"transport", "replay"},
     {"callbacks"},
     {"servers"},
     {"clients"},
@@ -27,6 +27,7 @@ LAYERS = [
     {"optim"},
     {"wire"},
     {"data", "availability"},
+    {"loggers"},
     {"rng", "files"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
