@@ -22,6 +22,11 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a b
 VOCAB = 260  # of the byte tokenizer
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How long the fuzz test runs."""
+    parser.addoption("--fuzz", type=int, default=5000, help="damaged frames that the fuzz test decodes")
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random-init Llama of four layers with the byte tokenizer, saved as a user's model would be."""

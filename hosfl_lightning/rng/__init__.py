@@ -4,6 +4,7 @@ from hosfl_lightning.rng.batch import DirectionBatch
 from hosfl_lightning.rng.directions import add_direction_, direction, direction_rows
 from hosfl_lightning.rng.distributions import DISTRIBUTIONS, round_coefficient
 from hosfl_lightning.rng.philox import Domain, Stream, philox4x32, words
+from hosfl_lightning.rng.rounding import uniform16
 from hosfl_lightning.rng.sampling import permutation
 
 RADEMACHER, GAUSS16, CLIENT_SAMPLING, DATA_ORDER, COORDINATES, ROUNDING = Domain
@@ -25,5 +26,6 @@ __all__ = [
     "permutation",
     "philox4x32",
     "round_coefficient",
+    "uniform16",
     "words",
 ]

@@ -1,21 +1,56 @@
-"""What crosses the cut: four messages, their bytes, and the errors of a bad one."""
+"""What crosses the cut: the messages, their bytes, and the errors of a bad one."""
 
-from hosfl_lightning.wire.encoding import decode, encode, encoded_size
-from hosfl_lightning.wire.errors import FieldError, FrameError, KindError, WireError
+from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
+from hosfl_lightning.wire.codecs import CODECS, Coded
+from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
+from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, peek
+from hosfl_lightning.wire.errors import (
+    AddressError,
+    ChecksumError,
+    DtypeError,
+    DuplicateKeyError,
+    FieldError,
+    FrameError,
+    KindError,
+    NonFiniteError,
+    ShapeError,
+    TooLargeError,
+    TruncatedError,
+    VersionError,
+    WireError,
+)
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
 
 __all__ = [
+    "CODECS",
+    "LIMIT",
     "MESSAGES",
+    "PROTOCOL",
+    "AddressError",
+    "CatchUpRequest",
+    "ChecksumError",
+    "Coded",
+    "DtypeError",
+    "DuplicateKeyError",
+    "Envelope",
     "FieldError",
     "FrameError",
     "KindError",
     "Message",
     "Multiplier",
+    "NonFiniteError",
     "ProjectedGradients",
+    "ShapeError",
     "SmashedData",
+    "Snapshot",
+    "TooLargeError",
+    "TruncatedError",
     "Update",
+    "VersionError",
     "WireError",
+    "check_finite",
     "decode",
     "encode",
     "encoded_size",
+    "peek",
 ]

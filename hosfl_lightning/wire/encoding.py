@@ -1,68 +1,60 @@
-"""Messages as bytes: one safetensors frame each, so that the size on the wire is known without writing it.
+"""Messages as bytes: an envelope and a payload, so that the size on the wire is known without writing it.
 
-    8 bytes, little-endian: N  |  N bytes: JSON header, padded with spaces to 8  |  the tensors' buffers
-
-Every tensor field is a buffer under its name; all other fields are one canonical JSON string (sorted keys, no blanks)
-under ``__metadata__.message``. JSON writes a float by its shortest repr, which reads back to the same bits. A dtype in
-memory travels as
-
-    floating   as it is, bit for bit
-    int64      int32
-    bool       packed bits, first element highest; the shape is in the JSON string
-
-Format: https://github.com/huggingface/safetensors#format. Nothing here can execute what it reads.
+Round and client are in the envelope. Of the other fields, a tensor is a buffer under the field's name; a dict, or a
+:class:`Coded`, is its tensors as buffers ``field.key`` and the rest of it as plain values; anything else is a plain
+value. A bool tensor travels as packed bits, first element highest, with its shape among the plain values.
 """
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, get_type_hints
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor
 
-from hosfl_lightning.wire.errors import FieldError, FrameError, KindError
-from hosfl_lightning.wire.messages import MESSAGES, Message
+from hosfl_lightning.wire.codecs import Coded
+from hosfl_lightning.wire.envelope import ENVELOPE_BYTES, LIMIT, Envelope, check_address, peek, seal, verify
+from hosfl_lightning.wire.errors import (
+    AddressError,
+    DuplicateKeyError,
+    FieldError,
+    FrameError,
+    NonFiniteError,
+    ShapeError,
+    TooLargeError,
+)
+from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, SmashedData
+from hosfl_lightning.wire.payload import MAX_DIMS, Form, layout, parse
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-
-
-class _Buffer(NamedTuple):
-    """Where a tensor lies in the frame; ``start`` counts from the end of the header."""
-
-    dtype: torch.dtype
-    shape: list[int]
-    start: int
-    stop: int
+_IN_ENVELOPE = {"round", "client"}
+_HINTS = {kind: get_type_hints(cls) for kind, cls in MESSAGES.items()}
 
 
-def encode(message: Message) -> bytes:
-    """Writes a message as one safetensors frame; tensors may be on any device.
+def encode(message: Message, run_id: bytes = bytes(16)) -> bytes:
+    """Writes a message as one frame; tensors may be on any device.
+
+    Args:
+        message: What is sent.
+        run_id: 16 bytes that every message of a run carries.
 
     Raises:
-        FieldError: A field has a wrong type, shape or dtype, or a value that does not travel exactly: NaN or infinity
-            in a dict, a label beyond 32 bits.
+        FieldError: A field has a wrong type, shape or dtype, or a value that does not travel exactly.
     """
     message.check()
-    header, buffers = _layout(message)
-    frame = bytearray(len(header) + max(buffer.stop for buffer in buffers.values()))
-    frame[: len(header)] = header
-    for name, buffer in buffers.items():
-        if buffer.stop > buffer.start:
-            tensor = _to_wire(message, name, getattr(message, name))
-            start = len(header) + buffer.start
-            torch.frombuffer(frame, dtype=buffer.dtype, count=tensor.numel(), offset=start).copy_(tensor.reshape(-1))
+    values, tensors = _take_apart(message)
+    header, starts, size = layout(values, _forms(tensors))
+    frame = bytearray(ENVELOPE_BYTES + size)
+    begin = ENVELOPE_BYTES + len(header)
+    frame[ENVELOPE_BYTES:begin] = header
+    for name, tensor in tensors.items():
+        tensor = _pack_bits(tensor) if tensor.dtype == torch.bool else tensor.detach().reshape(-1)
+        if tensor.numel():
+            place = torch.frombuffer(frame, dtype=tensor.dtype, count=tensor.numel(), offset=begin + starts[name])
+            place.copy_(tensor)
+    seal(frame, message.kind, message.round, getattr(message, "client", None), run_id)
     return bytes(frame)
 
 
@@ -72,92 +64,130 @@ def encoded_size(message: Message) -> int:
     Raises:
         FieldError: A field that cannot be written.
     """
-    header, buffers = _layout(message)
-    return len(header) + max(buffer.stop for buffer in buffers.values())
+    values, tensors = _take_apart(message)
+    return ENVELOPE_BYTES + layout(values, _forms(tensors))[2]
 
 
-def decode(data: bytes, kind: str | None = None) -> Message:
+def decode(
+    data: bytes,
+    kind: str | None = None,
+    *,
+    run_id: bytes | None = None,
+    round: int | None = None,
+    client: int | None = None,
+    limit: int = LIMIT,
+) -> Message:
     """Reads a message; its tensors are new ones on the CPU.
 
     Args:
         data: What :func:`encode` returned at the other end.
         kind: The kind that is expected here; None takes any.
+        run_id: The run that is expected; None takes any.
+        round: The round that is expected; None takes any.
+        client: The client that is expected; None takes any.
+        limit: Most bytes of the frame, and of what its message unpacks to.
 
     Raises:
-        FrameError: The bytes are not one whole frame.
-        KindError: The message is of another or an unknown kind.
-        FieldError: A field is missing, unexpected, or of the wrong type, shape or dtype.
+        WireError: The bytes are not a message for here: one of its kinds (see ``errors``), cheap checks first.
     """
-    tensors = _load(data)
-    envelope = _envelope(data)
-    cls = MESSAGES.get(envelope["kind"])
-    if cls is None or kind not in (None, cls.kind):
-        raise KindError(f"expected a message of kind {kind or ' | '.join(MESSAGES)}, got {envelope['kind']!r}")
-    values = envelope["fields"] | {name: _from_wire(name, t, envelope["bits"]) for name, t in tensors.items()}
-    expected = {field.name for field in fields(cls)}
-    if values.keys() != expected:
-        raise FieldError(f"{cls.kind}: missing or unexpected fields: {', '.join(sorted(values.keys() ^ expected))}")
-    message = cls(**values)
+    envelope = peek(data, limit)
+    verify(data)
+    check_address(envelope, kind, run_id, round, client)
+    try:
+        return _read(envelope, memoryview(data)[ENVELOPE_BYTES:], limit)
+    except RecursionError:
+        raise FrameError("the payload's values are nested too deeply") from None
+
+
+def _read(envelope: Envelope, payload: memoryview, limit: int) -> Message:
+    plain, tensors = parse(payload, limit)
+    if not isinstance(plain, dict) or plain.keys() != {"fields", "bits"} or not all(map(_is_dict, plain.values())):
+        raise FrameError("the plain values of a message must be a dict of fields and a dict of bits")
+    message = _put_together(envelope, plain["fields"], _unpack_all_bits(tensors, plain["bits"], limit))
+    check_finite(message)
     message.check()
+    if isinstance(message, SmashedData | Multiplier) and message.unpacked_bytes() > limit:
+        raise TooLargeError(f"{message.kind}: it would unpack to more than the limit of {limit} bytes")
     return message
 
 
-def _layout(message: Message) -> tuple[bytes, dict[str, _Buffer]]:
-    """The frame's first part (length and header) and the place of every buffer, widest dtype first for alignment."""
-    values = {field.name: getattr(message, field.name) for field in fields(message)}
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    envelope = {
-        "kind": message.kind,
-        "fields": {name: value for name, value in values.items() if name not in tensors},
-        "bits": {name: [*value.shape] for name, value in tensors.items() if value.dtype == torch.bool},
+def check_finite(message: Message) -> None:
+    """Refuses NaN and infinity, as :func:`decode` does; for a message that is handed over and not encoded.
+
+    Raises:
+        NonFiniteError: Names the field.
+    """
+    values, tensors = _take_apart(message)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            bad = int((~tensor.isfinite()).sum())
+            raise NonFiniteError(f"{message.kind}: {name} has {bad} values that are NaN or infinite")
+    for name, value in values["fields"].items():
+        if not all(math.isfinite(number) for number in _floats(value)):
+            raise NonFiniteError(f"{message.kind}: {name} has a number that is NaN or infinite")
+
+
+def _take_apart(message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The plain values and, by the names of their buffers, the tensors of a message."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for field in fields(message):
+        value = getattr(message, field.name)
+        value = vars(value) if isinstance(value, Coded) else value
+        if isinstance(value, Tensor):
+            tensors[field.name] = value
+        elif isinstance(value, dict):
+            tensors |= {f"{field.name}.{key}": part for key, part in value.items() if isinstance(part, Tensor)}
+            plain[field.name] = {key: part for key, part in value.items() if not isinstance(part, Tensor)}
+        elif field.name not in _IN_ENVELOPE:
+            plain[field.name] = value
+    bits = {name: [*tensor.shape] for name, tensor in tensors.items() if tensor.dtype == torch.bool}
+    return {"fields": plain, "bits": bits}, tensors
+
+
+def _put_together(envelope: Envelope, plain: dict[str, Any], tensors: dict[str, Tensor]) -> Message:
+    """The reverse of `_take_apart`."""
+    cls = MESSAGES[envelope.kind]
+    hints = _HINTS[cls.kind]
+    values: dict[str, Any] = {"round": envelope.round, **plain}
+    if ("client" in hints) != (envelope.client is not None):
+        raise AddressError(f"{cls.kind}: it is {'from or to one client' if 'client' in hints else 'for everybody'}")
+    if "client" in hints:
+        values["client"] = envelope.client
+    if plain.keys() & _IN_ENVELOPE:
+        raise DuplicateKeyError(f"{cls.kind}: round and client are in the envelope already")
+    for name, tensor in tensors.items():
+        field, dot, key = name.partition(".")
+        holder, key = (values.get(field), key) if dot else (values, field)
+        if not isinstance(holder, dict):
+            raise FieldError(f"{cls.kind}: unexpected tensor {name:.80}")
+        if key in holder:
+            raise DuplicateKeyError(f"{cls.kind}: {name:.80} occurs twice")
+        holder[key] = tensor
+    for name in [name for name, hint in hints.items() if hint is Coded and name in values]:
+        values[name] = _build(Coded, values[name], f"{cls.kind}.{name}")
+    return _build(cls, values, cls.kind)
+
+
+def _build(cls: type[Any], values: Any, what: str) -> Any:
+    expected = {field.name for field in fields(cls)}
+    if not isinstance(values, dict) or values.keys() != expected:
+        differing = sorted(values.keys() ^ expected) if isinstance(values, dict) else sorted(expected)
+        raise FieldError(f"{what}: missing or unexpected fields: {', '.join(differing):.200}")
+    return cls(**values)
+
+
+def _forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
+    return {
+        name: Form(torch.uint8, [-(-t.numel() // 8)]) if t.dtype == torch.bool else Form(t.dtype, [*t.shape])
+        for name, t in tensors.items()
     }
-    buffers = _place(tensors)
-    entries: dict[str, Any] = {"__metadata__": {"message": _dumps(message.kind, envelope)}}
-    for name, buffer in buffers.items():
-        offsets = [buffer.start, buffer.stop]
-        entries[name] = {"dtype": _CODES[buffer.dtype], "shape": buffer.shape, "data_offsets": offsets}
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header, buffers
 
 
-def _place(tensors: dict[str, Tensor]) -> dict[str, _Buffer]:
-    forms = {name: _wire_form(name, tensor) for name, tensor in tensors.items()}
-    buffers: dict[str, _Buffer] = {}
-    start = 0
-    for name, (dtype, shape) in sorted(forms.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
-        stop = start + math.prod(shape) * dtype.itemsize
-        buffers[name] = _Buffer(dtype, shape, start, stop)
-        start = stop
-    return buffers
-
-
-def _wire_form(name: str, tensor: Tensor) -> tuple[torch.dtype, list[int]]:
-    if tensor.dtype == torch.bool:
-        return torch.uint8, [-(-tensor.numel() // 8)]
-    dtype = torch.int32 if tensor.dtype == torch.int64 else tensor.dtype
-    if dtype not in _CODES:
-        raise FieldError(f"{name}: {tensor.dtype} does not travel")
-    return dtype, [*tensor.shape]
-
-
-def _to_wire(message: Message, name: str, tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.bool:
-        return _pack_bits(tensor)
-    if tensor.dtype == torch.int64:
-        limits = torch.iinfo(torch.int32)
-        if tensor.min() < limits.min or tensor.max() > limits.max:
-            raise FieldError(f"{message.kind}: {name} has values beyond 32 bits")
-        return tensor.to(torch.int32)
-    return tensor
-
-
-def _from_wire(name: str, tensor: Tensor, bits: dict[str, Any]) -> Tensor:
-    if name in bits:
-        return _unpack_bits(name, tensor, bits[name])
-    if tensor.dtype not in _CODES:
-        raise FieldError(f"{name}: {tensor.dtype} does not travel")
-    return tensor.to(torch.int64) if tensor.dtype == torch.int32 else tensor
+def _unpack_all_bits(tensors: dict[str, Tensor], bits: dict[str, Any], limit: int) -> dict[str, Tensor]:
+    if not bits.keys() <= tensors.keys():
+        raise FieldError(f"bits without a buffer: {', '.join(bits.keys() - tensors.keys()):.80}")
+    return tensors | {name: _unpack_bits(name, tensors[name], shape, limit) for name, shape in bits.items()}
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -167,49 +197,32 @@ def _pack_bits(mask: Tensor) -> Tensor:
     return (octets << shifts).sum(1, dtype=torch.uint8)
 
 
-def _unpack_bits(name: str, packed: Tensor, shape: Any) -> Tensor:
-    if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-        raise FieldError(f"{name}: the shape of packed bits must be a list of sizes > 0, got {shape!r}")
+def _unpack_bits(name: str, packed: Tensor, shape: Any, limit: int) -> Tensor:
+    if (
+        not isinstance(shape, list)
+        or not 0 < len(shape) <= MAX_DIMS
+        or not all(type(n) is int and n > 0 for n in shape)
+    ):
+        raise ShapeError(f"{name:.80}: the shape of packed bits must be a list of sizes > 0, got {shape!r:.80}")
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-numel // 8):
-        raise FieldError(f"{name}: {packed.dtype} {[*packed.shape]} does not hold the bits of {shape}")
+        raise ShapeError(f"{name:.80}: {packed.dtype} {[*packed.shape]} does not hold the bits of {shape!s:.80}")
+    if numel > limit:
+        raise TooLargeError(f"{name:.80}: {numel} elements are over the limit of {limit} bytes")
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
     return (packed[:, None] >> shifts & 1).reshape(-1)[:numel].reshape(shape).bool()
 
 
-def _load(data: bytes) -> dict[str, Tensor]:
-    try:
-        return load(data)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise FrameError(f"not a safetensors frame of {len(data)} bytes: {error}") from error
+def _is_dict(value: object) -> bool:
+    return isinstance(value, dict)
 
 
-def _envelope(data: bytes) -> dict[str, Any]:
-    """The JSON string of a frame whose header safetensors has found sound."""
-    try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")].decode())
-        envelope = json.loads(header["__metadata__"]["message"], parse_constant=_refuse, parse_float=_finite)
-        sound = isinstance(envelope["kind"], str) and all(isinstance(envelope[key], dict) for key in ("fields", "bits"))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise FrameError(f"the frame has no readable message header: {error!r}") from error
-    if not sound:
-        raise FrameError("the frame's message header must hold a kind, fields and bits")
-    return envelope
-
-
-def _dumps(kind: str, envelope: dict[str, Any]) -> str:
-    try:
-        return json.dumps(envelope, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise FieldError(f"{kind}: a field cannot be written as JSON: {error}") from error
-
-
-def _refuse(constant: str) -> float:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits} is not finite")
-    return value
+def _floats(value: object) -> Iterable[float]:
+    """All floats in nested lists and dicts; not recursive, since the nesting comes from outside."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, float):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            left += value.values() if isinstance(value, dict) else value

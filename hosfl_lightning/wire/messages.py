@@ -1,28 +1,37 @@
-"""The four messages of a round, in the order in which they travel.
+"""The messages of a run. A round's, in the order in which they travel:
 
     step 2   client k -> server   SmashedData          z_k, labels, valid-token mask
     step 3   server -> client k   Multiplier           λ_k = ∂ℓ_k/∂z_k
     step 4   client k -> server   ProjectedGradients   v_kp, p = 1..P
     step 5   server -> everybody  Update               v̄_p = Σ_k w_k v_kp, and the rule that applies it
 
+and those of a client that comes back after missed rounds:
+
+             client k -> server   CatchUpRequest       the version of θ_c that it holds
+             server -> client k   Snapshot             θ_c and the optimizer's moments, where updates would not do
+
 Padding never travels: per-token tensors hold the n valid tokens only, row-major over the (B, S) positions where the
-mask is True. Messages compare by identity, since tensors do not compare to one truth value.
+mask is True. A message holds what travels, rounded by its codec already, so that it means the same whether it is
+serialised or handed over. Messages compare by identity, since tensors do not compare to one truth value.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from hosfl_lightning.wire.errors import FieldError
+from hosfl_lightning.rng import Domain, Stream
+from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
+from hosfl_lightning.wire.checks import check_clients, check_counts, check_settings, check_strings, check_tensor
+from hosfl_lightning.wire.codecs import Coded
+from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
 
 IGNORE_INDEX = -100
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_LABELS = (torch.int8, torch.int16, torch.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +41,9 @@ class SmashedData:
     Attributes:
         round: Round number, >= 0.
         client: Client number k, >= 0.
-        z: Smashed data of the valid tokens, (n, h), any floating dtype; it travels bit for bit.
-        labels: int64; (n,) for one label per valid token (-100 where there is none), (B,) for one per sequence.
+        z: Smashed data of the valid tokens, (n, h), coded.
+        labels: int8, int16 or int32, the narrowest that holds them; (n,) for one label per valid token (-100 where
+            there is none), (B,) for one per sequence.
         mask: Valid tokens, (B, S) bool with n of them True.
         labels_per_token: Which of the two the labels are; their length does not tell when n = B.
     """
@@ -41,60 +51,70 @@ class SmashedData:
     kind: ClassVar[str] = "smashed_data"
     round: int
     client: int
-    z: Tensor
+    z: Coded
     labels: Tensor
     mask: Tensor
     labels_per_token: bool
 
     @classmethod
-    def pack(cls, round: int, client: int, z: Tensor, labels: Tensor, mask: Tensor) -> SmashedData:
-        """Drops the padding.
+    def pack(
+        cls, round: int, client: int, z: Tensor, labels: Tensor, mask: Tensor, codec: str = "fp32", seed: int = 0
+    ) -> SmashedData:
+        """Drops the padding and codes z.
 
         Args:
             round: Round number.
             client: Client number k.
-            z: Smashed data, (B, S, h).
-            labels: (B, S) for a causal LM, (B,) for classification.
-            mask: Valid tokens, (B, S) bool; the padding may be on either side.
+            z: Smashed data, (B, S, h), on any device.
+            labels: (B, S) for a causal LM, (B,) for classification; on the host, or this waits for their device.
+            mask: Valid tokens, (B, S) bool; the padding may be on either side; on the host.
+            codec: How z travels, one of `CODECS`.
+            seed: The run's, for the rounding of int8 and int4.
 
         Raises:
-            FieldError: Shapes that do not fit, or a mask that is not bool.
+            FieldError: Shapes that do not fit, a mask that is not bool, a label beyond 32 bits, an unknown codec.
         """
         _check_padded(cls.kind, "z", z, mask)
         if labels.shape not in (mask.shape, mask.shape[:1]):
-            raise FieldError(
+            raise ShapeError(
                 f"smashed_data: labels must be (B, S) = {tuple(mask.shape)} or (B,), got {tuple(labels.shape)}"
             )
         per_token = labels.dim() == 2
-        labels = labels[mask] if per_token else labels
-        return cls(round, client, z[mask], labels.to(torch.int64), mask, per_token)
+        labels = _narrowest(labels[mask] if per_token else labels)
+        coded = Coded.of(z[mask], codec, Stream(seed, Domain.ROUNDING, round, client), tensor=0)
+        return cls(round, client, coded, labels, mask, per_token)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Puts the padding back.
+        """Restores z and puts the padding back.
 
         Returns:
-            z (B, S, h) with zeros at padding; labels, (B, S) with -100 at padding or (B,); mask (B, S).
+            z (B, S, h) with zeros at padding; int64 labels, (B, S) with -100 at padding or (B,); mask (B, S).
         """
-        labels = self.labels
+        labels = self.labels.to(torch.int64)
         if self.labels_per_token:
-            labels = labels.new_full(self.mask.shape, IGNORE_INDEX)
-            labels[self.mask] = self.labels
-        return _scatter(self.z, self.mask), labels, self.mask
+            padded = labels.new_full(self.mask.shape, IGNORE_INDEX)
+            padded[self.mask] = labels
+            labels = padded
+        return _scatter(self.z.restore(), self.mask), labels, self.mask
+
+    def unpacked_bytes(self) -> int:
+        """Memory of what `unpack` returns."""
+        return self.mask.numel() * (self.z.row_bytes() + torch.int64.itemsize + torch.bool.itemsize)
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        _check_counts(self.kind, round=self.round, client=self.client)
-        _check_tensor(self.kind, "z", self.z, 2, _FLOATS)
-        _check_tensor(self.kind, "labels", self.labels, 1, (torch.int64,))
-        _check_tensor(self.kind, "mask", self.mask, 2, (torch.bool,))
+        check_counts(self.kind, round=self.round, client=self.client)
+        self.z.check(self.kind, "z")
+        check_tensor(self.kind, "labels", self.labels, 1, _LABELS)
+        check_tensor(self.kind, "mask", self.mask, 2, (torch.bool,))
         if not isinstance(self.labels_per_token, bool):
-            raise FieldError(f"smashed_data: labels_per_token must be a bool, got {self.labels_per_token!r}")
-        valid = int(self.mask.sum())
-        if len(self.z) != valid:
-            raise FieldError(f"smashed_data: z has {len(self.z)} rows, the mask {valid} valid tokens")
+            raise FieldError(f"smashed_data: labels_per_token must be a bool, got {self.labels_per_token!r:.80}")
+        rows, valid = len(self.z.values), int(self.mask.sum())
+        if rows != valid:
+            raise ShapeError(f"smashed_data: z has {rows} rows, the mask {valid} valid tokens")
         expected = valid if self.labels_per_token else len(self.mask)
         if len(self.labels) != expected:
-            raise FieldError(f"smashed_data: expected {expected} labels, got {len(self.labels)}")
+            raise ShapeError(f"smashed_data: expected {expected} labels, got {len(self.labels)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,39 +124,46 @@ class Multiplier:
     Attributes:
         round: Round number, >= 0.
         client: Client number k, >= 0.
-        multiplier: λ_k, (n, h), in the dtype of z; it travels bit for bit.
+        multiplier: λ_k, (n, h), coded; it comes back in the dtype it had.
     """
 
     kind: ClassVar[str] = "multiplier"
     round: int
     client: int
-    multiplier: Tensor
+    multiplier: Coded
 
     @classmethod
-    def pack(cls, round: int, client: int, multiplier: Tensor, mask: Tensor) -> Multiplier:
-        """Drops the padding of ``multiplier`` (B, S, h) by ``mask`` (B, S) bool.
+    def pack(
+        cls, round: int, client: int, multiplier: Tensor, mask: Tensor, codec: str = "fp32", seed: int = 0
+    ) -> Multiplier:
+        """Drops the padding of ``multiplier`` (B, S, h) by ``mask`` (B, S) bool, and codes it.
 
         Raises:
-            FieldError: Shapes that do not fit, or a mask that is not bool.
+            FieldError: Shapes that do not fit, a mask that is not bool, or an unknown codec.
         """
         _check_padded(cls.kind, "multiplier", multiplier, mask)
-        return cls(round, client, multiplier[mask])
+        stream = Stream(seed, Domain.ROUNDING, round, client)
+        return cls(round, client, Coded.of(multiplier[mask], codec, stream, tensor=1))
 
     def unpack(self, mask: Tensor) -> Tensor:
         """λ_k as (B, S, h) with zeros at padding; ``mask`` is the one the client sent.
 
         Raises:
-            FieldError: The mask has another number of valid tokens than λ_k has rows.
+            ShapeError: The mask has another number of valid tokens than λ_k has rows.
         """
-        valid = int(mask.sum())
-        if len(self.multiplier) != valid:
-            raise FieldError(f"multiplier: {len(self.multiplier)} rows for a mask of {valid} valid tokens")
-        return _scatter(self.multiplier, mask)
+        rows, valid = len(self.multiplier.values), int(mask.sum())
+        if rows != valid:
+            raise ShapeError(f"multiplier: {rows} rows for a mask of {valid} valid tokens")
+        return _scatter(self.multiplier.restore(), mask)
+
+    def unpacked_bytes(self) -> int:
+        """Memory of λ_k without its padding, which is the receiver's own."""
+        return max(1, len(self.multiplier.values)) * self.multiplier.row_bytes()
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        _check_counts(self.kind, round=self.round, client=self.client)
-        _check_tensor(self.kind, "multiplier", self.multiplier, 2, _FLOATS)
+        check_counts(self.kind, round=self.round, client=self.client)
+        self.multiplier.check(self.kind, "multiplier")
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,15 +181,15 @@ class ProjectedGradients:
     kind: ClassVar[str] = "projected_gradients"
     round: int
     client: int
-    basis: dict[str, int | float | str]
+    basis: dict[str, Any]
     coefficients: Tensor
     num_terms: int
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        _check_counts(self.kind, round=self.round, client=self.client, num_terms=self.num_terms)
-        _check_mapping(self.kind, "basis", self.basis)
-        _check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))
+        check_counts(self.kind, round=self.round, client=self.client, num_terms=self.num_terms)
+        check_settings(self.kind, "basis", self.basis)
+        check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,13 +205,13 @@ class Update:
         step: The rule's step count, >= 0.
         participants: The clients k whose coefficients are in the mean.
         weights: Their w_k, in the same order.
-        mu: Smoothing length of the probes as rounded; None where there are none.
+        mu: μ, the smoothing length as it was rounded; None where there are no probes.
         incarnation: Which server, on which hardware, made it.
     """
 
     kind: ClassVar[str] = "update"
     round: int
-    basis: dict[str, int | float | str]
+    basis: dict[str, Any]
     coefficients: Tensor
     rule: dict[str, Any]
     step: int
@@ -195,22 +222,29 @@ class Update:
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        _check_counts(self.kind, round=self.round, step=self.step)
-        _check_mapping(self.kind, "basis", self.basis)
-        _check_mapping(self.kind, "rule", self.rule)
-        _check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))
-        _check_list(self.kind, "participants", self.participants, (int,))
-        _check_list(self.kind, "weights", self.weights, (int, float))
-        if len(self.participants) != len(self.weights):
-            raise FieldError(f"update: {len(self.participants)} participants, but {len(self.weights)} weights")
-        if self.mu is not None and not (type(self.mu) is float and 0 < self.mu < math.inf):
-            raise FieldError(f"update: mu must be None or a finite number > 0, got {self.mu!r}")
-        if not isinstance(self.incarnation, str):
-            raise FieldError(f"update: incarnation must be a string, got {self.incarnation!r}")
+        check_counts(self.kind, round=self.round, step=self.step)
+        check_settings(self.kind, "basis", self.basis)
+        check_settings(self.kind, "rule", self.rule)
+        check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))
+        check_clients(self.kind, self.participants, self.weights)
+        if self.mu is not None and not (isinstance(self.mu, float) and 0 < self.mu < math.inf):
+            raise FieldError(f"update: mu must be a float > 0 or None, got {self.mu!r:.80}")
+        check_strings(self.kind, incarnation=self.incarnation)
 
 
-Message: TypeAlias = SmashedData | Multiplier | ProjectedGradients | Update
-MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in (SmashedData, Multiplier, ProjectedGradients, Update)}
+Message: TypeAlias = SmashedData | Multiplier | ProjectedGradients | Update | CatchUpRequest | Snapshot
+MESSAGES: dict[str, type[Message]] = {
+    cls.kind: cls for cls in (SmashedData, Multiplier, ProjectedGradients, Update, CatchUpRequest, Snapshot)
+}
+"""By kind; the number of a kind in a frame is its place here, from 1 on."""
+
+
+def _narrowest(labels: Tensor) -> Tensor:
+    low, high = (int(value) for value in labels.aminmax()) if labels.numel() else (0, 0)
+    for dtype in _LABELS:
+        if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
+            return labels.to(dtype)
+    raise FieldError(f"smashed_data: labels from {low} to {high} are beyond 32 bits")
 
 
 def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
@@ -221,32 +255,8 @@ def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
 
 def _check_padded(kind: str, name: str, value: Tensor, mask: Tensor) -> None:
     if mask.dtype != torch.bool:
-        raise FieldError(f"{kind}: the mask must be bool (attention_mask.bool()), got {mask.dtype}")
+        raise DtypeError(f"{kind}: the mask must be bool (attention_mask.bool()), got {mask.dtype}")
     if mask.dim() != 2 or value.dim() != 3 or value.shape[:2] != mask.shape:
-        raise FieldError(
+        raise ShapeError(
             f"{kind}: {name} must be (B, S, h) and the mask (B, S), got {tuple(value.shape)} and {tuple(mask.shape)}"
         )
-
-
-def _check_counts(kind: str, **counts: object) -> None:
-    for name, value in counts.items():
-        if type(value) is not int or value < 0:
-            raise FieldError(f"{kind}: {name} must be an integer >= 0, got {value!r}")
-
-
-def _check_tensor(kind: str, name: str, value: object, dim: int, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(value, Tensor):
-        raise FieldError(f"{kind}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dim() != dim or value.dtype not in dtypes:
-        wanted = " or ".join(str(dtype) for dtype in dtypes)
-        raise FieldError(f"{kind}: {name} must have {dim} dimensions of {wanted}, got {value.dtype} {[*value.shape]}")
-
-
-def _check_mapping(kind: str, name: str, value: object) -> None:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise FieldError(f"{kind}: {name} must be a dict with string keys, got {value!r}")
-
-
-def _check_list(kind: str, name: str, value: object, types: tuple[type, ...]) -> None:
-    if not isinstance(value, list) or not all(type(item) in types for item in value):
-        raise FieldError(f"{kind}: {name} must be a list of {types[-1].__name__}, got {value!r}")

@@ -21,7 +21,7 @@ def test_pack_keeps_valid_tokens_in_row_major_order(mask: Tensor) -> None:
     z, labels = _inputs(mask)
     message = SmashedData.pack(3, 1, z, labels, mask)
     positions = [(b, s) for b in range(3) for s in range(4) if mask[b, s]]
-    assert torch.equal(message.z, torch.stack([z[b, s] for b, s in positions]))
+    assert torch.equal(message.z.values, torch.stack([z[b, s] for b, s in positions]))
     assert message.labels.tolist() == [int(labels[b, s]) for b, s in positions]
     assert message.kind == "smashed_data"
     assert (message.round, message.client) == (3, 1)
@@ -40,7 +40,7 @@ def test_unpack_puts_zeros_and_ignored_labels_at_padding(mask: Tensor) -> None:
 def test_multiplier_comes_back_where_it_was(mask: Tensor) -> None:
     multiplier, _ = _inputs(mask)
     message = Multiplier.pack(0, 2, multiplier, mask)
-    assert message.multiplier.shape == (int(mask.sum()), 5)
+    assert message.multiplier.values.shape == (int(mask.sum()), 5)
     assert torch.equal(message.unpack(mask), multiplier * mask[..., None])
 
 
@@ -53,9 +53,41 @@ def test_one_label_per_sequence_even_when_there_are_as_many_tokens_as_sequences(
     assert labels.shape == (2, 2)
 
 
-def test_labels_are_int64_in_memory() -> None:
+@pytest.mark.parametrize(
+    ("label", "dtype"),
+    [
+        (-100, torch.int8),
+        (127, torch.int8),
+        (128, torch.int16),
+        (-129, torch.int16),
+        (2**15, torch.int32),
+        (2**31 - 1, torch.int32),
+    ],
+)
+def test_labels_travel_in_the_narrowest_integer_and_come_back_as_int64(label: int, dtype: torch.dtype) -> None:
     z, labels = _inputs(LEFT)
-    assert SmashedData.pack(0, 0, z, labels.int(), LEFT).labels.dtype == torch.int64
+    labels[1, 1] = label
+    message = SmashedData.pack(0, 0, z, labels, LEFT)
+    assert message.labels.dtype == dtype
+    back = message.unpack()[1]
+    assert back.dtype == torch.int64
+    assert back[1, 1] == label
+
+
+def test_a_label_beyond_32_bits_is_refused() -> None:
+    z, labels = _inputs(LEFT)
+    labels[1, 1] = 2**31
+    with pytest.raises(FieldError, match="2147483648 are beyond 32 bits"):
+        SmashedData.pack(0, 0, z, labels, LEFT)
+    labels[1, 1], labels[0, 0] = 0, 2**31  # padding
+    assert SmashedData.pack(0, 0, z, labels, LEFT).labels.dtype == torch.int8
+
+
+def test_no_valid_token_at_all() -> None:
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    z, labels, _ = SmashedData.pack(0, 0, torch.ones(2, 3, 4), torch.ones(2, 3), mask).unpack()
+    assert not z.any() and z.shape == (2, 3, 4)
+    assert (labels == -100).all()
 
 
 def test_shapes_that_do_not_fit_are_refused_by_name() -> None:

@@ -1,0 +1,67 @@
+"""The two messages of a client that comes back after missed rounds: what it holds, and a whole state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
+from hosfl_lightning.wire.errors import FieldError
+
+
+@dataclass(frozen=True, eq=False)
+class CatchUpRequest:
+    """Client k to server: I hold θ_c after ``version`` updates of this incarnation; send me what I missed.
+
+    Attributes:
+        round: Round in which the client is back, >= 0.
+        client: Client number k, >= 0.
+        version: Number of updates that the client's state contains.
+        incarnation: Which server, on which hardware, made the last of them.
+    """
+
+    kind: ClassVar[str] = "catch_up_request"
+    round: int
+    client: int
+    version: int
+    incarnation: str
+
+    def check(self) -> None:
+        """Raises FieldError unless types are as stated above."""
+        check_counts(self.kind, round=self.round, client=self.client, version=self.version)
+        check_strings(self.kind, incarnation=self.incarnation)
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Server to client k: the whole state of the client half, in place of the updates it missed.
+
+    Attributes:
+        round: Round number, >= 0.
+        client: Client number k, >= 0.
+        version: Number of updates that the state contains.
+        incarnation: Which server, on which hardware, made it.
+        reason: Why a snapshot and not the updates, for people.
+        step: The rule's step count, >= 0.
+        tensors: Trained tensors and optimizer moments by name; any floating dtype, any shape, bit for bit.
+    """
+
+    kind: ClassVar[str] = "snapshot"
+    round: int
+    client: int
+    version: int
+    incarnation: str
+    reason: str
+    step: int
+    tensors: dict[str, Tensor]
+
+    def check(self) -> None:
+        """Raises FieldError unless types and dtypes are as stated above."""
+        check_counts(self.kind, round=self.round, client=self.client, version=self.version, step=self.step)
+        check_strings(self.kind, incarnation=self.incarnation, reason=self.reason)
+        if not isinstance(self.tensors, dict) or not all(isinstance(name, str) for name in self.tensors):
+            raise FieldError("snapshot: tensors must be a dict from names to tensors")
+        for name, tensor in self.tensors.items():
+            check_tensor(self.kind, f"tensors.{name:.80}", tensor, None, FLOATS)

@@ -1,0 +1,66 @@
+"""What every message asks of its fields: each refusal names the kind and the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COUNTS = 1 << 63
+"""Counts are below; a longer integer is a mistake or an attack."""
+
+
+def check_counts(kind: str, **counts: object) -> None:
+    """Integers >= 0."""
+    for name, value in counts.items():
+        if type(value) is not int or not 0 <= value < COUNTS:
+            raise FieldError(f"{kind}: {name} must be an integer >= 0, got {value!r:.80}")
+
+
+def check_strings(kind: str, **strings: object) -> None:
+    """Strings."""
+    for name, value in strings.items():
+        if not isinstance(value, str):
+            raise FieldError(f"{kind}: {name} must be a string, got {value!r:.80}")
+
+
+def check_tensor(kind: str, name: str, value: object, dim: int | None, dtypes: Sequence[torch.dtype]) -> None:
+    """A tensor with ``dim`` dimensions (None: any number) of one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise FieldError(f"{kind}: {name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise DtypeError(f"{kind}: {name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
+    if value.dim() != (value.dim() if dim is None else dim):
+        raise ShapeError(f"{kind}: {name} must have {dim} dimensions, got {[*value.shape]}")
+
+
+def check_settings(kind: str, name: str, value: object) -> None:
+    """A dict from strings to plain values: None, bool, int, float, string, or a list of these."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise FieldError(f"{kind}: {name} must be a dict with string keys, got {value!r:.80}")
+    for key, entry in value.items():
+        if not all(_is_plain(item) for item in (entry if isinstance(entry, list | tuple) else [entry])):
+            raise FieldError(f"{kind}: {name}.{key} must be a plain value or a list of them, got {entry!r:.80}")
+
+
+def check_clients(kind: str, participants: object, weights: object) -> None:
+    """Client numbers and as many weights 0 <= w <= 1."""
+    if not isinstance(participants, list) or not isinstance(weights, list):
+        raise FieldError(f"{kind}: participants and weights must be lists")
+    for client in participants:
+        check_counts(kind, participants=client)
+    if not all(type(w) in (int, float) and 0 <= w <= 1 for w in weights):
+        raise FieldError(f"{kind}: weights must be numbers between 0 and 1, got {weights!r:.80}")
+    if len(participants) != len(weights):
+        raise FieldError(f"{kind}: {len(participants)} participants, but {len(weights)} weights")
+
+
+def _is_plain(value: object) -> bool:
+    if type(value) is int:
+        return abs(value) < COUNTS
+    return value is None or isinstance(value, bool | str) or (isinstance(value, float) and math.isfinite(value))

@@ -1,0 +1,152 @@
+"""How z and λ travel: as they are, or rounded to fewer bits.
+
+    codec   an (n, h) tensor x travels as                      what comes back
+    fp32    x, bit for bit in the dtype it has                 x
+    bf16    x to nearest                                       within 2^-8 |x|
+    fp16    x/s to nearest, one s for the tensor               within 2^-11 |x|, or s 2^-25 where that is more
+    int8    q = floor(x/s + r), a scale s per row              q·s, |q·s - x| < s, E q·s = x
+    int4    the same in four bits, two columns a byte          the same
+
+fp16: s is the power of two that puts max|x| into [2^14, 2^15), so that scaling is exact and a small λ does not
+underflow. int8 and int4: s = max_j |x_j| / 127 (or 7) rounded *up* to bf16. Up, so that the largest entry does not
+clip; bf16, since it has fp32's range in two bytes and costs at most 2^-7 of s, and since q·s then has at most 15
+significant bits: the product is exact in fp32 and the same on every device. r is :func:`uniform16` of the stream
+(seed, ROUNDING, round, client), so that the rounding is unbiased and can be done again; element e of x is row-major.
+float64 goes through fp32.
+
+Reference: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding with a scale per bucket.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hosfl_lightning.rng import Stream, uniform16
+from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
+from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
+
+_FORMS = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
+_LARGEST = {"int8": 127, "int4": 7}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+CODECS = ("fp32", *_FORMS)
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """An (n, h) tensor as it travels.
+
+    Attributes:
+        codec: One of `CODECS`.
+        dtype: Of what was coded and of what comes back, e.g. ``float32``.
+        width: h.
+        values: (n, h) in the codec's dtype; int4: (n, (h + 1) // 2) uint8, the even column in the lower four bits.
+        scale: bf16; (1,) for fp16, (n,) for int8 and int4, else None.
+    """
+
+    codec: str
+    dtype: str
+    width: int
+    values: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, x: Tensor, codec: str, stream: Stream, tensor: int) -> Coded:
+        """Codes ``x`` where it is; the host does not wait for its device.
+
+        Args:
+            x: (n, h), any floating dtype. What is infinite or NaN stays so, or has a scale that is.
+            codec: One of `CODECS`.
+            stream: Of the rounding of int8 and int4.
+            tensor: Index in that stream: 0 for z, 1 for λ.
+
+        Raises:
+            FieldError: An unknown codec, or ``x`` of another shape or dtype.
+        """
+        if codec not in CODECS:
+            raise FieldError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+        check_tensor(codec, "the tensor to be coded", x, 2, FLOATS)
+        x = x.detach()
+        values, scale = x, None
+        if codec == "bf16":
+            values = x.to(torch.bfloat16)
+        elif codec == "fp16":
+            scale = _power_of_two(x.float())
+            values = (x.float() / scale.float()).half()
+        elif codec in _LARGEST:
+            r = uniform16(stream, tensor, x.numel(), x.device).view(x.shape)
+            values, scale = _round(x.float(), r, _LARGEST[codec])
+            values = _pack_nibbles(values) if codec == "int4" else values
+        return cls(codec, str(x.dtype).removeprefix("torch."), x.shape[1], values, scale)
+
+    def restore(self) -> Tensor:
+        """x as the receiver knows it: (n, h) in ``dtype``, finite where values and scale are."""
+        if self.codec == "fp32":
+            return self.values
+        values = _unpack_nibbles(self.values, self.width) if self.codec == "int4" else self.values
+        x = values.float()
+        if self.scale is not None:
+            x.mul_(self.scale.float()[:, None])
+        dtype = _DTYPES[self.dtype]
+        # A scale that was rounded up may lead past the largest number of the dtype.
+        largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        return x.clamp_(-largest, largest).to(dtype)
+
+    def row_bytes(self) -> int:
+        """Memory of one restored row, at least that of the fp32 row it is made from."""
+        return self.width * max(4, _DTYPES[self.dtype].itemsize)
+
+    def check(self, kind: str, name: str) -> None:
+        """Raises FieldError unless everything is as stated above."""
+        check_strings(kind, **{f"{name}.codec": self.codec, f"{name}.dtype": self.dtype})
+        if self.codec not in CODECS:
+            raise FieldError(f"{kind}: {name}.codec must be one of {', '.join(CODECS)}, got {self.codec!r:.80}")
+        if self.dtype not in _DTYPES:
+            raise DtypeError(f"{kind}: {name}.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.80}")
+        check_counts(kind, **{f"{name}.width": self.width})
+        check_tensor(kind, f"{name}.values", self.values, 2, (_FORMS.get(self.codec, _DTYPES[self.dtype]),))
+        columns = (self.width + 1) // 2 if self.codec == "int4" else self.width
+        if not self.width or self.values.shape[1] != columns:
+            raise ShapeError(f"{kind}: {name}.values must have {columns} > 0 columns, got {[*self.values.shape]}")
+        scales = {"fp16": 1, "int8": len(self.values), "int4": len(self.values)}.get(self.codec)
+        if scales is None:
+            if self.scale is not None:
+                raise FieldError(f"{kind}: {name} has a scale, but {self.codec} knows none")
+            return
+        check_tensor(kind, f"{name}.scale", self.scale, 1, (torch.bfloat16,))
+        if self.scale is not None and len(self.scale) != scales:
+            raise ShapeError(f"{kind}: {name} must have {scales} scales, got {len(self.scale)}")
+
+
+def _power_of_two(x: Tensor) -> Tensor:
+    """(1,) bf16: s = 2^(e - 15) with max|x| = m·2^e, 1/2 <= m < 1; built from bits, since pow may err by one."""
+    largest = x.abs().amax() if x.numel() else x.new_zeros(())
+    exponent = (torch.frexp(largest).exponent - 15 + 127).clamp(min=1)
+    return (exponent.to(torch.int32) << 23).view(torch.float32).to(torch.bfloat16).reshape(1)
+
+
+def _round(x: Tensor, r: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Int8 (n, h) and bf16 (n,); a row that is zero, or too small for its scale, has scale 0 and comes back zero."""
+    # Tensor by tensor: CUDA divides by a Python number by multiplying with its reciprocal.
+    scale = _up_to_bf16(x.abs().amax(1) / x.new_full((), largest))
+    divisor = torch.where(scale > 0, scale, 1).float()[:, None]
+    # Among subnormal numbers a scale is coarse, and the quotient may exceed `largest` by a thousandth.
+    return (x / divisor).add_(r).floor_().clamp_(-largest, largest).to(torch.int8), scale
+
+
+def _up_to_bf16(s: Tensor) -> Tensor:
+    """The least bf16 number >= s, for fp32 s >= 0; infinite and NaN stay (CUDA's NaN would carry over into -0)."""
+    up = (s.view(torch.int32) + 0xFFFF & -0x10000).view(torch.float32)
+    return torch.where(s.isfinite(), up, s).to(torch.bfloat16)
+
+
+def _pack_nibbles(q: Tensor) -> Tensor:
+    q = torch.nn.functional.pad(q, (0, q.shape[1] % 2)).view(torch.uint8)
+    return q[:, 0::2] & 15 | q[:, 1::2] << 4
+
+
+def _unpack_nibbles(packed: Tensor, width: int) -> Tensor:
+    signed = packed.view(torch.int8)
+    return torch.stack([signed << 4 >> 4, signed >> 4], dim=2).flatten(1)[:, :width]

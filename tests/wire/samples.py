@@ -1,0 +1,112 @@
+"""Messages of every kind, frames made by hand, and when two messages are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import struct
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hosfl_lightning.rng import Domain, Stream
+from hosfl_lightning.wire import (
+    CODECS,
+    MESSAGES,
+    CatchUpRequest,
+    Coded,
+    Message,
+    Multiplier,
+    ProjectedGradients,
+    SmashedData,
+    Snapshot,
+    Update,
+)
+
+BASIS: dict[str, Any] = {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"}
+RULE: dict[str, Any] = {"name": "adamw", "lr": 1e-3 / 3, "betas": [0.9, 0.999], "eps": 5e-324, "nesterov": False}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STREAM = Stream(0, Domain.ROUNDING)
+RUN = bytes(range(16))
+
+
+def finite_bits(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform bit patterns but NaN and infinity: every subnormal and signed zero is a value that has to survive."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=generator, dtype=torch.uint8)
+    x = raw.view(dtype).reshape(shape)
+    return torch.where(x.isfinite(), x, -0.0)
+
+
+def smashed(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32, per_token: bool = True) -> SmashedData:
+    draw = random.Random(seed)
+    batch, length, hidden = draw.randint(1, 5), draw.randint(1, 37), draw.randint(1, 9)
+    lengths = torch.tensor([draw.randint(0, length) for _ in range(batch)])
+    mask = torch.arange(length) < lengths[:, None]
+    labels = torch.full((batch, length) if per_token else (batch,), draw.choice([-100, 0, 31999, 2**31 - 1]))
+    z = finite_bits(seed, batch, length, hidden, dtype=dtype)
+    if codec != "fp32":
+        z = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return SmashedData.pack(10 ** draw.randint(0, 6), draw.randint(0, 99), z, labels, mask, codec, seed)
+
+
+def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32) -> list[Message]:
+    """One of each kind; some tensors are empty."""
+    first = smashed(seed, codec, dtype, per_token=seed % 2 == 0)
+    coefficients = finite_bits(seed, seed % 17)
+    state = {"w.lora_A": finite_bits(seed, seed % 3, 5, dtype=dtype), "é \n": finite_bits(seed), "m": coefficients}
+    mu = None if seed % 5 == 0 else 1e-3 / (seed + 1)
+    return [
+        first,
+        Multiplier(first.round, first.client, first.z),
+        ProjectedGradients(
+            first.round, 4, BASIS | {"µ": 1 / 3, "note": 'a "b" \\ \n é'}, coefficients, 10 ** min(seed, 18)
+        ),
+        Update(
+            first.round, BASIS, coefficients, RULE, seed, list(range(seed)), [1 / (k + 3) for k in range(seed)], mu, "a"
+        ),
+        CatchUpRequest(first.round, 0, seed, "cpu-é"),
+        Snapshot(first.round, 7, seed, "a", "the log was shorter", seed, state if seed else {}),
+    ]
+
+
+def every_form(seed: int) -> list[Message]:
+    """One message of each kind, and those with z or λ in every codec."""
+    return [m for c in CODECS for m in messages(seed, c)[: 2 if c != CODECS[0] else None]]
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal types, values, dtypes, shapes and bits."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, Tensor):
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+        return left.dtype == right.dtype and left.shape == right.shape and torch.equal(*bits)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(value, right[key]) for key, value in left.items())
+    if isinstance(left, (Coded, *MESSAGES.values())):
+        return same(vars(left), vars(right))
+    return bool(left == right) and repr(left) == repr(right)
+
+
+def seal(payload: bytes, **changes: Any) -> bytes:
+    """An envelope written from its description, sharing nothing with the package."""
+    values = {"magic": b"HOSF", "version": 1, "kind": 3, "reserved": 0, "round": 1, "client": 3, "run": bytes(16)}
+    values |= {"length": len(payload)} | changes
+    fixed = struct.pack("<4sHBBII16sQ", *values.values())
+    return fixed + hashlib.sha256(fixed + payload).digest() + payload
+
+
+def reseal(data: bytes) -> bytes:
+    """The frame with the checksum of its bytes."""
+    return data[:40] + hashlib.sha256(data[:40] + data[72:]).digest() + data[72:]
+
+
+def frame(plain: object, tensors: dict[str, Tensor] | None = None, **changes: Any) -> bytes:
+    """A frame whose payload is written by safetensors; ``plain`` may be JSON text already."""
+    text = plain if isinstance(plain, str) else json.dumps(plain)
+    return seal(save({"coefficients": torch.ones(2)} if tensors is None else tensors, {"message": text}), **changes)
