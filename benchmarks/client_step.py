@@ -3,19 +3,20 @@
     python benchmarks/client_step.py
 
 An OPT-shaped random-init model (hidden 256, 8 layers, 4 heads, ffn 1024, vocab 8192), cut 2, batch 8 x 128. Time is the
-median of the paired ratios, forward, answer and update against P + 1 plain no-grad forwards run right after it.
+median of the paired ratios, forward, answer and update against P + 1 plain no-grad forwards run right after it; peaks
+are those of ``memory.MemoryMeter``, parameters and optimizer state included.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from directions import machine
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
@@ -61,6 +62,23 @@ def forwards(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice]
         who.forward(batch, rows)
 
 
+def row(full: bool, rule: UpdateRule, probes: int, batch: dict[str, Tensor], cohort: Cohort, repeats: int) -> str:
+    """Measure one client; a row of the table."""
+    who = client(full, rule, probes)
+    memory = measure_client(who, who.optimizer.basis(0), batch, cohort)
+    plain, ratios = [], []
+    for repeat in range(repeats + 1):  # one to warm up
+        ours = seconds(partial(step, who, batch, cohort.rows, repeat))
+        plain.append(seconds(partial(forwards, who, batch, cohort.rows, probes + 1)))
+        ratios.append(ours / plain[-1])
+    forward_ms, ratio = 1e3 * statistics.median(plain[1:]) / (probes + 1), statistics.median(ratios[1:])
+    forward_bytes = memory["client_forward_bytes"]
+    return (
+        f"| {'full' if full else 'LoRA'} | {type(rule).__name__} | {probes} | {forward_ms:.0f} ms | {ratio:.2f} "
+        f"| {forward_bytes / 2**20:.1f} MiB | {memory['client_peak_bytes'] / forward_bytes:.3f} |"
+    )
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,23 +90,13 @@ def main() -> None:
     ids = torch.randint(0, 8192, (8, 128))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     cohort = Cohort.join([0], [batch], lambda labels: labels.numel())
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {arguments.threads} thread(s)")
-    print(f"{'client':12} {'rule':6} {'P':>3} {'time / (P+1) forwards':>22} {'peak / forward peak':>20}")
+    print(f"{machine(torch.device('cpu'))}; torch {torch.__version__}, {arguments.threads} thread(s), fp32\n")
+    print("| client | rule | P | plain forward | time / (P + 1) forwards | forward's peak | client's peak / it |")
+    print("|---|---|---|---|---|---|---|")
     for full in (False, True):
         for rule in (SGD(lr=1e-4), AdamW(lr=1e-4)):
             for probes in (1, 4, 16):
-                who = client(full, rule, probes)
-                memory = measure_client(who, who.optimizer.basis(0), batch, cohort)
-                ratios = []
-                for repeat in range(arguments.repeats + 1):
-                    ours = seconds(partial(step, who, batch, cohort.rows, repeat))
-                    ratios.append(ours / seconds(partial(forwards, who, batch, cohort.rows, probes + 1)))
-                peak = memory["client_peak_bytes"] / memory["client_forward_bytes"]
-                print(
-                    f"{'full' if full else 'LoRA':12} {type(rule).__name__:6} {probes:3} "
-                    f"{statistics.median(ratios[1:]):22.3f} {peak:20.3f}",
-                    flush=True,
-                )
+                print(row(full, rule, probes, batch, cohort, arguments.repeats), flush=True)
 
 
 if __name__ == "__main__":

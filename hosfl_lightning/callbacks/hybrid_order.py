@@ -142,10 +142,10 @@ class HybridOrder(Callback):
         if self._stepped:
             raise ValueError("HybridOrder: the optimizer evaluates its closure more than once a step (LBFGS does); use "
                              "one that needs a single gradient")  # fmt: skip
-        z, multiplier = self._client.receive()
+        anchor, multiplier = self._client.receive()
         cohort = Cohort(clients=[trainer.global_rank], batch={}, rows=[slice(None)], widths=[], num_terms=[1])
         basis = self._client.optimizer.basis(self._client.optimizer.steps)
-        values = self.lagrangian_update.answer(self._client, {}, Anchor(z), multiplier, cohort, basis)[0]
+        values = self.lagrangian_update.answer(self._client, {}, anchor, multiplier, cohort, basis)[0]
         # Trainer has divided the loss by the number of accumulated batches, so λ is a share and the scalars add up.
         self._total = values if self._total is None else self._total + values
 
@@ -222,13 +222,13 @@ class ReplayedClient(ForwardOnlyClient):
         self._checked = False
 
     @torch.no_grad()
-    def receive(self) -> tuple[Tensor, Tensor]:
+    def receive(self) -> tuple[Anchor, Tensor]:
         """``z`` and ``λ`` of the last backward, ``(B, S, h)``."""
         z, multiplier = (_three_dimensional(t) for t in self.lower.take())
         if not self._checked:
             self._check_replay(z)
             self._checked = True
-        return z, multiplier
+        return Anchor(z), multiplier
 
     def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         return _three_dimensional(self.lower.again())

@@ -33,12 +33,12 @@ class LagrangianUpdate(Callback):
 
     def answer(self, client: Client, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
                basis: Basis) -> Tensor:  # fmt: skip
-        """``(K, P)`` projected gradients of the cohort's clients."""
+        """``(K, P)`` projected gradients of the cohort's clients; the anchor's z is released before the first probe."""
         if not self._checked and isinstance(client, ForwardOnlyClient):
             client.check_probe(batch, anchor.z, multiplier)
             self._checked = True
         self._squares.append(multiplier.float().square().sum())
-        self._terms.append((multiplier.float() * anchor.z.float()).sum())
+        self._terms.append(anchor.release(multiplier, cohort.rows).sum())
         return client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
     @override

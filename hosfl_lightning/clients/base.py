@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -14,6 +14,9 @@ from hosfl_lightning.optim import Basis, ZerothOrder
 from hosfl_lightning.padding import FILL, drop_unpredictable, stack_rows
 
 Batch = dict[str, Tensor]
+
+#: Elements, and parts of z, that the Lagrangian term widens to fp64 at a time: scratch of 1 MiB or an eighth of fp32 z.
+WIDENED, PARTS = 1 << 16, 32
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,30 @@ class Cohort:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, repr=False)
 class Anchor:
     """What a client keeps between its forward and λ.
 
     Args:
-        z: Smashed data ``(B, S, h)`` at θ, in compute dtype, without a graph.
+        z: Smashed data ``(B, S, h)`` at θ, in compute dtype, without a graph; gone after `release`.
         graphs: A first-order client's smashed data with their graphs, one a client; empty for forward-only ones.
     """
 
     z: Tensor
     graphs: Sequence[Tensor] = ()
+    _base: Tensor | None = field(default=None, init=False)
+
+    def release(self, multiplier: Tensor, rows: list[slice]) -> Tensor:
+        """``⟨λ_k, z_k⟩``, ``(K,)`` fp64: all that a probe needs of z, which is dropped; the same when called again.
+
+        Args:
+            multiplier: ``λ (B, S, h)``.
+            rows: Each client's examples.
+        """
+        if self._base is None:
+            self._base = lagrangian_term(self.z, multiplier, rows)
+            del self.z
+        return self._base
 
 
 class Client(ABC):
@@ -115,20 +131,25 @@ def freeze(half: nn.Module) -> None:
         parameter.grad = None
 
 
-def lagrangian_term(z: Tensor, anchor: Tensor, multiplier: Tensor, rows: list[slice]) -> Tensor:
-    r"""``⟨λ_k, z_k(θ') − z_k(θ)⟩`` for every client, ``(K,)`` fp64.
+def lagrangian_term(z: Tensor, multiplier: Tensor, rows: list[slice]) -> Tensor:
+    r"""``⟨λ_k, z_k⟩`` for every client, ``(K,)`` fp64.
 
-    The difference is taken element by element before any sum: the difference of two sums is exactly zero in low
-    precision. Features are summed first, then positions, then examples, so the order does not depend on threads.
+    A product of two floats of at most 24 significant bits is exact in fp64. So a probe may take the difference of two
+    such sums, ``⟨λ, z_p⟩ − ⟨λ, z⟩``: it errs by about ``1e-16 Σ|λ z|``, a millionth of what z's own rounding does to it
+    in fp32, and z need not be kept. The difference of two sums in z's precision is lost in their rounding.
+
+    Features are summed first, then positions, then examples, so the order does not depend on threads.
 
     Args:
-        z: ``f_c(x; θ')``, ``(B, S, h)``, any float dtype.
-        anchor: ``f_c(x; θ)``.
-        multiplier: λ.
+        z: ``f_c(x; θ')``, ``(B, S, h)``, fp32 or narrower.
+        multiplier: λ, likewise.
         rows: Each client's examples.
 
     Reference: HO-SFL, arXiv 2603.14773, the Lagrangian's client term.
     """
-    products = (z.float() - anchor.float()).mul_(multiplier.float())
-    examples = products.sum(-1, dtype=torch.float64).sum(-1)
-    return torch.stack([examples[r].sum() for r in rows])
+    examples, positions, features = z.shape
+    width = max(1, WIDENED // (examples * features), positions // PARTS)
+    parts = zip(z.split(width, dim=1), multiplier.split(width, dim=1))
+    tokens = torch.cat([part.double().mul_(factor).sum(-1) for part, factor in parts], dim=1)
+    totals = tokens.sum(-1)
+    return torch.stack([totals[r].sum() for r in rows])

@@ -17,7 +17,7 @@ class ForwardOnlyClient(Client):
     r"""``v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩``: ``P + 1`` forwards a round at inference memory.
 
     Holds no server parameter, no graph, no ``.grad``; optimizer state only if the update rule has any. While it waits
-    for λ it keeps z, in compute dtype, and its batch.
+    for λ it keeps z, in compute dtype, and its batch; during the probes λ in the place of z.
 
     Args:
         half: ``f_c``; its parameters stop asking for gradients.
@@ -37,13 +37,13 @@ class ForwardOnlyClient(Client):
 
     @torch.no_grad()
     def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
-        """``(K, P)`` projected gradients, fp32, of ``SharedDirections``."""
+        """``(K, P)`` projected gradients, fp32, of ``SharedDirections``; releases the anchor's z."""
         if not isinstance(basis, SharedDirections):
             raise TypeError(f"ForwardOnlyClient answers in SharedDirections, got {type(basis).__name__}")
         values = self.optimizer.project(
-            lambda: lagrangian_term(self._evaluate(batch), anchor.z, multiplier, rows),
+            lambda: lagrangian_term(self._evaluate(batch), multiplier, rows),
             basis=basis,
-            base=torch.zeros(len(rows), dtype=torch.float64, device=anchor.z.device),
+            base=anchor.release(multiplier, rows),
         )
         return values.T.float()
 
@@ -52,18 +52,19 @@ class ForwardOnlyClient(Client):
         r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
 
         Along four directions: the share of z's non-zero elements that change under a probe, and the root mean square of
-        ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the Lagrangian terms ``t±`` at ``θ ± μu``; zero where ``f_c``
-        is linear. A single direction may lie almost across the gradient and would cry wolf.
+        ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the changes ``t±`` of the Lagrangian term at ``θ ± μu``; zero
+        where ``f_c`` is linear. A single direction may lie almost across the gradient and would cry wolf.
         """
         mu, everything = self.optimizer.mu, [slice(0, len(z))]
         basis = self.optimizer.basis(round, probes=4)
+        base = lagrangian_term(z, multiplier, everything)
         shares, sums, largest = [], [], []
         for probe in range(basis.size):
             sides = []
             for scale in (-mu, mu):
                 with self.optimizer.perturbed(basis, probe, scale):
                     moved = self._evaluate(batch)
-                sides.append(float(lagrangian_term(moved, z, multiplier, everything)))
+                sides.append(float(lagrangian_term(moved, multiplier, everything) - base))
             # Elements that are zero on both sides (behind a ReLU) could not move and are not counted.
             alive = (moved != 0) | (z != 0)
             shares.append(float((moved != z).sum() / alive.sum().clamp(min=1)))

@@ -15,8 +15,8 @@ from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direc
 
 #: Tensors up to this size are drawn together, one generator call a probe, instead of one call each.
 SMALL = 1 << 16
-#: Elements of fp32 scratch that an update or a projection may use at a time (1 MiB).
-CHUNK = 1 << 18
+#: Elements of fp32 scratch that an update or a projection may use at a time (2 MiB).
+CHUNK = 1 << 19
 #: Elements that torch sums on one thread (its grain size is 32,768), whatever the number of threads.
 SERIAL = 1 << 14
 

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.optim.basis import CHUNK, SMALL
-from hosfl_lightning.rng import DirectionBatch, Stream, add_direction_, direction_rows
+from hosfl_lightning.optim.basis import CHUNK
+from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, direction_rows
+
+SHARED = {Domain.RADEMACHER: 1 << 18, Domain.GAUSS16: 1 << 16}
+"""Largest tensor that is drawn together with others; its packed words, at most 128 KiB, are kept during the probe."""
 
 Owned = list[tuple[int, nn.Parameter]]
 """Perturbed tensors with their number in the directions."""
-Saved = dict[int, tuple[Any, Tensor]]
-"""Rows and bits of the tensors that are perturbed now."""
+Saved = dict[int, tuple[Tensor | None, Tensor]]
+"""Rows (None: all) and bits of the tensors that are perturbed now."""
 
 
 @contextmanager
@@ -89,7 +92,7 @@ class _Probe:
 
     def __init__(self, parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> None:
         self.stream, self.scale = stream, scale
-        small = [(tensor, p.numel()) for tensor, p in enumerate(parameters) if p.numel() <= SMALL]
+        small = [(tensor, p.numel()) for tensor, p in enumerate(parameters) if p.numel() <= SHARED[stream.domain]]
         self.position = {tensor: position for position, (tensor, _) in enumerate(small)}
         self.batch = DirectionBatch(stream, small, device=parameters[0].device)
 
@@ -129,10 +132,10 @@ class _Layer:
                 self._perturb_one(tensor, parameter, *call)
 
     def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
-        self._save(tensor, parameter, ..., parameter.detach().clone())
+        self._save(tensor, parameter, None, parameter.detach().clone())
         self.probe.add_(parameter, tensor)
 
-    def _save(self, tensor: int, parameter: nn.Parameter, rows: Any, bits: Tensor) -> None:
+    def _save(self, tensor: int, parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
         self.saved[tensor] = rows, bits
         self.calls[-1].append((tensor, parameter))
 
@@ -140,7 +143,7 @@ class _Layer:
     def restore(self, *_: Any) -> None:
         for tensor, parameter in self.calls.pop() if self.calls else []:
             rows, bits = self.saved.pop(tensor)
-            parameter[rows] = bits
+            _write(parameter, rows, bits)
 
 
 class _Rows(_Layer):
@@ -152,10 +155,17 @@ class _Rows(_Layer):
         if len(rows) >= len(parameter):
             super()._perturb_one(tensor, parameter)
             return
-        bits = parameter.detach()[rows]
+        bits = parameter.detach().index_select(0, rows)  # a fifth of the time of indexing
         u = direction_rows(self.probe.stream, tensor, rows, parameter.shape[1])
         self._save(tensor, parameter, rows, bits)
-        parameter[rows] = torch.addcmul(bits.float(), u, self.probe.scale).to(parameter.dtype)
+        _write(parameter, rows, torch.addcmul(bits.float(), u, self.probe.scale).to(parameter.dtype))
+
+
+def _write(parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
+    if rows is None:
+        parameter.copy_(bits)
+    else:
+        parameter.index_copy_(0, rows, bits)
 
 
 def _looks_up_rows(leaf: nn.Module) -> bool:

@@ -8,9 +8,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hosfl_lightning.rng.directions import CHUNK_BLOCKS, SLICE_BLOCKS, add_scaled_, addend
+from hosfl_lightning.rng.directions import CHUNK_BLOCKS, add_scaled_, addend
 from hosfl_lightning.rng.distributions import LOG2_BLOCK, Expander, check_distribution, round_coefficient
 from hosfl_lightning.rng.philox import TENSOR_BITS, Stream, WordGenerator, check_range
+
+RUN = 1 << 16
+"""Elements expanded at once: 256 KiB that live as long as the batch."""
 
 
 class DirectionBatch:
@@ -43,7 +46,7 @@ class DirectionBatch:
         self._first = [0, *accumulate(counts)]
         self._packed = self._generate()
         self._expand = Expander(stream.domain, self.device)
-        self._size = min(SLICE_BLOCKS[stream.domain], len(self._packed))
+        self._size = min(RUN >> self._log2, len(self._packed))
         self._buffer: Tensor | None = None
         self._run = range(0)
 

@@ -38,7 +38,9 @@ def test_forward_only_waits_with_z_and_first_order_with_its_graph(
     assert ours["client_forward_bytes"] == first_order["client_forward_bytes"]
     inference = ours["client_forward_bytes"] - ours["client_static_bytes"]
     working = ours["client_peak_bytes"] - ours["client_static_bytes"]
-    assert inference < working < 2 * inference < first_order["client_peak_bytes"] - first_order["client_static_bytes"]
+    # During the probes λ is there and z is not; the adapter's packed directions and saved bits are small.
+    assert inference + z <= working <= inference + z + z // 2
+    assert 2 * inference < first_order["client_peak_bytes"] - first_order["client_static_bytes"]
 
 
 def test_static_bytes_are_exact_and_count_the_optimizer(

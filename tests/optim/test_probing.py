@@ -268,6 +268,23 @@ def test_of_small_tensors_packed_bits_are_kept() -> None:
     assert 3 * (leaf + packed + scratch) < 4 * 256 * 128**2
 
 
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_while_a_leaf_runs_little_is_held_beside_its_saved_bits(distribution: str) -> None:
+    """What outlives a hook adds to the activations' peak: packed words and one expanded run."""
+    net = make(lambda: nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(8))))
+    stream, scale, x = stream_of(distribution), scale_of(0.05, distribution), torch.ones(1, 256)
+    held: list[int] = []
+    with PROBES["layerwise"](net, stream, scale):
+        net(x)  # constants of the generator are made once
+    with MemoryMeter() as meter, meter.role("probe"), torch.no_grad(), PROBES["layerwise"](net, stream, scale):
+        for leaf in net:
+            leaf.register_forward_pre_hook(lambda *_: held.append(meter.live("probe")))
+        net(x)
+    leaf_bytes, run = 4 * 256**2, 256 << 10
+    packed = 8 * 256**2 * {"rademacher": 1, "gauss16": 16}[distribution] // 8
+    assert leaf_bytes < max(held) <= leaf_bytes + packed + run + 4096
+
+
 def test_an_embedding_needs_no_copy_of_its_table() -> None:
     table = make(lambda: nn.Embedding(20000, 64))
     assert probe_bytes(table, "layerwise", IDS) < 20000 * 64

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, batch, direction, round_coefficient
+from hosfl_lightning.rng.distributions import LOG2_BLOCK
 from hosfl_lightning.rng.philox import WordGenerator
 
 TENSORS = [(3, 4096), (9, 1), (0, 0), (65535, 129), (4, 700), (5, 128), (12, 2500)]
@@ -21,7 +22,7 @@ def test_it_equals_the_tensors_one_by_one(
     stream: Stream, chunk: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch, "CHUNK_BLOCKS", chunk)
-    monkeypatch.setattr(batch, "SLICE_BLOCKS", {stream.domain: size})
+    monkeypatch.setattr(batch, "RUN", size << LOG2_BLOCK[stream.domain])
     together = DirectionBatch(stream, TENSORS)
     for i in [*range(len(TENSORS)), 4, 0, 6, 1]:
         tensor, numel = TENSORS[i]
