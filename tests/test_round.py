@@ -98,9 +98,9 @@ def test_multiplier_is_the_unweighted_gradient_of_each_clients_own_mean_loss(
 ) -> None:
     model, trainer = make_model(), make_orchestrator()
     seen: list[Any] = []
-    step = Server.step
+    step = Server.backward
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Server, "step", lambda self, groups: seen.append((groups, out := step(self, groups))) or out)
+        patch.setattr(Server, "backward", lambda self, groups: seen.append((groups, out := step(self, groups))) or out)
         trainer.fit(model, data)
     fresh = make_model()
     groups, (_, multipliers) = seen[0]
@@ -116,7 +116,7 @@ def test_projected_gradients_are_the_true_client_gradient_along_the_directions(
 ) -> None:
     model, trainer = make_model(), make_orchestrator(HOSFL(probes=4, estimator="central", client_optimizer=SGD(lr=0.0)))
     trainer.fit(model, data)  # lr 0: θ_c stays at its start, the last round's answers are at it
-    [update] = [trainer.algorithm.aggregation._update]
+    [update] = [trainer.algorithm.dimension_free_aggregation._update]
     fresh = make_model()
     theta = list(fresh.client_parameters.values())
     last = trainer.max_rounds - 1
@@ -137,9 +137,9 @@ SERVER_BEFORE: dict[str, Tensor] = {}
 def _keep_the_server_before_its_last_step(monkeypatch: pytest.MonkeyPatch) -> None:
     step = Server.step
 
-    def keeping(self: Server, groups: Any) -> Any:
+    def keeping(self: Server) -> None:
         SERVER_BEFORE.update({n: p.detach().clone() for n, p in self.module.server_parameters.items()})
-        return step(self, groups)
+        step(self)
 
     monkeypatch.setattr(Server, "step", keeping)
 

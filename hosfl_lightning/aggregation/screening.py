@@ -27,7 +27,7 @@ def screen(
 
     Returns:
         The answers to aggregate, in the order given, and for every other client the reason in words, such as
-        ``"client 3: projected gradient 1 is nan"``.
+        ``"projected gradient 1 is nan"``.
     """
     valid: list[ProjectedGradients] = []
     refused: dict[int, str] = {}
@@ -36,7 +36,7 @@ def screen(
         if reason is None:
             valid.append(answer)
         else:
-            refused[answer.client] = f"client {answer.client}: {reason}"
+            refused[answer.client] = reason
     return valid, refused
 
 
@@ -47,8 +47,6 @@ def _objection(answer: ProjectedGradients, round: int, basis: Basis, limit: floa
         return f"its answer is in the basis {answer.basis}, the round's is {basis.describe()}"
     if answer.coefficients.shape != (basis.size,):
         return f"it sent {list(answer.coefficients.shape)} projected gradients, the round has [{basis.size}]"
-    if answer.num_terms == 0:
-        return "it has no loss term"
     # Not `> limit`: that is false for nan.
     bad = torch.nonzero(~(answer.coefficients.abs() <= limit))
     if not len(bad):

@@ -1,8 +1,8 @@
 """Methods: what happens in a round."""
 
-from hosfl_lightning.algorithms.base import Algorithm
+from hosfl_lightning.algorithms.base import Algorithm, TooFewClientsError
 from hosfl_lightning.algorithms.frozen import Frozen
 from hosfl_lightning.algorithms.hosfl import HOSFL
 from hosfl_lightning.algorithms.splitfed_sgd import SplitFedSGD
 
-__all__ = ["HOSFL", "Algorithm", "Frozen", "SplitFedSGD"]
+__all__ = ["HOSFL", "Algorithm", "Frozen", "SplitFedSGD", "TooFewClientsError"]

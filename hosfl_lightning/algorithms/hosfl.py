@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 
+from hosfl_lightning.aggregation import AggregationRule
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
@@ -35,6 +37,8 @@ class HOSFL(Algorithm):
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         client_optimizer: Update rule on θ_c.
         first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.
+        client_scheduler: As in `Algorithm`; the first-order control has it too.
+        aggregation: As in `Algorithm`: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
 
     Raises:
         ValueError: For a setting out of range.
@@ -50,8 +54,10 @@ class HOSFL(Algorithm):
         distribution: str = "rademacher",
         client_optimizer: UpdateRule | None = None,
         first_order_optimizer: UpdateRule | None = None,
+        client_scheduler: LRSchedulerCallable | None = None,
+        aggregation: AggregationRule | None = None,
     ) -> None:
-        super().__init__(client_optimizer)
+        super().__init__(client_optimizer, client_scheduler, aggregation)
         self.first_order_optimizer = first_order_optimizer
         self.probes, self.mu, self.estimator, self.distribution = probes, mu, estimator, distribution
         check_probe_settings(probes, mu, estimator, distribution)
@@ -68,7 +74,7 @@ class HOSFL(Algorithm):
         """As in `Algorithm`; the steps are the callbacks of this run."""
         super().setup(module, seed, callbacks)
         self.lagrangian_update = next(c for c in callbacks if isinstance(c, LagrangianUpdate))
-        self.aggregation = next(c for c in callbacks if isinstance(c, DimensionFreeAggregation))
+        self.dimension_free_aggregation = next(c for c in callbacks if isinstance(c, DimensionFreeAggregation))
 
     def settings(self) -> dict[str, Any]:
         """The rule's and the probes'."""
@@ -96,7 +102,7 @@ class HOSFL(Algorithm):
 
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5 is the callback."""
-        return self.aggregation.aggregate(answers, self.client.optimizer)
+        return self.dimension_free_aggregation.aggregate(answers, self.client.optimizer, self.aggregation)
 
 
 def _missing(kind: type[Callback], given: list[Callback]) -> list[Callback]:

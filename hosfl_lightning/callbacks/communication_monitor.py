@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
+#: What travels only when a client returns; the records it replays count as updates.
+CATCH_UP_KINDS = ("catch_up_request", "snapshot")
 
 
 class CommunicationMonitor(Callback):
@@ -32,11 +34,11 @@ class CommunicationMonitor(Callback):
         """Log the round and add it to the totals."""
         by_kind: Counter[str] = Counter()
         by_direction: Counter[str] = Counter(up=0, down=0)
-        for sent in trainer.transport.ledger:
+        for sent in trainer.transport.entries():
             by_kind[sent.kind] += sent.bytes * sent.receivers
             by_direction[sent.direction] += sent.bytes * sent.receivers
         self.totals += by_kind
-        self.client_rounds += sum(len(cohort.clients) for cohort in batch)
+        self.client_rounds += trainer.transport.count(sum(len(cohort.clients) for cohort in batch))
         for kind, value in by_kind.items():
             pl_module.log(f"comm/{kind}_bytes", value)
         for direction, value in by_direction.items():
@@ -46,7 +48,8 @@ class CommunicationMonitor(Callback):
     @property
     def per_client_round(self) -> dict[str, float]:
         """Mean bytes of one client in one round, by kind; zero for a kind that never travelled."""
-        return {kind: self.totals[kind] / max(self.client_rounds, 1) for kind in KINDS}
+        kinds = [*KINDS, *(kind for kind in CATCH_UP_KINDS if self.totals[kind])]
+        return {kind: self.totals[kind] / max(self.client_rounds, 1) for kind in kinds}
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import combine
+from hosfl_lightning.aggregation import AggregationRule, WeightedMean, combine
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import ProjectedGradients, Update
 
 
 class DimensionFreeAggregation(Callback):
-    r"""``v̄_p = Σ_k w_k v_kp``, then ``θ_c ← rule(θ_c, (1/P) Σ_p v̄_p u_p)`` at every client alike.
+    r"""``v̄_p = Σ_k w_k v_kp`` (or another mean), then ``θ_c ← rule(θ_c, (1/P) Σ_p v̄_p u_p)`` at every client alike.
 
     What travels is ``P`` scalars each way; no weight vector, whatever the model's size.
 
@@ -28,9 +28,11 @@ class DimensionFreeAggregation(Callback):
     def __init__(self) -> None:
         self._update: Update | None = None
 
-    def aggregate(self, answers: list[ProjectedGradients], optimizer: ZerothOrder) -> Update:
-        """The update record that goes to everybody."""
-        self._update = combine(answers, optimizer)
+    def aggregate(
+        self, answers: list[ProjectedGradients], optimizer: ZerothOrder, rule: AggregationRule | None = None
+    ) -> Update:
+        """The update record that goes to everybody; None: the weighted mean."""
+        self._update = combine(answers, optimizer, rule or WeightedMean(), mu=optimizer.mu)
         return self._update
 
     @override

@@ -174,7 +174,7 @@ class HybridOrder(Callback):
             for rank, row in enumerate(rows)
         ]
         update = self.aggregation.aggregate(answers, optimizer)
-        self._client.apply(update.coefficients, basis)
+        self._client.apply(update)
         self._total = None
         self.lagrangian_update.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.aggregation.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

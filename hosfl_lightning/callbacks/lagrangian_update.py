@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
@@ -28,8 +28,12 @@ class LagrangianUpdate(Callback):
 
     def __init__(self) -> None:
         self._checked = False
-        self._squares: list[Tensor] = []
-        self._terms: list[Tensor] = []
+        self._seen: list[tuple[int, Tensor, Tensor]] = []
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """One process checks μ, so that a warning comes once."""
+        self._checked = not trainer.is_global_zero
 
     def answer(self, client: Client, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
                basis: Basis) -> Tensor:  # fmt: skip
@@ -37,14 +41,18 @@ class LagrangianUpdate(Callback):
         if not self._checked and isinstance(client, ForwardOnlyClient):
             client.check_probe(batch, anchor.z, multiplier)
             self._checked = True
-        self._squares.append(multiplier.float().square().sum())
-        self._terms.append(anchor.release(multiplier, cohort.rows).sum())
+        square = multiplier.float().square().sum()
+        self._seen.append((cohort.clients[0], square, anchor.release(multiplier, cohort.rows).sum()))
         return client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the round's cohorts left."""
-        if self._squares:
-            pl_module.log("client/multiplier_norm", torch.stack(self._squares).sum().sqrt())
-            pl_module.log("client/lagrangian_term", torch.stack(self._terms).sum())
-        self._squares, self._terms = [], []
+        """Log what the round's cohorts left, in whatever process they ran."""
+        seen = [[client, float(square), float(term)] for client, square, term in self._seen]
+        self._seen = []
+        if hasattr(trainer, "transport"):  # a plain Trainer's ranks are clients of their own
+            seen = trainer.transport.in_client_order(seen)
+        if seen:
+            _, squares, terms = zip(*seen)
+            pl_module.log("client/multiplier_norm", math.sqrt(sum(squares)))
+            pl_module.log("client/lagrangian_term", sum(terms))

@@ -42,7 +42,7 @@ class PeakMemoryMonitor(Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure, then log once."""
-        client_id = trainer.sample(0)[0]
+        client_id = next(iter(trainer.sample(0)), 0)
         cohort = Cohort.join([client_id], [trainer.datamodule.client_batch(client_id, 0)], pl_module.count)
         batch = trainer.to_device(cohort.batch)
         with trainer.fabric.autocast():
@@ -90,7 +90,8 @@ def round_of(
     held = waiting()
     if basis is not None:
         values = client.answer(batch, anchor, torch.full_like(anchor.z, 1e-3), cohort.rows, basis)
-        client.apply(values[0], basis)
+        client.optimizer.record(values[0], basis)
+        client.optimizer.step()
     return held
 
 

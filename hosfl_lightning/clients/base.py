@@ -10,8 +10,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
+from hosfl_lightning.aggregation import apply_update
 from hosfl_lightning.optim import Basis, ZerothOrder
 from hosfl_lightning.padding import FILL, drop_unpredictable, stack_rows
+from hosfl_lightning.wire import Update
 
 Batch = dict[str, Tensor]
 
@@ -111,10 +113,9 @@ class Client(ABC):
             basis: In what the answer is expressed.
         """
 
-    def apply(self, coefficients: Tensor, basis: Basis) -> None:
-        """Step 6: ``θ_c ← rule(θ_c, ĝ)``."""
-        self.optimizer.record(coefficients, basis)
-        self.optimizer.step()
+    def apply(self, update: Update) -> None:
+        """Step 6: ``θ_c ← rule(θ_c, ĝ)``, as a client that was away does it from the log."""
+        apply_update(update, self.optimizer)
 
     def _evaluate(self, batch: Batch) -> Tensor:
         if self.half.training:

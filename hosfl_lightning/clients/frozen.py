@@ -8,6 +8,7 @@ from torch import Tensor
 from hosfl_lightning.clients.base import Anchor, Batch
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.optim import Basis
+from hosfl_lightning.wire import Update
 
 
 class FrozenClient(ForwardOnlyClient):
@@ -17,5 +18,5 @@ class FrozenClient(ForwardOnlyClient):
         """Nothing: ``(K, 0)``."""
         return torch.zeros(len(rows), 0)
 
-    def apply(self, coefficients: Tensor, basis: Basis) -> None:
+    def apply(self, update: Update) -> None:
         """Nothing."""

@@ -84,6 +84,9 @@ class SplitModule(L.LightningModule, ABC):
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.sync_on_compute = False  # every process evaluates all of the data
 
     # ---- what a subclass says about its task
 
@@ -130,7 +133,8 @@ class SplitModule(L.LightningModule, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
-        frozen = [p for n, p in self.server_half.named_parameters() if n not in self.server_parameters]
+        trained = self.server_parameters
+        frozen = [p for n, p in self.server_half.named_parameters() if n not in trained]
         if not frozen:
             return "all trained"
         return sha256(frozen[0].detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()

@@ -1,15 +1,14 @@
-"""Step 3 of a round: forward, backward, one optimizer step, and λ back."""
+"""Step 3 of a round: forward, backward, λ back, and one optimizer step once the clients have answered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosfl_lightning.aggregation import weights
 from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.servers.base import SplitModule
 from hosfl_lightning.servers.pretrained import seeded
@@ -19,12 +18,25 @@ Part = tuple[Tensor, Tensor, Tensor]
 """What one client sent, unpacked: ``z (B, S, h)``, labels, ``mask (B, S)``."""
 
 
+class Sums(Protocol):
+    """Sums over a round's clients, in their order, wherever they are."""
+
+    def total(self, terms: Sequence[int]) -> int:
+        """``Σ_k n_k`` over all processes, from the loss terms of each of this one's groups."""
+
+    def add(self, loss: Tensor | None) -> None:
+        """Take in the ``w_k ℓ_k`` of the group whose gradients are in ``.grad`` now; None: it has no loss term."""
+
+    def finish(self) -> Tensor:
+        """``Σ_k w_k ℓ_k``, 0-d; ``.grad`` holds the sum of all groups' gradients."""
+
+
 class Server:
     r"""Descends ``Σ_k w_k ℓ_k(f_s(z_k; θ_s), y_k)`` and returns ``λ_k = ∂ℓ_k/∂z_k``, unweighted.
 
     The clients of a group run as one batch: the mean over its terms is the weighted mean of its clients' means, so
     weights enter once. λ_k is what autograd leaves in ``z_k`` divided by ``w_k``. Gradients of several groups are
-    summed in order.
+    summed in order. A round is `backward`, then `step`: a round that fails between them leaves θ_s as it was.
 
     Args:
         module: Whose ``training_step`` is the loss.
@@ -32,8 +44,13 @@ class Server:
         optimizer: Over θ_s.
         scheduler: Stepped once a round, or None.
         gradient_clip_val: Largest 2-norm of the server's gradient, or None.
-        seed: Of the adapters' dropout masks.
+        seed: Of the adapters' dropout masks and of the multipliers' stochastic rounding.
         call: Fires a Trainer hook.
+        sums: Makes the `Sums` of a round over the given parameters.
+        codec: In what λ travels.
+
+    Attributes:
+        num_terms: ``n_k`` of the clients whose smashed data came in this round, counted from their labels.
     """
 
     def __init__(
@@ -45,43 +62,56 @@ class Server:
         gradient_clip_val: float | None,
         seed: int,
         call: Callable[..., None],
+        sums: Callable[[list[nn.Parameter]], Sums],
+        codec: str = "fp32",
     ) -> None:
         self.module, self.fabric = module, fabric
         self.optimizer, self.scheduler = optimizer, scheduler
         self.gradient_clip_val, self.seed, self.call = gradient_clip_val, seed, call
+        self.sums, self.codec = sums, codec
+        self.num_terms: dict[int, int] = {}
 
-    def step(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
-        """One optimizer step on the smashed data of a round.
+    def backward(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
+        """Gradients and multipliers of a round's smashed data.
 
         Args:
-            groups: Messages that run as one batch each; ascending client ids over all of them.
+            groups: Messages that run as one batch each; ascending client ids over all of them. A group may be empty.
 
         Returns:
             ``Σ_k w_k ℓ_k`` (0-d, detached) and each client's λ, grouped as it came.
         """
         received = [[message.unpack() for message in group] for group in groups]
-        w = iter(weights([self.module.count(labels) for parts in received for _, labels, _ in parts]))
+        terms = [[self.module.count(labels) for _, labels, _ in parts] for parts in received]
+        sent = [message.client for group in groups for message in group]
+        self.num_terms = dict(zip(sent, [count for counts in terms for count in counts]))
         self.call("on_before_zero_grad", optimizer=self.optimizer)
         self.optimizer.zero_grad()
-        total, multipliers = torch.zeros((), device=self.fabric.device), []
-        for group, parts in zip(groups, received):
-            share = [next(w) for _ in group]
-            loss, gradient = self._backward(parts, sum(share), group[0])
-            total = total + loss
-            multipliers.append(list(_multipliers(group, gradient, share)))
+        sums = self.sums(list(self.module.server_parameters.values()))
+        total = sums.total([sum(counts) for counts in terms])
+        if not total:
+            raise ValueError(
+                "no client has a loss term: check that the labels of this round are not all ignored (-100)"
+            )
+        multipliers = []
+        for group, parts, counts in zip(groups, received, terms):
+            w = [count / total for count in counts]
+            loss, gradients = self._backward(parts, sum(w), group[0]) if any(w) else (None, _zeros(parts))
+            sums.add(loss)
+            multipliers.append(list(self._multipliers(group, gradients, w)))
+        return sums.finish(), multipliers
+
+    def step(self) -> None:
+        """One optimizer step on what `backward` has left."""
         if self.gradient_clip_val is not None:
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.gradient_clip_val)
         self.call("on_before_optimizer_step", optimizer=self.optimizer)
         self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        return total, multipliers
 
-    def _backward(self, parts: Sequence[Part], share: float, first: SmashedData) -> tuple[Tensor, Tensor]:
+    def _backward(self, parts: Sequence[Part], share: float, first: SmashedData) -> tuple[Tensor, list[Tensor]]:
         zs, ys, masks = zip(*parts)
         z = stack_rows(zs).to(self.fabric.device).requires_grad_()
-        if not share:  # no loss term in the whole group: its mean would be 0 / 0
-            return torch.zeros((), device=z.device), torch.zeros_like(z)
         labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
         batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
         # Dropout masks are a function of (seed, round, group), so a resumed run draws the same ones.
@@ -92,7 +122,20 @@ class Server:
         self.fabric.backward(loss)
         self.call("on_after_backward")
         assert z.grad is not None
-        return loss.detach(), z.grad
+        rows = z.grad.split([len(part) for part in masks])
+        return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
+
+    def _multipliers(
+        self, group: Sequence[SmashedData], gradients: Sequence[Tensor], w: Sequence[float]
+    ) -> Iterator[Multiplier]:
+        for message, gradient, weight in zip(group, gradients, w):
+            # A client without a single loss term has weight 0 and λ = 0.
+            multiplier = gradient / weight if weight else gradient
+            yield Multiplier.pack(message.round, message.client, multiplier, message.mask, self.codec, self.seed)
+
+
+def _zeros(parts: Sequence[Part]) -> list[Tensor]:
+    return [torch.zeros_like(z) for z, _, _ in parts]
 
 
 def loss_of(output: Any) -> Tensor:
@@ -127,13 +170,3 @@ def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
             "use one with interval 'step' and frequency 1"
         )
     return optimizer, settings["scheduler"]
-
-
-def _multipliers(group: Sequence[SmashedData], gradient: Tensor, w: Sequence[float]) -> Iterator[Multiplier]:
-    row = 0
-    for message, weight in zip(group, w):
-        examples, width = message.mask.shape
-        mine = gradient[row : row + examples, :width]
-        row += examples
-        # A client without a single loss term has weight 0 and λ = 0.
-        yield Multiplier.pack(message.round, message.client, mine / weight if weight else mine, message.mask)

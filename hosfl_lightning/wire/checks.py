@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COUNTS = 1 << 63
 """Counts are below; a longer integer is a mistake or an attack."""
 

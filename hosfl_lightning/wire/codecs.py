@@ -34,6 +34,23 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 CODECS = ("fp32", *_FORMS)
 
 
+@dataclass(frozen=True)
+class Codecs:
+    """In what z and λ travel, each one of `CODECS`.
+
+    Raises:
+        ValueError: An unknown codec.
+    """
+
+    smashed_data: str = "fp32"
+    multiplier: str = "fp32"
+
+    def __post_init__(self) -> None:
+        for name, codec in vars(self).items():
+            if codec not in CODECS:
+                raise ValueError(f"trainer.codec.{name} must be one of {', '.join(CODECS)}, got {codec!r}")
+
+
 @dataclass(frozen=True, eq=False)
 class Coded:
     """An (n, h) tensor as it travels.
