@@ -213,7 +213,7 @@ class ReplayLog:
     def _check(self, start: dict[str, Any], at_round: int, head: str | None) -> None:
         self._require(at_round)
         recorded = self.starts[0] if self.starts else {}
-        apart = {"incarnation", "from_round"}
+        apart = {"incarnation", "hardware", "from_round"}
         if other := sorted(k for k in (start.keys() | recorded.keys()) - apart if start.get(k) != recorded.get(k)):
             raise OtherRunError(
                 f"{self.path}: the log of another run: {', '.join(other)} differ; resume with that run's settings, or "

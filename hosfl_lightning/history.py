@@ -1,0 +1,125 @@
+"""What a run has sent, and to whom: the update log, the server's incarnation, and the clients that were away."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hosfl_lightning.catch_up import Absence, Absentees
+from hosfl_lightning.checkpoint import settings_of
+from hosfl_lightning.files import discard
+from hosfl_lightning.identity import digest, hardware, incarnation, manifest, run_id
+from hosfl_lightning.replay import ReplayLog
+from hosfl_lightning.run_folder import Resumption
+from hosfl_lightning.transport import InProcess
+from hosfl_lightning.wire import PROTOCOL, Update, encode
+
+if TYPE_CHECKING:
+    from hosfl_lightning.orchestrator import Orchestrator
+
+
+@dataclass
+class History:
+    """One run's past.
+
+    Args:
+        start: What the log says of the run, and of the server that began it here.
+        transport: Whose envelopes carry the run's id.
+        incarnation: Which server this is, on which hardware.
+        log: The update log; None where none is kept (a control, all processes but the first).
+        absentees: Who is not up to date; None without a log.
+        online: Who is there in the present round.
+    """
+
+    start: dict[str, Any]
+    transport: InProcess
+    incarnation: str = ""
+    log: ReplayLog | None = None
+    absentees: Absentees | None = None
+    online: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, trainer: Orchestrator) -> History:
+        """A run that has no past yet; its messages bear its id from here on."""
+        model, settings = trainer.lightning_module, settings_of(trainer)
+        backbone = model.fingerprint()
+        name = run_id(settings, model.client_parameters, backbone)
+        here = hardware(trainer.fabric.device)
+        trainer.transport.run_id = name
+        start = {
+            "protocol": PROTOCOL,
+            "run_id": name.hex(),
+            "incarnation": incarnation(0, here),
+            "hardware": here,
+            "manifest": manifest(model.client_parameters),
+            "initial": digest(model.client_parameters),
+            "settings": settings,
+            "pretrained": model.pretrained,
+            "fingerprint": backbone,
+        }
+        return cls(start, trainer.transport, start["incarnation"])
+
+    def open(self, path: Path, resumed: Resumption | None, trainer: Orchestrator) -> None:
+        """Begin the log; or go on with it: records after the checkpoint are witnesses of what is executed again.
+
+        On other hardware than before they are another server's: they are voided, and clients that hold them are ahead.
+
+        Raises:
+            ReplayLogError: The log is damaged, or not the one that was written with the checkpoint.
+        """
+        if resumed is None:
+            discard(path)
+        round = resumed.round if resumed is not None else 0
+        saved = resumed.checkpoint["history"] if resumed is not None and resumed.checkpoint is not None else None
+        before = ReplayLog.read(path) if path.exists() else None
+        if before is not None:
+            self.incarnation = self._successor(before, round)
+            self.start["initial"] = before.starts[0]["initial"]  # of a model that may hold anything when a run goes on
+        start = {**self.start, "incarnation": self.incarnation}
+        self.log = ReplayLog.open(path, start, round, saved["log_head"] if saved else None)
+        self.absentees = Absentees(trainer.algorithm.client.optimizer, self.log, trainer.transport, trainer.catch_up)
+        if saved:
+            self.absentees.load_state_dict(saved["absentees"])
+        if before is not None and before.rounds > self.log.rounds:
+            self._strand(before, trainer)
+
+    def attend(self, round: int, online: list[int], clients: int) -> None:
+        """Who is online now is brought up to date."""
+        self.online = online
+        if self.absentees is not None:
+            self.absentees.attend(round, online, clients, self.incarnation)
+
+    def publish(self, update: Update) -> Update:
+        """Written and synced, then sent to all that are online; what they receive."""
+        update = replace(update, incarnation=self.incarnation)
+        if self.log is not None:
+            self.log.append(update.round, encode(update, self.transport.run_id))
+        return self.transport.broadcast(update, receivers=len(self.online))
+
+    def state_dict(self, round: int) -> dict[str, Any] | None:
+        """The log's head after ``round`` records, and who is away; None without a log."""
+        if self.log is None or self.absentees is None:
+            return None
+        return {"log_head": self.log.head(round), "absentees": self.absentees.state_dict()}
+
+    def _successor(self, log: ReplayLog, round: int) -> str:
+        """The log's last server, where all from ``round`` on is its and it ran on this hardware; else a new one."""
+        last = log.starts[-1]
+        makers = {last["incarnation"], *(log.incarnation_of(r) for r in range(round, log.rounds))}
+        if makers == {last["incarnation"]} and last["hardware"] == self.start["hardware"]:
+            return last["incarnation"]
+        return incarnation(len(log.starts), self.start["hardware"])
+
+    def _strand(self, before: ReplayLog, trainer: Orchestrator) -> None:
+        """The clients that were online in rounds which are void now hold what this server has not."""
+        assert self.log is not None and self.absentees is not None
+        voided = range(self.log.rounds, before.rounds)
+        for round in voided:
+            held = Absence(round + 1, before.incarnation_of(round))
+            self.absentees.absences |= dict.fromkeys(trainer.clients_online(round), held)
+        print(
+            f"The server came back on other hardware ({self.start['hardware']}; before: "
+            f"{before.starts[-1]['hardware']}) at round {voided[0]}: rounds {voided[0]} to {voided[-1]} are run anew; "
+            "clients that hold their updates are sent a snapshot when they return."
+        )

@@ -1,0 +1,67 @@
+"""Which run this is, and on what it runs: what messages, log records and checkpoints are checked against."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosfl_lightning.wire import PROTOCOL
+
+#: Where a run takes place, which must not change its name.
+PLACES = ("simulation",)
+
+
+def manifest(parameters: Mapping[str, Tensor]) -> list[list[Any]]:
+    """``[name, shape, dtype]`` of θ_c's tensors, in the order that numbers the directions."""
+    return [[name, [*p.shape], str(p.dtype).removeprefix("torch.")] for name, p in parameters.items()]
+
+
+def run_id(settings: Mapping[str, Any], parameters: Mapping[str, Tensor], backbone: str) -> bytes:
+    """16 bytes that two processes share exactly when they run the same run.
+
+    Args:
+        settings: What a resumed run must agree on, plain values.
+        parameters: θ_c by name.
+        backbone: Fingerprint of the frozen weights.
+    """
+    named = {
+        "protocol": PROTOCOL,
+        "settings": {name: value for name, value in settings.items() if name not in PLACES},
+        "manifest": manifest(parameters),
+        "backbone": backbone,
+    }
+    return sha256(json.dumps(named, sort_keys=True, separators=(",", ":")).encode()).digest()[:16]
+
+
+def digest(parameters: Mapping[str, Tensor]) -> str:
+    """SHA-256 of θ_c's bits, tensor after tensor."""
+    total = sha256()
+    for parameter in parameters.values():
+        total.update(parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def hardware(device: torch.device) -> str:
+    """Whatever may change the bits of a forward: library, processor, device and number of threads."""
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"torch {torch.__version__}, {kind}, {torch.get_num_threads()} thread(s)"
+
+
+def incarnation(number: int, hardware: str) -> str:
+    """``number-hash``: the number-th server of a run, on this hardware."""
+    return f"{number}-{sha256(hardware.encode()).hexdigest()[:12]}"
+
+
+def _processor() -> str:
+    # By model: math libraries choose other kernels for processors of one instruction set.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    return f"{platform.machine()}, {model}, {torch.backends.cpu.get_cpu_capability()}"
