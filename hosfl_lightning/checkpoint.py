@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.evaluation import Evaluation, RunResult
 from hosfl_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
     from hosfl_lightning.servers import SplitModule
+
+
+#: What Lightning's ModelCheckpoint does not load from its state, or leaves out of it.
+_LEFT_OUT = ("current_score", "_last_checkpoint_saved", "_last_global_step_saved", "_defer_save_until_validation")
 
 
 class CheckpointError(ValueError):
@@ -55,6 +61,9 @@ def settings_of(trainer: Orchestrator) -> dict[str, Any]:
         "simulation": trainer.simulation,
         "precision": trainer.precision,
         "server_schedule": trainer.server.scheduler is not None,
+        "codec": asdict(trainer.codec),
+        "availability": trainer.availability.settings(),
+        "catch_up": asdict(trainer.catch_up),
     }
 
 
@@ -65,14 +74,18 @@ def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
         "state_dict": {},
         "settings": settings_of(trainer),
         "fingerprint": trainer.lightning_module.fingerprint(),
-        "first_validation": asdict(trainer.first_validation) if trainer.first_validation else None,
+        "validations": [asdict(one) for one in (trainer.result.first, trainer.result.last)] if trainer.result else [],
+        # A run that was stopped early stays so, unless it is given more rounds.
+        "stopped_of": trainer.max_rounds if trainer.should_stop else 0,
     }
     if not weights_only:
         scheduler = trainer.server.scheduler
         checkpoint["method"] = trainer.algorithm.state_dict()
         checkpoint["optimizer_states"] = [trainer.server.optimizer.state_dict()]
         checkpoint["lr_schedulers"] = [scheduler.state_dict()] if scheduler is not None else []
-        checkpoint["callbacks"] = {c.state_key: state for c in trainer.callbacks if (state := c.state_dict())}
+        checkpoint["refused"] = dict(trainer.refused)
+        checkpoint["history"] = trainer.history.state_dict(trainer.global_step)
+        checkpoint["callbacks"] = {c.state_key: state for c in trainer.callbacks if (state := _state_of(c))}
     return checkpoint
 
 
@@ -111,9 +124,22 @@ def restore(trainer: Orchestrator, checkpoint: dict[str, Any]) -> None:
     if trainer.server.scheduler is not None:
         trainer.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
     trainer.global_step = checkpoint["global_step"]
-    if checkpoint["first_validation"] is not None:
-        trainer.first_validation = Evaluation(**checkpoint["first_validation"])
+    trainer.refused = Counter(checkpoint["refused"])
+    trainer.should_stop = trainer.max_rounds <= checkpoint["stopped_of"]
+    if checkpoint["validations"]:
+        first, last = (Evaluation(**one) for one in checkpoint["validations"])
+        trainer.result = RunResult(first, last)
     trainer.call("on_load_checkpoint", checkpoint=checkpoint)
     for callback in trainer.callbacks:
         if callback.state_key in checkpoint["callbacks"]:
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+            state = checkpoint["callbacks"][callback.state_key]
+            callback.load_state_dict(state)
+            vars(callback).update({name: state[name] for name in _left_out(callback)})
+
+
+def _state_of(callback: Callback) -> dict[str, Any]:
+    return callback.state_dict() | {name: getattr(callback, name) for name in _left_out(callback)}
+
+
+def _left_out(callback: Callback) -> tuple[str, ...]:
+    return _LEFT_OUT if isinstance(callback, ModelCheckpoint) else ()

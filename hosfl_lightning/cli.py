@@ -10,17 +10,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import wandb
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
+from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.files import write_whole
 from hosfl_lightning.hooks import HookError
 from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.transport import LostProcessError
 
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "export", "replay")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError)
+USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, LostProcessError)
 
 
 class Parser(LightningArgumentParser):
@@ -46,25 +52,44 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """``config.yaml`` in the run folder, and the same settings in every logger that keeps some (W&B's config page)."""
+    """``config.yaml`` in the run folder, and the same settings in every logger that keeps some (W&B's config page).
+
+    The file is there whole or not at all: a run that was killed goes on with it.
+    """
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Nothing: settings that a resumed run refuses must not replace its own."""
+
+    @override
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Save, once the settings are taken."""
+        if trainer.is_global_zero:
+            self.save_config(trainer, pl_module, "fit")
 
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        if stage != "fit":
-            return
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+        config.pop("ckpt_path")  # of this call, not of the recipe
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        write_whole(Path(trainer.log_dir) / self.config_filename, lambda file: file.write(text.encode()))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_hyperparams(config)
 
 
 class HOSFLCommand(LightningCLI):
-    """``fit``, ``validate``, ``test``, ``predict``, ``export`` on a recipe with ``trainer``, ``model`` and ``data``."""
+    """``fit, validate, test, predict, export, replay`` on a recipe with ``trainer``, ``model`` and ``data``."""
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        return {name: {"model", "datamodule"} for name in ("fit", "validate", "test", "predict", "export")}
+        return {name: {"model", "datamodule"} for name in SUBCOMMANDS}
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Ours may differ from the command line on purpose, which LightningCLI warns of."""
+        self.config = parser.parse_args(args)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -72,7 +97,7 @@ class HOSFLCommand(LightningCLI):
 
     def after_validate(self) -> None:
         """Print what was measured."""
-        for name, value in self.trainer.callback_metrics.items():
+        for name, value in self.trainer.callback_metrics.items() if self.trainer.is_global_zero else ():
             print(f"{name}  {float(value):.4f}")
 
     after_test = after_validate
@@ -80,6 +105,8 @@ class HOSFLCommand(LightningCLI):
     def after_predict(self) -> None:
         """One line of JSON an example: its class, or the next token at every position."""
         trainer: Any = self.trainer
+        if not trainer.is_global_zero:
+            return
         path = Path(trainer.log_dir) / "predictions.jsonl"
         path.write_text("".join(f"{json.dumps(one)}\n" for batch in trainer.predictions for one in batch.tolist()))
         print(f"predictions written to {path}")
@@ -100,13 +127,14 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             parser_kwargs={"prog": "hosfl", "description": "Fine-tune a split model without backprop on the clients."},
             seed_everything_default=False,
-            args=args,
+            args=_with_recipe(sys.argv[1:] if args is None else args),
         )
-    except KeyboardInterrupt:
-        print("hosfl: interrupted; go on with --ckpt_path and the last file in the run's checkpoints/", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        if not process():
+            print(f"hosfl: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
     except USER_ERRORS as error:
         if os.environ.get("HOSFL_TRACEBACK"):
@@ -117,9 +145,33 @@ def main(args: list[str] | None = None) -> None:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
+def _with_recipe(args: list[str]) -> list[str]:
+    """``replay`` on a run takes the recipe from its folder, unless one is given.
+
+    Raises:
+        FileNotFoundError: The folder is not that of a run.
+    """
+    if args[:1] != ["replay"] or any(arg.split("=")[0] in ("--config", "-c") for arg in args):
+        return args
+    pairs = zip(args, [*args[1:], ""])
+    run = next((arg.partition("=")[2] or following for arg, following in pairs if re.match("--run(=|$)", arg)), None)
+    if run is None:
+        return args
+    config = Path(run) / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(f"--run: {run} is no run folder: there is no {config.name} in it")
+    return ["replay", f"--config={config}", *args[1:]]
+
+
+def process() -> int:
+    """Which of the processes of a run this is; the first is 0."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
-    print(f"hosfl: error: {readable(message)}", file=sys.stderr)
+    where = f" in process {process()}" if process() else ""
+    print(f"hosfl: error{where}: {readable(message)}", file=sys.stderr)
     raise SystemExit(2)
 
 

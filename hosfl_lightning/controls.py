@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm, Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import RoundProgressBar
-from hosfl_lightning.evaluation import Evaluation
-from hosfl_lightning.summary import RunResult
+from hosfl_lightning.evaluation import Evaluation, RunResult
+from hosfl_lightning.loggers import CSVLogger
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
@@ -33,9 +32,14 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
     """
     model = trainer.lightning_module
     trained = {n: t.clone() for n, t in model.trained_state().items()}
+    logger = CSVLogger(str(Path(trainer.log_dir) / "controls"), name=name, version="") if trainer.loggers else None
+    if logger is not None:
+        logger.resume(-1)  # a run that goes on runs its controls anew
     rule = getattr(trainer.algorithm, "first_order_optimizer", None) if name == "first_order" else None
     runner = type(trainer)(
-        algorithm=CONTROLS[name](rule or trainer.algorithm.client_optimizer),
+        algorithm=CONTROLS[name](
+            rule or trainer.algorithm.client_optimizer, trainer.algorithm.make_scheduler, trainer.algorithm.aggregation
+        ),
         max_rounds=max(trainer.global_step, 1),  # as many as the method ran, if it stopped early
         clients_per_round=trainer.clients_per_round,
         simulation=trainer.simulation,
@@ -43,10 +47,16 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
         val_check_interval=trainer.val_check_interval,
         log_every_n_steps=trainer.log_every_n_steps,
         accelerator=trainer.fabric.device.type,
+        devices=trainer.devices,
+        codec=trainer.codec,
+        availability=trainer.availability,
+        min_clients=trainer.min_clients,
+        on_too_few=trainer.on_too_few,
+        replay_log=False,
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val,
         callbacks=[RoundProgressBar(f"control: {name}")] if trainer.progress_bar_callback else [],
-        logger=CSVLogger(str(Path(trainer.log_dir) / "controls"), name=name, version="") if trainer.loggers else False,
+        logger=logger,
         enable_progress_bar=False,
         enable_checkpointing=False,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -28,11 +28,21 @@ class Evaluation:
 
     metrics: dict[str, float]
     batch_losses: list[float]
+    round: int = 0
 
     @property
     def loss(self) -> float:
         """Mean validation loss."""
         return self.metrics["val/loss"]
+
+
+@dataclass
+class RunResult:
+    """One run: the validations before the first and after the last round, and the seconds of each round."""
+
+    first: Evaluation
+    last: Evaluation
+    seconds: list[float] = field(default_factory=list)
 
 
 @torch.no_grad()

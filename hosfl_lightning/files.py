@@ -62,6 +62,18 @@ def truncate(path: str | os.PathLike[str], size: int) -> None:
     sync(path)
 
 
+def discard(path: str | os.PathLike[str]) -> None:
+    """Delete a file; one that is not there is no error."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def rename(path: str | os.PathLike[str], new: str | os.PathLike[str]) -> None:
+    """Give a file a new name in its folder, durably."""
+    os.replace(path, new)
+    sync(Path(path).parent)
+
+
 def sync(path: str | os.PathLike[str]) -> None:
     """Make a file's bytes, or a folder's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import os.path
 import time
-from collections.abc import Iterable, Iterator
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from hosfl_lightning import checkpoint as checkpoints
-from hosfl_lightning.algorithms import HOSFL, Algorithm
+from hosfl_lightning import run_folder
+from hosfl_lightning.algorithms import HOSFL, Algorithm, TooFewClientsError
+from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, RoundProgressBar
+from hosfl_lightning.catch_up import CatchUp
 from hosfl_lightning.clients import Cohort
 from hosfl_lightning.controls import CONTROLS, run_control
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.evaluation import Evaluation, Loop, run_evaluation
+from hosfl_lightning.evaluation import Evaluation, Loop, RunResult, run_evaluation
+from hosfl_lightning.files import discard
+from hosfl_lightning.history import History
+from hosfl_lightning.identity import digest
 from hosfl_lightning.hooks import check_hooks, fire
+from hosfl_lightning.rebuild import RebuildError, rebuild, write_client_half
+from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.servers.server import Server, configured
-from hosfl_lightning.summary import RunResult, print_table, write_summary
+from hosfl_lightning.summary import print_table, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
-from hosfl_lightning.transport import InProcess
+from hosfl_lightning.transport import InProcess, Ranks
+from hosfl_lightning.wire import Codecs, Update
 
 #: No GradScaler among them.
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+#: How often a round is tried before the run stops.
+MAX_ATTEMPTS = 10
 
 
 class Orchestrator(TrainerFace):
@@ -47,16 +61,25 @@ class Orchestrator(TrainerFace):
         algorithm: The method.
         max_rounds: Rounds to run.
         clients_per_round: ``K`` of the data's ``N`` clients; None: all.
-        simulation: ``batched``: a round's clients run as one batch (fast). ``per_client``: one after the other, every
-            message encoded and decoded, as remote clients would. Equal to rounding, but for server dropout's masks.
+        simulation: ``batched``: a round's clients run as one batch (fast, and the default in one process).
+            ``per_client``: one after the other, every message encoded and decoded, as remote clients would; the same
+            bits on any number of processes. Equal to rounding, but for server dropout's masks.
         controls: Run the same rounds again with a client that is ``frozen`` and one that backpropagates
             (``first_order``), from the same start, seeds and batches; the summary compares them.
         seed: Of client sampling and of the random directions.
         val_check_interval: Rounds between validations; the first is before round 1, the last after the last.
         log_every_n_steps: Rounds between rows of metrics.
         accelerator: As Trainer's: ``cpu``, ``gpu``, ``auto``.
-        strategy: As Fabric's; one process for now.
-        devices: 1 for now.
+        devices: Processes over which the clients of a round are spread, each on a device of its own (on ``cpu``, each
+            with a share of the cores). Run it as a script or from the command line: the others run the same command.
+        codec: In what z and λ travel: ``fp32`` (as computed), ``bf16``, ``fp16``, ``int8`` or ``int4``; the client
+            keeps its own z as computed.
+        availability: Which clients are online in a round; None: all. One that was away replays what it missed.
+        catch_up: When a returning client replays records and when it is sent a snapshot.
+        min_clients: Valid answers, of clients that have a loss term, that a round needs.
+        on_too_few: ``repeat`` the round with clients drawn anew (it is tried at most `MAX_ATTEMPTS` times), or ``stop``
+            with the state saved.
+        replay_log: Write every update into ``updates.log`` of the run folder before it is sent.
         precision: ``32-true``, ``bf16-mixed`` or ``bf16-true`` (which converts the model, adapters included). fp16 with
             a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
@@ -76,14 +99,19 @@ class Orchestrator(TrainerFace):
         algorithm: Algorithm | None = None,
         max_rounds: int = 100,
         clients_per_round: int | None = None,
-        simulation: Literal["batched", "per_client"] = "batched",
+        simulation: Literal["batched", "per_client"] | None = None,
         controls: list[Literal["frozen", "first_order"]] | None = None,
         seed: int = 0,
         val_check_interval: int = 50,
         log_every_n_steps: int = 1,
         accelerator: str = "cpu",
-        strategy: str = "auto",
         devices: int = 1,
+        codec: Codecs | None = None,
+        availability: Availability | None = None,
+        catch_up: CatchUp | None = None,
+        min_clients: int = 1,
+        on_too_few: Literal["repeat", "stop"] = "stop",
+        replay_log: bool = True,
         precision: str = "32-true",
         gradient_clip_val: float | None = None,
         callbacks: list[Callback] | Callback | None = None,
@@ -94,35 +122,67 @@ class Orchestrator(TrainerFace):
     ) -> None:
         super().__init__()
         self.algorithm = algorithm if algorithm is not None else HOSFL()
-        self.max_rounds, self.clients_per_round, self.simulation = max_rounds, clients_per_round, simulation
+        self.max_rounds, self.clients_per_round = max_rounds, clients_per_round
+        self.simulation = simulation or ("batched" if devices == 1 else "per_client")
         self.seed = seed
         self.controls: list[str] = list(controls or [])
         self.val_check_interval, self.log_every_n_steps = val_check_interval, log_every_n_steps
         self.gradient_clip_val, self.default_root_dir = gradient_clip_val, str(default_root_dir)
         self.devices, self.precision = devices, precision
+        self.codec = codec if codec is not None else Codecs()
+        self.availability = availability if availability is not None else Always()
+        self.catch_up = catch_up if catch_up is not None else CatchUp()
+        self.min_clients, self.on_too_few, self.replay_log = min_clients, on_too_few, replay_log
         self._check_settings()
         self.fabric = MetricSink(
-            self._take_metrics, accelerator=accelerator, strategy=strategy, devices=devices, precision=precision
-        )
-        self.loggers = _loggers(logger, self.default_root_dir)
+            self._take_metrics, accelerator=accelerator, devices=devices, precision=precision,
+            strategy="ddp" if devices > 1 else "auto",
+        )  # fmt: skip
+        self.loggers = run_folder.make_loggers(logger, self.default_root_dir)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         self.callbacks = self._complete(list(given), enable_progress_bar, enable_checkpointing)
-        self.transport = InProcess(serialize=simulation == "per_client")
+        self.transport = Ranks(self.fabric) if devices > 1 else InProcess(serialize=self.simulation == "per_client")
         self.summary: dict[str, Any] = {}
         self.predictions: list[Tensor] = []
-        self.first_validation: Evaluation | None = None
+        self.result: RunResult | None = None
         self.announces = True
         self.num_sampled = 0
+        self.refused: Counter[int] = Counter()
+        self._refused_now: dict[int, str] = {}
+        self._initial = ""
+        self.history: History
         self._row: dict[str, Any] = {}
+        self._pending: dict[str, bool | None] | None = None
 
     # ---- the four entry points
 
     def fit(self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None) -> None:
-        """Run the rounds, then the controls; the adapter and the summary are written as soon as they are known."""
+        """Run the rounds, then the controls; the adapter and the summary are written as soon as they are known.
+
+        Args:
+            model: The cut model.
+            datamodule: The clients' data.
+            ckpt_path: A run's folder, or a checkpoint in its folder ``checkpoints``: the run goes on there, and ends as
+                if it had never stopped. A checkpoint from elsewhere goes on in a new folder, without an update log.
+        """
         _check_model(model)
-        resumed = checkpoints.load(ckpt_path) if ckpt_path else None
+        if not self.replay_log and not isinstance(self.availability, Always):
+            raise ValueError(
+                "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
+            )
+        resumed = run_folder.find(ckpt_path) if ckpt_path else None
+        if resumed is not None and resumed.folder is None and not isinstance(self.availability, Always):
+            raise ValueError("ckpt_path: it lies outside of its run's folder, whose log clients that were away replay")
         self.announces = True
+        try:
+            self._fit(model, datamodule, resumed)
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (f"interrupted; {run_folder.how_to_go_on(self.log_dir)}",)
+            raise
+
+    def _fit(self, model: SplitModule, datamodule: FederatedDataModule, resumed: run_folder.Resumption | None) -> None:
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
+        self._initial = digest(model.client_parameters)
         result = self._run(model, datamodule, resumed, None)
         if self.is_global_zero and model.lora is not None:
             model.export(str(Path(self.log_dir) / "adapter"))
@@ -133,6 +193,7 @@ class Orchestrator(TrainerFace):
             self.summary = write_summary(self, result, controls)
         if self.is_global_zero:
             print_table(self.summary, result, controls, self.log_dir)
+        self.transport.wait()  # nobody goes on before everything is written
 
     def validate(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
@@ -167,6 +228,36 @@ class Orchestrator(TrainerFace):
         model.export(out)
         print(f"adapter written to {out}")
 
+    def replay(
+        self, model: SplitModule, datamodule: FederatedDataModule | None, run: str, out: str, to: int | None = None
+    ) -> None:
+        """Rebuild the client half at any round from the base model and the update log of a run alone.
+
+        Where the run has a checkpoint of that round, the two are compared bit for bit.
+
+        Args:
+            model: As in the run's recipe.
+            datamodule: Not used; the recipe has one.
+            run: The run's folder.
+            out: The folder to write: ``client_half.safetensors`` and ``replay.json``.
+            to: Rounds to replay; None: all that the log holds.
+
+        Raises:
+            ReplayLogError: The log is damaged, or there is none.
+            RebuildError: It is not of this model, ends before the round, or gives other bits than the checkpoint holds.
+        """
+        log = ReplayLog.read(Path(run) / run_folder.LOG)
+        rounds = log.rounds if to is None else to
+        self.fabric.strategy.precision.convert_module(model)
+        rebuild(model, log, rounds, self.algorithm.client_optimizer)
+        report = write_client_half(model, log, rounds, Path(run), Path(out))
+        print(f"client half after {rounds} rounds, from {report['log_bytes']:,} bytes of log, written to {out}")
+        for name in report["equal_to"]:
+            print(f"equal to {name}, bit for bit")
+        if report["differs_from"]:
+            others = ", ".join(report["differs_from"])
+            raise RebuildError(f"the client half that the log of {run} gives differs from {others}")
+
     # ---- hooks
 
     def call_callbacks(self, hook: str, **kwargs: Any) -> None:
@@ -192,15 +283,21 @@ class Orchestrator(TrainerFace):
     # ---- setting up
 
     def _check_settings(self) -> None:
-        for name in ("max_rounds", "val_check_interval", "log_every_n_steps"):
+        for name in ("max_rounds", "val_check_interval", "log_every_n_steps", "min_clients"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
         if self.clients_per_round is not None and self.clients_per_round < 1:
             raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
         if self.simulation not in ("batched", "per_client"):
             raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
-        if self.devices != 1:
-            raise ValueError(f"trainer.devices must be 1, got {self.devices}: clients do not run on several ranks yet")
+        if self.on_too_few not in ("repeat", "stop"):
+            raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
+        if type(self.devices) is not int or self.devices < 1:
+            raise ValueError(f"trainer.devices must be a number of processes >= 1, got {self.devices!r}")
+        if self.devices > 1 and self.simulation == "batched":
+            raise ValueError(
+                "trainer.simulation=batched is one batch in one process; with trainer.devices > 1 leave it out"
+            )
         if self.precision not in PRECISIONS:
             reason = (
                 "fp16 needs a GradScaler, which scales λ and refuses forward-only steps; "
@@ -225,6 +322,11 @@ class Orchestrator(TrainerFace):
             given.append(RoundProgressBar())
         if checkpointing and not any(isinstance(c, ModelCheckpoint) for c in given):
             given.append(ModelCheckpoint(filename="last", enable_version_counter=False))
+        if any(isinstance(c, ModelCheckpoint) and c.save_on_exception for c in given):
+            raise ValueError(
+                "trainer.callbacks: ModelCheckpoint(save_on_exception=True) would save the middle of a round; leave it "
+                "out, a run goes on from its last checkpoint (every_n_train_steps=1: from the last round)"
+            )
         # As in Trainer: checkpoints last, so that they hold what the other callbacks did in the same hook.
         return sorted(given, key=lambda c: isinstance(c, ModelCheckpoint))
 
@@ -240,19 +342,21 @@ class Orchestrator(TrainerFace):
         self._enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
         self.global_step, self.should_stop, self._validated, self._row = 0, False, False, {}
         self.callback_metrics.clear()
-        self.fabric.launch()
         self._prepare_data(model, data, fn)
+        self.fabric.launch()  # when settings, model and data have been found good: what is wrong is said once
+        run_folder.agree(self.loggers, self.transport)
         found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
         fabric_before = model._fabric
         model.fabric = self.fabric  # self.log and self.manual_backward go through Fabric
         try:
-            self.fabric.setup_module(model)
+            # Not `setup_module`: under several processes it would wrap the server for DDP, whose sums know no order.
+            self.fabric.to_device(self.fabric.strategy.precision.convert_module(model))
             model.eval()
             if checkpoint is not None:
                 checkpoints.load_model(model, checkpoint)
-            for logger in self.loggers:
-                _open(logger)
-            self.call("setup", stage=fn.value)
+            run_folder.open_loggers(self.loggers)
+            with run_folder.may_hold_checkpoints(self.log_dir):
+                self.call("setup", stage=fn.value)
             yield
         except BaseException as error:
             self.state.status = TrainerStatus.INTERRUPTED
@@ -271,7 +375,7 @@ class Orchestrator(TrainerFace):
         data.prepare_data()
         data.setup(fn.value)
         if fn is TrainerFn.FITTING:
-            self.num_sampled = _checked_sample(self.clients_per_round, data.num_clients)
+            self.num_sampled = _checked_sample(self.clients_per_round, data.num_clients, self.min_clients)
             for name, examples in zip(data.client_names, data.clients):
                 model.check_examples(examples, f"client {name!r}")
         model.check_examples(data.validation_set, "validation")
@@ -282,7 +386,10 @@ class Orchestrator(TrainerFace):
         self.algorithm.setup(model, self.seed, self.callbacks)
         optimizer, scheduler = configured(model)
         wrapped: Any = self.fabric.setup_optimizers(optimizer)
-        self.server = Server(model, self.fabric, wrapped, scheduler, self.gradient_clip_val, self.seed, self.call)
+        self.server = Server(
+            model, self.fabric, wrapped, scheduler, self.gradient_clip_val, self.seed, self.call,
+            self.transport.sums, self.codec.multiplier,
+        )  # fmt: skip
 
     def _finish(self, stage: str, modes: list[tuple[nn.Module, bool]], wanted: list[tuple[nn.Parameter, bool]]) -> None:
         self.call("teardown", stage=stage)
@@ -298,60 +405,134 @@ class Orchestrator(TrainerFace):
     # ---- training
 
     def _run(
-        self, model: SplitModule, data: FederatedDataModule, resumed: dict[str, Any] | None, first: Evaluation | None
-    ) -> RunResult:
+        self, model: SplitModule, data: FederatedDataModule, resumed: run_folder.Resumption | None,
+        first: Evaluation | None,
+    ) -> RunResult:  # fmt: skip
         """The rounds alone; ``first`` is the validation at the start where it is known."""
+        if resumed is not None:
+            run_folder.adopt(self.loggers, resumed)
         with self._session(model, data, TrainerFn.FITTING):
-            self.first_validation = first
+            self.result = RunResult(first, first) if first is not None else None
+            self.refused.clear()
             self._setup_training(model)
-            if resumed is not None:
-                checkpoints.restore(self, resumed)
-            return self._train()
+            if resumed is not None and resumed.checkpoint is not None:
+                checkpoints.restore(self, resumed.checkpoint)
+            self._open_history(resumed)
+            if resumed is not None and resumed.folder is not None:  # only now that nothing can refuse it
+                run_folder.rewind(self.loggers, resumed)
+                self._write_checkpoints(resumed.checkpoint["files"] if resumed.checkpoint is not None else {})
+            self._pending = {}
+            try:
+                return self._train()
+            finally:
+                self._pending = None
+
+    def _open_history(self, resumed: run_folder.Resumption | None) -> None:
+        """The past of a new run, or of the one that goes on."""
+        self.history = History.of(self)
+        if not self.replay_log or not self.is_global_zero or self.algorithm.basis(0) is None:
+            return  # a control, a process that does not write, or a method without updates
+        log = Path(self.log_dir) / run_folder.LOG
+        if resumed is None or not resumed.round or log.exists():
+            self.history.open(log, resumed, self)
+            if self.controls and self.history.start["initial"] != self._initial:
+                raise ValueError(
+                    "trainer.controls begin where the run began, but this model has been trained since: build it anew"
+                )
+        elif isinstance(self.availability, Always):
+            print(f"Going on in {self.log_dir} without an update log: rounds 0 to {resumed.round - 1} are not in it.")
+        else:
+            raise checkpoints.CheckpointError(
+                f"ckpt_path: clients that were away replay the update log, and there is none in {self.log_dir}; give "
+                "the folder of the run that made the checkpoint"
+            )
 
     def _train(self) -> RunResult:
         if self.announces and self.is_global_zero:
             print(self.lightning_module.labels_notice, flush=True)
         self.call("on_fit_start")
+        if self.announces and self.is_global_zero:
+            run_folder.remember(self.log_dir, self.transport.run_id, self.loggers)
         self.call("on_train_start")
-        self.first_validation = self.first_validation or self._validate()
-        result = RunResult(self.first_validation, self.first_validation)
-        self._flush()
+        if self.global_step:
+            self._row = {}  # what is measured at a start stands in the run's first row
+        if self.result is None:
+            first = self._validate()
+            self.result = RunResult(first, first)
+        result = self.result
+        self._end_round()
         self.call("on_train_epoch_start")
         while self.global_step < self.max_rounds and not self.should_stop:
             result.seconds.append(self._round(self.global_step))
             if self.global_step % self.val_check_interval == 0 or self.is_last_batch or self.should_stop:
                 result.last = self._validate()
-            self._flush()
-        if not result.seconds:  # resumed at its end
+            self._end_round()
+        if result.last.round < self.global_step:  # resumed at its end by a recipe with fewer rounds
             result.last = self._validate()
+            self._row = {}
         self.state.status = TrainerStatus.FINISHED
         self.call("on_train_epoch_end")
         self.call("on_train_end")
         self.call("on_fit_end")
+        self._end_round()
         return result
 
     def _round(self, round: int) -> float:
         began = time.perf_counter()
         self.state.stage = RunningStage.TRAINING
         self.transport.clear()
+        self._refused_now.clear()
+        refused = self.refused.total()
         cohorts = self.cohorts(round)
         self.call("on_train_batch_start", batch=cohorts, batch_idx=round)
-        loss = self.algorithm.training_round(self, round, cohorts)
+        loss = self._attempt(round, cohorts)
         self.global_step = round + 1
         self.lightning_module.log("train/loss", loss)
+        self.lightning_module.log("client/refused", self.refused.total() - refused)
         seconds = time.perf_counter() - began
         self.lightning_module.log("time/round_seconds", seconds)
         self.call("on_train_batch_end", outputs={"loss": loss}, batch=cohorts, batch_idx=round)
         return seconds
 
-    def sample(self, round: int) -> list[int]:
-        """The clients of a round, ascending: the first ``K`` of a permutation under ``(seed, round)``."""
-        order = permutation(self.datamodule.num_clients, self.seed, Domain.CLIENT_SAMPLING, round=round)
-        return sorted(order[: self.num_sampled].tolist())
+    def _attempt(self, round: int, cohorts: list[Cohort]) -> Tensor:
+        """The round's loss; a round that too few answer is repeated, or ends the run."""
+        attempts = MAX_ATTEMPTS if self.on_too_few == "repeat" else 1
+        for attempt in range(attempts):
+            try:
+                if attempt:
+                    cohorts[:] = self.cohorts(round, attempt)
+                self.check_attendance(self.transport.count(sum(len(cohort.clients) for cohort in cohorts)))
+                loss = self.algorithm.training_round(self, round, cohorts)
+            except TooFewClientsError as error:
+                loss, reason = None, str(error)
+            self._count_refused()
+            if loss is not None:
+                return loss
+        path = Path(self.log_dir) / "checkpoints" / "stopped.ckpt"
+        self._save(str(path), weights_only=False, files={})
+        remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if attempts == 1 else "")
+        raise TooFewClientsError(
+            f"round {round}: {reason}, tried {attempts} time(s); {remedy}, and go on from the state before the round "
+            f"with --ckpt_path {path}"
+        )
 
-    def cohorts(self, round: int) -> list[Cohort]:
+    def clients_online(self, round: int, attempt: int = 0) -> list[int]:
+        """Ascending ids of the clients that can take part."""
+        return self.availability.online(self.datamodule.num_clients, self.seed, round, attempt)
+
+    def sample(self, round: int, attempt: int = 0) -> list[int]:
+        """The clients of a round, ascending: the first ``K`` online of a permutation under ``(seed, round)``."""
+        clients, online = self.datamodule.num_clients, set(self.clients_online(round, attempt))
+        again = attempt - 1 if attempt else None  # in the counter's place for a client, which sampling has no use for
+        order = permutation(clients, self.seed, Domain.CLIENT_SAMPLING, round=round, client=again)
+        return sorted([k for k in order.tolist() if k in online][: self.num_sampled])
+
+    def cohorts(self, round: int, attempt: int = 0) -> list[Cohort]:
         """The sampled clients' minibatches: one cohort when batched, one a client otherwise."""
-        clients = self.sample(round)
+        self.history.attend(round, self.clients_online(round, attempt), self.datamodule.num_clients)
+        clients = self.transport.own(self.sample(round, attempt))
+        if not clients:
+            return []
         groups = [clients] if self.simulation == "batched" else [[k] for k in clients]
         count = self.lightning_module.count
         return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
@@ -370,7 +551,7 @@ class Orchestrator(TrainerFace):
         metrics = {n: float(v) for n, v in self.callback_metrics.items() if n.startswith("val/")}
         if "val/loss" not in metrics:
             raise ValueError(f"{type(self.lightning_module).__name__} must log 'val/loss' in its validation")
-        return Evaluation(metrics, [float(loss) for loss in losses if isinstance(loss, Tensor)])
+        return Evaluation(metrics, [float(loss) for loss in losses if isinstance(loss, Tensor)], self.global_step)
 
     def _evaluate_only(
         self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, loop: Loop, ckpt_path: str | None
@@ -379,6 +560,29 @@ class Orchestrator(TrainerFace):
             run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
             self._flush()
         return [{name: float(value) for name, value in self.callback_metrics.items()}]
+
+    # ---- what a round asks of its runner
+
+    def refuse(self, client: int, reason: str) -> None:
+        """As in `Runner`."""
+        self._refused_now[client] = reason
+
+    def _count_refused(self) -> None:
+        """Some refusals only the process of the client knows, others all do."""
+        told = dict(sorted(entry for part in self.transport.share([*self._refused_now.items()]) for entry in part))
+        self._refused_now.clear()
+        self.refused.update(told.keys())
+        for client, reason in told.items() if self.is_global_zero else ():
+            warnings.warn(f"round {self.global_step}: client {client} is refused: {reason}", stacklevel=2)
+
+    def check_attendance(self, answers: int) -> None:
+        """As in `Runner`."""
+        if answers < self.min_clients:
+            raise TooFewClientsError(f"{answers} valid answer(s), trainer.min_clients is {self.min_clients}")
+
+    def publish(self, update: Update) -> Update:
+        """As in `Runner`."""
+        return self.history.publish(update)
 
     # ---- metrics
 
@@ -405,10 +609,54 @@ class Orchestrator(TrainerFace):
     # ---- checkpoints
 
     def save_checkpoint(self, filepath: str, weights_only: bool | None = False) -> None:
-        """Everything a resumed run needs, and of the model only what is trained."""
-        checkpoint = checkpoints.collect(self, bool(weights_only))
+        """Everything a resumed run needs, and of the model only what is trained.
+
+        Within a run it is written when the round is over and its row of metrics is: a run that goes on from the file
+        must find the row.
+
+        Raises:
+            CheckpointError: The run was interrupted, maybe within a round: what it holds is the state of none.
+        """
+        if self.state.status is TrainerStatus.INTERRUPTED:
+            how = run_folder.how_to_go_on(self.log_dir)
+            raise checkpoints.CheckpointError(f"the run was interrupted, so its state may be that of no round; {how}")
+        self._at_end_of_round(filepath, bool(weights_only))
+
+    def remove_checkpoint(self, filepath: str) -> None:
+        """Delete a file that a callback gave up, after the one that replaces it is written."""
+        self._at_end_of_round(filepath, None)
+
+    def _at_end_of_round(self, filepath: str, weights_only: bool | None) -> None:
+        name = os.path.relpath(filepath, self.log_dir)
+        if self._pending is None:
+            self._write_checkpoints({name: weights_only})
+        else:
+            self._pending[name] = weights_only
+
+    def _end_round(self) -> None:
+        """The row of metrics, then the files."""
+        self._flush()
+        files, self._pending = self._pending or {}, {}
+        self._write_checkpoints(files)
+
+    def _write_checkpoints(self, files: Mapping[str, bool | None]) -> None:
+        """Write the files of a round, with weights only or not, or delete them (None), in this order.
+
+        Each knows of all, so that a run which was killed between them does what it had not done.
+        """
+        for name, weights_only in files.items():
+            path = os.path.join(self.log_dir, name)
+            if weights_only is not None:
+                self._save(path, weights_only, files)
+            elif self.is_global_zero:
+                discard(path)
+
+    def _save(self, filepath: str, weights_only: bool, files: Mapping[str, bool | None]) -> None:
+        checkpoint = {**checkpoints.collect(self, weights_only), "files": dict(files)}
         self.call("on_save_checkpoint", checkpoint=checkpoint)
-        checkpoints.save(checkpoint, filepath)
+        if self.is_global_zero:
+            checkpoints.save(checkpoint, filepath)
+        self.transport.wait()
 
 
 def _check_model(model: SplitModule) -> None:
@@ -416,23 +664,10 @@ def _check_model(model: SplitModule) -> None:
         raise TypeError(f"model must be a hosfl_lightning.servers.SplitModule, got {type(model).__name__}")
 
 
-def _loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
-    """The loggers; beside those that make no run folder (W&B) a ``CSVLogger`` that does."""
-    if not logger:
-        return []
-    given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
-    return given if any(one.log_dir for one in given) else [CSVLogger(root, name=""), *given]
-
-
-def _open(logger: Logger) -> None:
-    """Make the run folder before anything is written into it; W&B's curves go over rounds."""
-    experiment: Any = getattr(logger, "experiment", None)
-    if isinstance(logger, WandbLogger):
-        experiment.define_metric("round")
-        experiment.define_metric("*", step_metric="round", step_sync=True)
-
-
-def _checked_sample(wanted: int | None, clients: int) -> int:
+def _checked_sample(wanted: int | None, clients: int, needed: int) -> int:
     if wanted is not None and wanted > clients:
         raise ValueError(f"trainer.clients_per_round is {wanted}, but the data has {clients} clients; lower it")
-    return wanted if wanted is not None else clients
+    sampled = wanted if wanted is not None else clients
+    if needed > sampled:
+        raise ValueError(f"trainer.min_clients is {needed}, but a round has {sampled} clients; lower it")
+    return sampled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from dataclasses import dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median, stdev
@@ -15,22 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
-from hosfl_lightning.evaluation import Evaluation
+from hosfl_lightning.evaluation import RunResult
 from hosfl_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from hosfl_lightning.orchestrator import Orchestrator
 
 PACKAGES = ("hosfl_lightning", "torch", "lightning", "transformers", "peft")
-
-
-@dataclass
-class RunResult:
-    """One run: the validations before the first and after the last round, and the seconds of each round."""
-
-    first: Evaluation
-    last: Evaluation
-    seconds: list[float] = field(default_factory=list)
 
 
 def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> float | None:
@@ -77,6 +68,9 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
         "client_forward_bytes": memory["client_forward_bytes"],
         "bytes_per_client_round": communication.per_client_round,
         "seconds_per_round": median(result.seconds) if result.seconds else None,
+        "codec": asdict(trainer.codec),
+        "catch_up": dict(trainer.history.absentees.chosen) if trainer.history.absentees is not None else {},
+        "refused": {str(client): count for client, count in sorted(trainer.refused.items())},
         "seed": trainer.seed,
         "memory": memory,
         "metrics_first": result.first.metrics,
@@ -126,6 +120,12 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items()
     )
     lines.append(("bytes per client and round", kinds))
+    if summary["catch_up"]:
+        chosen = ", ".join(f"{how} {count}" for how, count in sorted(summary["catch_up"].items()))
+        lines.append(("returns of absent clients, by", chosen))
+    if summary["refused"]:
+        named = ", ".join(f"client {client} {count}" for client, count in summary["refused"].items())
+        lines.append(("refused messages", named))
     if summary["seconds_per_round"] is not None:
         lines.append(("time per round", f"{summary['seconds_per_round']:.3f} s (median)"))
     return lines

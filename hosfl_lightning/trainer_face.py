@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, Pro
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from torch import Tensor
+
+from hosfl_lightning.transport import InProcess
 
 
 class MetricSink(L.Fabric):
@@ -29,17 +31,14 @@ class MetricSink(L.Fabric):
 class StrategyFace:
     """Fabric's strategy with the two methods that only Trainer's has."""
 
-    def __init__(self, fabric: L.Fabric) -> None:
-        self._strategy = fabric.strategy
+    def __init__(self, fabric: L.Fabric, transport: InProcess, remove: Callable[[str], None]) -> None:
+        self._strategy, self._transport = fabric.strategy, transport
+        self.remove_checkpoint = remove
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        """One process: the decision itself."""
-        return decision
-
-    def remove_checkpoint(self, path: str) -> None:
-        """Delete a checkpoint file that a callback gave up; one that is gone already is no error."""
-        if os.path.exists(path):
-            os.remove(path)
+        """What all processes, or any of them, decide."""
+        decisions = self._transport.share(bool(decision))
+        return False not in decisions if all else True in decisions
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)
@@ -52,6 +51,7 @@ class TrainerFace:
     """
 
     fabric: L.Fabric
+    transport: InProcess
     callbacks: list[Callback]
     loggers: list[Logger]
     max_rounds: int
@@ -97,7 +97,7 @@ class TrainerFace:
 
     @property
     def strategy(self) -> StrategyFace:
-        return StrategyFace(self.fabric)
+        return StrategyFace(self.fabric, self.transport, self.remove_checkpoint)
 
     @property
     def precision_plugin(self) -> Any:
@@ -207,6 +207,9 @@ class TrainerFace:
     @property
     def progress_bar_callback(self) -> ProgressBar | None:
         return next((c for c in self.callbacks if isinstance(c, ProgressBar)), None)
+
+    def remove_checkpoint(self, filepath: str) -> None:
+        raise NotImplementedError
 
     def set_num_batches(self, loop: str, count: int) -> None:
         """How long the evaluation is, for progress bars."""

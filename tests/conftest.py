@@ -23,8 +23,9 @@ VOCAB = 260  # of the byte tokenizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the fuzz test runs."""
+    """How long the tests run that draw their cases at random."""
     parser.addoption("--fuzz", type=int, default=5000, help="damaged frames that the fuzz test decodes")
+    parser.addoption("--kills", type=int, default=5, metavar="N", help="SIGKILLs of a run")
 
 
 @pytest.fixture(scope="session")

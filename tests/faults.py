@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -78,3 +80,47 @@ def count_writes() -> Iterator[list[str]]:
 def points(calls: list[str]) -> list[tuple[int, bool]]:
     """Every ``(n, torn)`` worth a kill: each point once, and each write once more, torn."""
     return [(n, False) for n in range(len(calls))] + [(n, True) for n, name in enumerate(calls) if name == "write"]
+
+
+@contextmanager
+def disk_states(folder: Path, into: Path) -> Iterator[list[Path]]:
+    """Copies of ``folder`` as kills at all write points of what runs inside would leave it.
+
+    Of states that differ in temporary files only, the last is kept, whose temporary file is the fullest.
+    """
+    camera = _Camera(folder, into)
+    with mock.patch.object(files, "os", camera):
+        yield camera.states
+        camera.take()
+
+
+class _Camera(_Os):
+    """``os`` that notes what is on the disk before every write, in the middle of it, and at the end."""
+
+    def __init__(self, folder: Path, into: Path) -> None:
+        super().__init__()
+        self.folder, self.into = folder, into
+        self.states: list[Path] = []
+        self._seen: dict[str, bytes] | None = None
+
+    def _call(self, name: str, real: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in WRITES:
+            self.take()
+        if name == "write":
+            descriptor, data = args
+            half = real(descriptor, data[: len(data) // 2])
+            self.take()
+            args = descriptor, data[half:]
+            return half + super()._call(name, real, *args)
+        return super()._call(name, real, *args, **kwargs)
+
+    def take(self) -> None:
+        found = sorted(path for path in self.folder.rglob("*") if path.is_file())
+        seen = {str(path): path.read_bytes() for path in found if ".part" not in str(path.relative_to(self.folder))}
+        if seen != self._seen:
+            self._seen = seen
+            self.states.append(self.into / str(len(self.states)))
+        elif self.states[-1].exists():
+            shutil.rmtree(self.states[-1])
+        if self.folder.exists():
+            shutil.copytree(self.folder, self.states[-1])

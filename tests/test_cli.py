@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,17 +65,33 @@ class TestFromARunsConfig:
         del one["trainer"]["default_root_dir"], two["trainer"]["default_root_dir"]
         assert one == two
 
-    def test_fit_goes_on_from_a_checkpoint(
-        self, finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # of the copy
+    @pytest.mark.parametrize("what", ["", "checkpoints/last.ckpt"], ids=["from its folder", "from a checkpoint in it"])
+    def test_fit_goes_on(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+        what: str,
+    ) -> None:  # fmt: skip
         monkeypatch.setenv("COLUMNS", "40")
-        with pytest.warns(UserWarning, match="dirpath has changed"):  # ModelCheckpoint sees another run folder
-            trainer = finished.again("fit", finished.checkpoint, "--trainer.max_rounds=3").trainer
+        folder = shutil.copytree(finished.folder, tmp_path / "run")
+        trainer = hosfl(
+            "fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder / what}", "--trainer.max_rounds=3"
+        ).trainer
         assert trainer.global_step == trainer.summary["rounds"] == 3
-        assert [row["round"] for row in metrics(Path(trainer.log_dir)) if row["train/loss"]] == ["3"]
+        assert Path(trainer.log_dir).samefile(folder)
+        assert [row["round"] for row in metrics(folder)] == ["0", "1", "2", "3"]
+        assert load(folder / "config.yaml")["trainer"]["max_rounds"] == 3
         table = capsys.readouterr().out
         assert f"{trainer.summary['val_loss_last']:.4f}" in table
         assert "…" not in table
+
+    def test_settings_that_are_refused_do_not_replace_the_runs_own(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    ) -> None:
+        folder = shutil.copytree(finished.folder, tmp_path / "run")
+        before = (folder / "config.yaml").read_text()
+        line = refused(capsys, "fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}", "--trainer.seed=7")
+        assert "seed=0, the recipe says 7; a resumed run keeps its settings" in line
+        assert (folder / "config.yaml").read_text() == before
 
     def test_validate_prints_what_the_run_ended_with(
         self, finished: Finished, capsys: pytest.CaptureFixture[str]
@@ -145,7 +162,7 @@ BAD_TEXT: dict[str, list[str]] = {
     "--trainer.gradient_clip_val=0": ["trainer.gradient_clip_val", "> 0"],
     "--trainer.controls=[backwards]": ["trainer.controls", "frozen", "backwards"],
     "--trainer.simulation=remote": ["trainer.simulation", "per_client", "remote"],
-    "--trainer.devices=2": ["trainer.devices", "must be 1"],
+    "--trainer.devices=0": ["trainer.devices", "a number of processes >= 1"],
     "--data.init_args.files=[/nowhere/text.txt]": ["files", "/nowhere/text.txt"],
     "--data.init_args.files=[EMPTY]": ["files", "is empty"],
     "--data.init_args.num_clients=5000": ["num_clients=5000", "lower"],
@@ -283,10 +300,10 @@ def test_an_interrupt_ends_with_a_line_that_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("interrupted; go on with --ckpt_path=runs/version_0")
 
     monkeypatch.setattr(cli, "HOSFLCommand", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit"])
     assert ended.value.code == 130
-    assert "interrupted; go on with --ckpt_path" in capsys.readouterr().err
+    assert capsys.readouterr().err == "hosfl: interrupted; go on with --ckpt_path=runs/version_0\n"

@@ -7,14 +7,19 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import wandb
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
 
 from tests.recipe_runs import OVERLAYS, QUICKSTART, header_commands, hosfl, load, small
+from tests.small_run import SmallRun
 
 OVERLAY = next(path for path in OVERLAYS if path.stem == "wandb")
 
@@ -42,17 +47,23 @@ class Logged:
 def logged(tmp_path_factory: pytest.TempPathFactory) -> Logged:
     """The command in the overlay's header, made small; nothing leaves the folder."""
     root = tmp_path_factory.mktemp("wandb")
+    with offline(root):
+        _, *words = header_commands(OVERLAY)[0]
+        place = f"--trainer.logger.init_args.save_dir={root}"
+        trainer = hosfl(*words, *small(QUICKSTART, root), place, "--trainer.controls=[]").trainer
+    (file,) = root.glob("wandb/offline-run-*/*.wandb")
+    return Logged(read_whole(file), Path(trainer.log_dir))
+
+
+@contextmanager
+def offline(root: Path) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")  # WandbLogger sets it, so that it is put back here
         for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
             patch.setenv(name, str(root / name.lower()))
         patch.setenv("WANDB_ERROR_REPORTING", "false")
         patch.setenv("WANDB_SILENT", "true")
-        _, *words = header_commands(OVERLAY)[0]
-        place = f"--trainer.logger.init_args.save_dir={root}"
-        trainer = hosfl(*words, *small(QUICKSTART, root), place, "--trainer.controls=[]").trainer
-    (file,) = root.glob("wandb/offline-run-*/*.wandb")
-    return Logged(read_whole(file), Path(trainer.log_dir))
+        yield
 
 
 def read_whole(file: Path) -> list[dict[str, Any]]:
@@ -94,7 +105,8 @@ def test_memory_and_bytes_are_there(logged: Logged) -> None:
     summary, first, last = json.loads((logged.folder / "summary.json").read_text()), logged.rows[0], logged.rows[-1]
     assert {name: first[f"memory/{name}"] for name in summary["memory"]} == summary["memory"]
     kinds, participations = summary["bytes_per_client_round"], 2 * summary["clients_per_round"]
-    assert {kind: last[f"comm/{kind}_bytes"] * 2 / participations for kind in kinds} == pytest.approx(kinds)
+    sent = {kind: sum(row.get(f"comm/{kind}_bytes", 0) for row in logged.rows) for kind in kinds}
+    assert {kind: total / participations for kind, total in sent.items()} == pytest.approx(kinds)
     assert last["comm/total_bytes"] == pytest.approx(sum(kinds.values()) * participations)
 
 
@@ -109,3 +121,32 @@ def test_the_config_is_the_saved_one(logged: Logged) -> None:
 def test_the_run_is_finished(logged: Logged) -> None:
     assert [record["exit_code"] for record in logged.of("exit")] == [0]
     assert wandb.run is None
+
+
+class Interrupts(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    """Two offline files of one run: what was executed again is in both, with one `round` and equal values."""
+    run = SmallRun(tmp_path)
+    with offline(tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            run.fit(Interrupts(), logger=WandbLogger(offline=True, save_dir=tmp_path))
+        wandb.finish(exit_code=1)
+        run.fit(ckpt_path=run.folder, logger=WandbLogger(offline=True, save_dir=tmp_path))
+        wandb.finish()
+    before, after = (Logged(read_whole(file), run.folder) for file in sorted(tmp_path.glob("wandb/offline-*/*.wandb")))
+    (one,), (two,) = before.of("run"), after.of("run")
+    assert one["run_id"] == two["run_id"] == json.loads((run.folder / "run.json").read_text())["wandb"]
+    rows = [{row["round"]: measured(row) for row in part.rows} for part in (before, after)]
+    assert [list(part) for part in rows] == [[0, 1, 2, 3], [3, 4]]
+    assert rows[0][3] == rows[1][3]
+    assert [int(row["round"]) for row in after.csv] == [0, 1, 2, 3, 4]
+
+
+def measured(row: dict[str, float]) -> dict[str, float]:
+    """Without W&B's own values, and times."""
+    return {name: value for name, value in row.items() if not name.startswith(("_", "time/"))}

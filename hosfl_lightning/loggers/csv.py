@@ -56,7 +56,8 @@ class CSVLogger(LightningCSVLogger):
         if folder is not None and Path(folder).resolve() != Path(self.log_dir).resolve():
             if self._experiment is not None:
                 raise RuntimeError(f"the logger writes into {self.log_dir}: make a new one to go on in {folder}")
-            self._save_dir, self._name, self._version = str(Path(folder).parent), "", Path(folder).name
+            self._save_dir = self._root_dir = str(Path(folder).parent)
+            self._name, self._version = "", Path(folder).name
         self._resume(round)
 
     @rank_zero_only

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -38,7 +37,8 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
         raise FileExistsError(f"{directory} holds {', '.join(sorted(other))}: an adapter needs a directory of its own.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     given, config.base_model_name_or_path = config.base_model_name_or_path, base
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    staging = directory.with_name(f".{directory.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)  # what a kill left
     try:
         peft_model.save_pretrained(str(staging / "new"), save_embedding_layers=False)
         (staging / "new" / "README.md").unlink(missing_ok=True)  # an empty model card
