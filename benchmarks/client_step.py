@@ -53,7 +53,8 @@ def step(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], ro
     """A client's part of one round."""
     anchor, basis = who.forward(batch, rows), who.optimizer.basis(round)
     values = who.answer(batch, anchor, torch.full_like(anchor.z, 1e-3), rows, basis)
-    who.apply(values[0], basis)
+    who.optimizer.record(values[0], basis)
+    who.optimizer.step()
 
 
 def forwards(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], times: int) -> None:

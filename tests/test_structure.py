@@ -14,7 +14,10 @@ LAYERS = [
     {"cli"},
     {"orchestrator", "controls"},
     {"summary"},
+    {"rebuild", "history"},
+    {"run_folder"},
     {"checkpoint"},
+    {"catch_up", "identity"},
     {"evaluation", "trainer_face"},
     {"hooks"},
     {"algorithms"},
@@ -25,9 +28,8 @@ LAYERS = [
     {"aggregation"},
     {"split", "memory", "padding"},
     {"optim"},
-    {"wire"},
+    {"wire", "loggers"},
     {"data", "availability"},
-    {"loggers"},
     {"rng", "files"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
