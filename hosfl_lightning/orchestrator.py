@@ -24,25 +24,24 @@ from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, RoundProgressBar
 from hosfl_lightning.catch_up import CatchUp
 from hosfl_lightning.clients import Cohort
-from hosfl_lightning.controls import CONTROLS, run_control
+from hosfl_lightning.controls import run_control
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.evaluation import Evaluation, Loop, RunResult, run_evaluation
 from hosfl_lightning.files import discard
 from hosfl_lightning.history import History
-from hosfl_lightning.identity import digest
 from hosfl_lightning.hooks import check_hooks, fire
+from hosfl_lightning.identity import digest
 from hosfl_lightning.rebuild import RebuildError, rebuild, write_client_half
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.servers.server import Server, configured
+from hosfl_lightning.settings import check_settings, checked_sample
 from hosfl_lightning.summary import print_table, write_summary
 from hosfl_lightning.trainer_face import MetricSink, TrainerFace
 from hosfl_lightning.transport import InProcess, Ranks
 from hosfl_lightning.wire import Codecs, Update
 
-#: No GradScaler among them.
-PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 #: How often a round is tried before the run stops.
 MAX_ATTEMPTS = 10
 
@@ -133,7 +132,7 @@ class Orchestrator(TrainerFace):
         self.availability = availability if availability is not None else Always()
         self.catch_up = catch_up if catch_up is not None else CatchUp()
         self.min_clients, self.on_too_few, self.replay_log = min_clients, on_too_few, replay_log
-        self._check_settings()
+        check_settings(self)
         self.fabric = MetricSink(
             self._take_metrics, accelerator=accelerator, devices=devices, precision=precision,
             strategy="ddp" if devices > 1 else "auto",
@@ -282,37 +281,6 @@ class Orchestrator(TrainerFace):
 
     # ---- setting up
 
-    def _check_settings(self) -> None:
-        for name in ("max_rounds", "val_check_interval", "log_every_n_steps", "min_clients"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
-        if self.clients_per_round is not None and self.clients_per_round < 1:
-            raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
-        if self.simulation not in ("batched", "per_client"):
-            raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
-        if self.on_too_few not in ("repeat", "stop"):
-            raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
-        if type(self.devices) is not int or self.devices < 1:
-            raise ValueError(f"trainer.devices must be a number of processes >= 1, got {self.devices!r}")
-        if self.devices > 1 and self.simulation == "batched":
-            raise ValueError(
-                "trainer.simulation=batched is one batch in one process; with trainer.devices > 1 leave it out"
-            )
-        if self.precision not in PRECISIONS:
-            reason = (
-                "fp16 needs a GradScaler, which scales λ and refuses forward-only steps; "
-                if str(self.precision).startswith("16")
-                else ""
-            )
-            raise ValueError(f"trainer.precision={self.precision!r}: {reason}use one of {', '.join(PRECISIONS)}")
-        for name in self.controls:
-            if name not in CONTROLS:
-                raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
-            raise ValueError(f"trainer.gradient_clip_val must be > 0, or null for none, got {self.gradient_clip_val}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"trainer.seed must be between 0 and 2**64 - 1, got {self.seed}")
-
     def _complete(self, given: list[Callback], bar: bool, checkpointing: bool) -> list[Callback]:
         for kind in (PeakMemoryMonitor, CommunicationMonitor):
             if not any(isinstance(c, kind) for c in given):
@@ -375,7 +343,7 @@ class Orchestrator(TrainerFace):
         data.prepare_data()
         data.setup(fn.value)
         if fn is TrainerFn.FITTING:
-            self.num_sampled = _checked_sample(self.clients_per_round, data.num_clients, self.min_clients)
+            self.num_sampled = checked_sample(self.clients_per_round, data.num_clients, self.min_clients)
             for name, examples in zip(data.client_names, data.clients):
                 model.check_examples(examples, f"client {name!r}")
         model.check_examples(data.validation_set, "validation")
@@ -662,12 +630,3 @@ class Orchestrator(TrainerFace):
 def _check_model(model: SplitModule) -> None:
     if not isinstance(model, SplitModule):
         raise TypeError(f"model must be a hosfl_lightning.servers.SplitModule, got {type(model).__name__}")
-
-
-def _checked_sample(wanted: int | None, clients: int, needed: int) -> int:
-    if wanted is not None and wanted > clients:
-        raise ValueError(f"trainer.clients_per_round is {wanted}, but the data has {clients} clients; lower it")
-    sampled = wanted if wanted is not None else clients
-    if needed > sampled:
-        raise ValueError(f"trainer.min_clients is {needed}, but a round has {sampled} clients; lower it")
-    return sampled

@@ -140,6 +140,25 @@ class TestOneClientIsRefused:
         assert trainer.summary["refused"] == {"1": 1}
         assert "refused messages  client 1 1" in capsys.readouterr().out
 
+    @pytest.mark.parametrize("simulation", ["batched", "per_client"])
+    def test_by_more_loss_terms_than_its_labels_have(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        """Its weight in the mean would be what it says."""
+        up = InProcess.up
+
+        def lying(self: InProcess, message: Message) -> Message:
+            if isinstance(message, ProjectedGradients) and message.client == 1:
+                message = replace(message, num_terms=10**6)
+            return up(self, message)
+
+        monkeypatch.setattr(InProcess, "up", lying)
+        trainer = make_orchestrator(max_rounds=1, simulation=simulation)
+        with pytest.warns(UserWarning, match="client 1 is refused: it claims 1000000 loss terms, its labels have"):
+            trainer.fit(make_model(), data)
+        assert [update.participants for update in updates(trainer)] == [[0, 2]]
+
     def test_and_the_update_is_that_of_the_others_bit_for_bit(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,
         monkeypatch: pytest.MonkeyPatch,

@@ -12,7 +12,7 @@ PACKAGE = Path(hosfl_lightning.__file__).parent
 #: From the command line down to the generator. Modules in one line may import each other.
 LAYERS = [
     {"cli"},
-    {"orchestrator", "controls"},
+    {"orchestrator", "controls", "settings"},
     {"summary"},
     {"rebuild", "history"},
     {"run_folder"},
