@@ -83,7 +83,7 @@ def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
         checkpoint["method"] = trainer.algorithm.state_dict()
         checkpoint["optimizer_states"] = [trainer.server.optimizer.state_dict()]
         checkpoint["lr_schedulers"] = [scheduler.state_dict()] if scheduler is not None else []
-        checkpoint["refused"] = dict(trainer.refused)
+        checkpoint["refused"], checkpoint["attempts"] = dict(trainer.refused), list(trainer.attempts)
         checkpoint["history"] = trainer.history.state_dict(trainer.global_step)
         checkpoint["callbacks"] = {c.state_key: state for c in trainer.callbacks if (state := _state_of(c))}
     return checkpoint
@@ -124,7 +124,7 @@ def restore(trainer: Orchestrator, checkpoint: dict[str, Any]) -> None:
     if trainer.server.scheduler is not None:
         trainer.server.scheduler.load_state_dict(checkpoint["lr_schedulers"][0])
     trainer.global_step = checkpoint["global_step"]
-    trainer.refused = Counter(checkpoint["refused"])
+    trainer.refused, trainer.attempts = Counter(checkpoint["refused"]), list(checkpoint["attempts"])
     trainer.should_stop = trainer.max_rounds <= checkpoint["stopped_of"]
     if checkpoint["validations"]:
         first, last = (Evaluation(**one) for one in checkpoint["validations"])

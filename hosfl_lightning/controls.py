@@ -50,8 +50,6 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
         devices=trainer.devices,
         codec=trainer.codec,
         availability=trainer.availability,
-        min_clients=trainer.min_clients,
-        on_too_few=trainer.on_too_few,
         replay_log=False,
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val,
@@ -60,6 +58,7 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
         enable_progress_bar=False,
         enable_checkpointing=False,
     )
+    runner.follows = trainer.attempts
     try:
         model.load_trained_state(start)
         return runner.rerun(model, trainer.datamodule, first)

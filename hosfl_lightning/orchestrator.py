@@ -149,6 +149,8 @@ class Orchestrator(TrainerFace):
         self.refused: Counter[int] = Counter()
         self._refused_now: dict[int, str] = {}
         self._initial = ""
+        self.attempts: list[int] = []
+        self.follows: list[int] | None = None  # a control's: at which attempt each round of the run succeeded
         self.history: History
         self._row: dict[str, Any] = {}
         self._pending: dict[str, bool | None] | None = None
@@ -170,8 +172,6 @@ class Orchestrator(TrainerFace):
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         resumed = run_folder.find(ckpt_path) if ckpt_path else None
-        if resumed is not None and resumed.folder is None and not isinstance(self.availability, Always):
-            raise ValueError("ckpt_path: it lies outside of its run's folder, whose log clients that were away replay")
         self.announces = True
         try:
             self._fit(model, datamodule, resumed)
@@ -382,6 +382,7 @@ class Orchestrator(TrainerFace):
         with self._session(model, data, TrainerFn.FITTING):
             self.result = RunResult(first, first) if first is not None else None
             self.refused.clear()
+            self.attempts.clear()
             self._setup_training(model)
             if resumed is not None and resumed.checkpoint is not None:
                 checkpoints.restore(self, resumed.checkpoint)
@@ -464,8 +465,10 @@ class Orchestrator(TrainerFace):
 
     def _attempt(self, round: int, cohorts: list[Cohort]) -> Tensor:
         """The round's loss; a round that too few answer is repeated, or ends the run."""
-        attempts = MAX_ATTEMPTS if self.on_too_few == "repeat" else 1
-        for attempt in range(attempts):
+        attempts = range(MAX_ATTEMPTS if self.on_too_few == "repeat" else 1)
+        if self.follows is not None:
+            attempts = range(self.follows[round], self.follows[round] + 1)
+        for attempt in attempts:
             try:
                 if attempt:
                     cohorts[:] = self.cohorts(round, attempt)
@@ -473,15 +476,17 @@ class Orchestrator(TrainerFace):
                 loss = self.algorithm.training_round(self, round, cohorts)
             except TooFewClientsError as error:
                 loss, reason = None, str(error)
+                self.algorithm.give_up()
             self._count_refused()
             if loss is not None:
+                self.attempts.append(attempt)
                 return loss
         path = Path(self.log_dir) / "checkpoints" / "stopped.ckpt"
         self._save(str(path), weights_only=False, files={})
-        remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if attempts == 1 else "")
+        remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if len(attempts) == 1 else "")
         raise TooFewClientsError(
-            f"round {round}: {reason}, tried {attempts} time(s); {remedy}, and go on from the state before the round "
-            f"with --ckpt_path {path}"
+            f"round {round}: {reason}, tried {len(attempts)} time(s); {remedy}, and go on from the state before the "
+            f"round with --ckpt_path {path}"
         )
 
     def clients_online(self, round: int, attempt: int = 0) -> list[int]:

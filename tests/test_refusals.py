@@ -140,6 +140,17 @@ class TestOneClientIsRefused:
         assert trainer.summary["refused"] == {"1": 1}
         assert "refused messages  client 1 1" in capsys.readouterr().out
 
+    def test_and_what_it_sent_is_counted(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        sizes = []
+        for simulation in ("batched", "per_client"):
+            trainer = make_orchestrator(Faulty(1, one(float("nan"))), max_rounds=1, simulation=simulation)
+            with pytest.warns(UserWarning, match="client 1 is refused"):
+                trainer.fit(make_model(), data)
+            sizes.append(column(trainer, "comm/projected_gradients_bytes"))
+        assert sizes[0] == sizes[1]
+
     @pytest.mark.parametrize("simulation", ["batched", "per_client"])
     def test_by_more_loss_terms_than_its_labels_have(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any,
@@ -373,6 +384,35 @@ class TestTooFewClients:
         last = run(resumed, 6, first.log_dir)
         assert same_bits(state_of(whole), state_of(resumed))
         assert last.summary["refused"] == trainer.summary["refused"]
+
+    def test_a_repeated_round_is_reported_once_and_the_controls_follow_it(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        data = RandomTokens([[5, 4]] * 6, batch_size=2)
+        sent: list[tuple[str, int, int]] = []
+        up = InProcess.up
+
+        def noting(self: InProcess, message: Message) -> Message:
+            sent.append((message.kind, message.round, message.client))  # type: ignore[union-attr]
+            return up(self, message)
+
+        monkeypatch.setattr(InProcess, "up", noting)
+        settings: dict[str, Any] = {"clients_per_round": 3, "min_clients": 3, "on_too_few": "repeat", "max_rounds": 4}
+        trainer = make_orchestrator(Faulty(4, one(1e9)), controls=["frozen"], simulation="per_client", **settings)
+        with pytest.warns(UserWarning, match="client 4 is refused"):
+            trainer.fit(make_model(), data)
+        assert max(trainer.attempts) > 0
+        smashed = [(round, client) for kind, round, client in sent if kind == "smashed_data"]
+        accepted = [(update.round, client) for update in updates(trainer) for client in update.participants]
+        assert smashed[-len(accepted) :] == accepted  # the control came last
+        attempted = len(smashed) - len(accepted)
+        total = sum(column(trainer, "comm/smashed_data_bytes"))
+        assert trainer.summary["bytes_per_client_round"]["smashed_data"] == total / attempted
+        # What the given up attempts have seen is not in the metrics.
+        alone = make_orchestrator(Faulty(4, one(1e9)), simulation="per_client", **settings)
+        alone.follows = trainer.attempts
+        alone.fit(make_model(), data)
+        assert column(alone, "client/lagrangian_term") == column(trainer, "client/lagrangian_term")
 
     def test_repeat_ends(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, before: State

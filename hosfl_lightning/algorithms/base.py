@@ -143,6 +143,9 @@ class Algorithm(ABC):
             self.client_schedule.step()
         return loss
 
+    def give_up(self) -> None:  # noqa: B027  # most methods have nothing to forget
+        """The round has failed and will be tried again, or not at all: nothing of it is reported."""
+
     def visit(self, runner: Runner, round: int, cohort: Cohort) -> Visit:
         """Step 2: z, labels and mask of each client go up; padding and the joint batch's extra width stay behind."""
         batch = runner.to_device(cohort.batch)

@@ -100,6 +100,10 @@ class HOSFL(Algorithm):
         """Step 4 is the callback."""
         return self.lagrangian_update.answer(self.client, batch, anchor, multiplier, cohort, basis)
 
+    def give_up(self) -> None:
+        """The step's figures as well."""
+        self.lagrangian_update.forget()
+
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5 is the callback."""
         return self.dimension_free_aggregation.aggregate(answers, self.client.optimizer, self.aggregation)

@@ -35,10 +35,10 @@ class CommunicationMonitor(Callback):
         by_kind: Counter[str] = Counter()
         by_direction: Counter[str] = Counter(up=0, down=0)
         for sent in trainer.transport.entries():
+            self.client_rounds += sent.kind == "smashed_data"
             by_kind[sent.kind] += sent.bytes * sent.receivers
             by_direction[sent.direction] += sent.bytes * sent.receivers
         self.totals += by_kind
-        self.client_rounds += trainer.transport.count(sum(len(cohort.clients) for cohort in batch))
         for kind, value in by_kind.items():
             pl_module.log(f"comm/{kind}_bytes", value)
         for direction, value in by_direction.items():
@@ -47,7 +47,7 @@ class CommunicationMonitor(Callback):
 
     @property
     def per_client_round(self) -> dict[str, float]:
-        """Mean bytes of one client in one round, by kind; zero for a kind that never travelled."""
+        """Mean bytes by kind for each time that a client sent its z; zero for a kind that never travelled."""
         kinds = [*KINDS, *(kind for kind in CATCH_UP_KINDS if self.totals[kind])]
         return {kind: self.totals[kind] / max(self.client_rounds, 1) for kind in kinds}
 

@@ -45,6 +45,10 @@ class LagrangianUpdate(Callback):
         self._seen.append((cohort.clients[0], square, anchor.release(multiplier, cohort.rows).sum()))
         return client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
+    def forget(self) -> None:
+        """What was answered belongs to a round that is given up."""
+        self._seen = []
+
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log what the round's cohorts left, in whatever process they ran."""

@@ -100,9 +100,8 @@ class InProcess:
 
     def _send(self, message: M, direction: str, receivers: int) -> M:
         if not self.serialize:
-            if direction == "up":  # as `decode` does; what the server sends comes of what it has checked
-                check_finite(message)
             self.ledger.append(Sent(message.kind, direction, encoded_size(message), receivers))
+            check_finite(message)  # as `decode` does: one NaN in a joint batch would be everybody's
             return message
         frame = encode(message, self.run_id)
         self.ledger.append(Sent(message.kind, direction, len(frame), receivers))
