@@ -41,7 +41,7 @@ def run_id(settings: Mapping[str, Any], parameters: Mapping[str, Tensor], backbo
 
 
 def digest(parameters: Mapping[str, Tensor]) -> str:
-    """SHA-256 of θ_c's bits, tensor after tensor."""
+    """SHA-256 of the bits, tensor after tensor."""
     total = sha256()
     for parameter in parameters.values():
         total.update(parameter.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)

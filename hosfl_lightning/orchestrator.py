@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from torch import Tensor, nn
@@ -83,8 +83,8 @@ class Orchestrator(TrainerFace):
             a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
         callbacks: Lightning callbacks.
-        logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before those that make no
-            run folder.
+        logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before them if none is
+            among them. Its folder is the run's.
         default_root_dir: Where the run folder is made.
         enable_progress_bar: Show a bar.
         enable_checkpointing: Add a ``ModelCheckpoint`` (``last.ckpt`` at every validation) when there is none.
@@ -181,7 +181,9 @@ class Orchestrator(TrainerFace):
 
     def _fit(self, model: SplitModule, datamodule: FederatedDataModule, resumed: run_folder.Resumption | None) -> None:
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-        self._initial = digest(model.client_parameters)
+        self._initial = digest(start)
+        if resumed is not None and self.controls:
+            run_folder.check_start(resumed, self._initial)
         result = self._run(model, datamodule, resumed, None)
         if self.is_global_zero and model.lora is not None:
             model.export(str(Path(self.log_dir) / "adapter"))
@@ -290,10 +292,10 @@ class Orchestrator(TrainerFace):
             given.append(RoundProgressBar())
         if checkpointing and not any(isinstance(c, ModelCheckpoint) for c in given):
             given.append(ModelCheckpoint(filename="last", enable_version_counter=False))
-        if any(isinstance(c, ModelCheckpoint) and c.save_on_exception for c in given):
+        if any(isinstance(c, OnExceptionCheckpoint) or getattr(c, "save_on_exception", False) for c in given):
             raise ValueError(
-                "trainer.callbacks: ModelCheckpoint(save_on_exception=True) would save the middle of a round; leave it "
-                "out, a run goes on from its last checkpoint (every_n_train_steps=1: from the last round)"
+                "trainer.callbacks: OnExceptionCheckpoint and save_on_exception would save the middle of a round; "
+                "leave them out, a run goes on from its last checkpoint (every_n_train_steps=1: from the last round)"
             )
         # As in Trainer: checkpoints last, so that they hold what the other callbacks did in the same hook.
         return sorted(given, key=lambda c: isinstance(c, ModelCheckpoint))
@@ -387,7 +389,9 @@ class Orchestrator(TrainerFace):
             if resumed is not None and resumed.checkpoint is not None:
                 checkpoints.restore(self, resumed.checkpoint)
             self._open_history(resumed)
-            if resumed is not None and resumed.folder is not None:  # only now that nothing can refuse it
+            if self.announces and self.is_global_zero:  # only now that nothing can refuse it
+                run_folder.set_aside(self.log_dir, resumed)
+            if resumed is not None and resumed.folder is not None:
                 run_folder.rewind(self.loggers, resumed)
                 self._write_checkpoints(resumed.checkpoint["files"] if resumed.checkpoint is not None else {})
             self._pending = {}
@@ -404,10 +408,6 @@ class Orchestrator(TrainerFace):
         log = Path(self.log_dir) / run_folder.LOG
         if resumed is None or not resumed.round or log.exists():
             self.history.open(log, resumed, self)
-            if self.controls and self.history.start["initial"] != self._initial:
-                raise ValueError(
-                    "trainer.controls begin where the run began, but this model has been trained since: build it anew"
-                )
         elif isinstance(self.availability, Always):
             print(f"Going on in {self.log_dir} without an update log: rounds 0 to {resumed.round - 1} are not in it.")
         else:
@@ -421,7 +421,7 @@ class Orchestrator(TrainerFace):
             print(self.lightning_module.labels_notice, flush=True)
         self.call("on_fit_start")
         if self.announces and self.is_global_zero:
-            run_folder.remember(self.log_dir, self.transport.run_id, self.loggers)
+            run_folder.remember(self.log_dir, self.transport.run_id, self._initial, self.loggers)
         self.call("on_train_start")
         if self.global_step:
             self._row = {}  # what is measured at a start stands in the run's first row

@@ -88,11 +88,12 @@ def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
-    """The loggers; beside those that make no run folder (W&B) a `CSVLogger` that does."""
+    """The loggers; first the `CSVLogger` whose folder is the run's, a new one where none is given."""
     if not logger:
         return []
     given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
-    return given if any(one.log_dir for one in given) else [CSVLogger(root, name=""), *given]
+    given.sort(key=lambda one: not isinstance(one, StockCSVLogger))
+    return given if given and isinstance(given[0], StockCSVLogger) else [CSVLogger(root, name=""), *given]
 
 
 def agree(loggers: Sequence[Logger], transport: InProcess) -> None:
@@ -110,7 +111,7 @@ def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
     """
     if resumed.folder is None:
         return
-    identity = json.loads((resumed.folder / IDENTITY).read_text())
+    identity = _identity(resumed.folder)
     for logger in loggers:
         if isinstance(logger, CSVLogger):
             # As the logger was given: ModelCheckpoint compares its folder's name with the one it had.
@@ -124,6 +125,35 @@ def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
         elif isinstance(logger, WandbLogger) and "wandb" in identity:
             logger._id = identity["wandb"]
             logger._wandb_init.update(id=identity["wandb"], resume="allow")
+
+
+def check_start(resumed: Resumption, start: str) -> None:
+    """Whether a model is as it was when the run began.
+
+    Args:
+        resumed: Where the run goes on.
+        start: Digest of the tensors that are trained, of both halves.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if resumed.folder is not None and _identity(resumed.folder)["start"] != start:
+        raise ValueError(
+            "trainer.controls begin where the run began, but this model has been trained since: build it anew"
+        )
+
+
+def set_aside(folder: str, resumed: Resumption | None) -> None:
+    """Rename the checkpoints that an earlier run left in the folder of one that begins, which would go on from them.
+
+    The identity is the first, and the new run's is written last: in between the folder is no run's.
+    """
+    path = Path(folder)
+    if resumed is not None and resumed.folder is not None and resumed.folder.resolve() == path.resolve():
+        return
+    for file in (path / IDENTITY, *sorted((path / "checkpoints").glob("*.ckpt"))):
+        if file.exists():
+            rename(file, f"{file}.before")
 
 
 @rank_zero_only
@@ -148,10 +178,14 @@ def open_loggers(loggers: Sequence[Logger]) -> None:
             experiment.define_metric("*", step_metric="round", step_sync=True)
 
 
-def remember(folder: str, run_id: bytes, loggers: Sequence[Logger]) -> None:
-    """Write what the run needs to find itself again: its id, and W&B's. A folder without it is no run's."""
+def remember(folder: str, run_id: bytes, start: str, loggers: Sequence[Logger]) -> None:
+    """Write what the run needs to find itself again: its id, W&B's, and where it started.
+
+    A folder without it is no run's. What is known of a run that goes on stays.
+    """
+    known = _identity(Path(folder)) if (Path(folder) / IDENTITY).is_file() else {}
     ids = [logger.version for logger in loggers if isinstance(logger, WandbLogger)]
-    identity = {"run_id": run_id.hex(), **({"wandb": ids[-1]} if ids else {})}
+    identity = {"run_id": run_id.hex(), "start": start, **known, **({"wandb": ids[-1]} if ids else {})}
     write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
 
 
@@ -169,3 +203,7 @@ def may_hold_checkpoints(folder: str) -> Iterator[None]:
         if (Path(folder) / IDENTITY).is_file():
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
         yield
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / IDENTITY).read_text())

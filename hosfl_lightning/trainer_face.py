@@ -29,7 +29,7 @@ class MetricSink(L.Fabric):
 
 
 class StrategyFace:
-    """Fabric's strategy with the two methods that only Trainer's has."""
+    """Fabric's strategy with the two methods that only Trainer's has, and no pickle."""
 
     def __init__(self, fabric: L.Fabric, transport: InProcess, remove: Callable[[str], None]) -> None:
         self._strategy, self._transport = fabric.strategy, transport
@@ -39,6 +39,10 @@ class StrategyFace:
         """What all processes, or any of them, decide."""
         decisions = self._transport.share(bool(decision))
         return False not in decisions if all else True in decisions
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """What process ``src`` says, a plain value."""
+        return self._transport.share(obj)[src]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._strategy, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 
 from hosfl_lightning import Orchestrator
 from hosfl_lightning.availability import Always
 from hosfl_lightning.checkpoint import CheckpointError, collect, load
+from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.replay import OtherRunError, ReplayLog, WitnessError
 from tests.faults import Killed, count_writes, disk_states, killed_at
 from tests.small_run import SmallRun, contents, plain
@@ -282,9 +285,73 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"use hosfl_lightning\.loggers\.CSVLogger"):
             run.fit(ckpt_path=run.folder, logger=StockCSVLogger(str(run.root / "runs"), name=""))
 
-    def test_a_checkpoint_of_an_exception(self, run: SmallRun) -> None:
+    def test_controls_with_a_server_half_that_is_not_at_the_start(self, run: SmallRun) -> None:
+        interrupted(run, 3)
+        model = run.model()
+        next(iter(model.server_parameters.values())).data.add_(1)
+        with pytest.raises(ValueError, match="this model has been trained since: build it anew"):
+            run.trainer(controls=["frozen"]).fit(model, run.data(), ckpt_path=str(run.folder))
+
+    @pytest.mark.parametrize("kind", [ModelCheckpoint, OnExceptionCheckpoint])
+    def test_a_checkpoint_of_an_exception(self, run: SmallRun, kind: Any) -> None:
+        callback = kind(".") if kind is OnExceptionCheckpoint else kind(save_on_exception=True)
         with pytest.raises(ValueError, match="would save the middle of a round"):
-            run.trainer(ModelCheckpoint(save_on_exception=True))
+            run.trainer(callback)
+
+
+class TestUsedFolder:
+    """Without a logger, runs share a folder."""
+
+    def test_the_run_that_goes_on_is_the_last(self, run: SmallRun) -> None:
+        settings: dict[str, Any] = {"logger": False, "availability": Always(), "replay_log": False}
+        folder = run.root / "runs"
+        run.fit(**settings | {"max_rounds": 6})
+        ended = load(folder / "checkpoints" / "last.ckpt")
+        interrupted(run, 0, **settings)
+        again = run.fit(ckpt_path=folder, **settings)
+        assert again.result is not None
+        assert len(again.result.seconds) == 4, "from its own start"
+        assert plain(load(folder / "checkpoints" / "last.ckpt.before")) == plain(ended)
+
+    def test_killed_while_the_earlier_run_is_set_aside(self, run: SmallRun) -> None:
+        settings: dict[str, Any] = {"logger": False, "availability": Always(), "replay_log": False}
+        run.fit(**settings)
+        with pytest.raises(Killed), killed_at(1):
+            run.fit(**settings)
+        assert (run.root / "runs" / "checkpoints" / "last.ckpt").exists()
+        with pytest.raises(CheckpointError, match=r"has no run\.json"):
+            run.fit(ckpt_path=run.root / "runs", **settings)
+
+
+class Elsewhere(DummyLogger):
+    """As TensorBoard's: with a folder of its own."""
+
+    log_dir = "elsewhere"
+
+
+class TestLoggers:
+    def test_a_logger_with_a_folder_of_its_own(self, run: SmallRun) -> None:
+        expected = held(run.fit())
+        files = contents(run.folder)
+        shutil.rmtree(run.folder)
+        interrupted(run, 3, logger=Elsewhere())
+        trainer = run.fit(ckpt_path=run.folder, logger=Elsewhere())
+        assert held(trainer) == expected
+        assert contents(run.folder) == files
+
+    def test_the_csv_logger_is_the_first(self, run: SmallRun) -> None:
+        own, other = CSVLogger(str(run.root / "own"), name=""), Elsewhere()
+        trainer = run.trainer(logger=[other, own])
+        assert trainer.loggers == [own, other]
+        assert trainer.log_dir == own.log_dir
+
+    def test_the_id_at_wandb_outlives_a_part_without_it(self, run: SmallRun) -> None:
+        interrupted(run, 3)
+        identity = run.folder / "run.json"
+        known = json.loads(identity.read_text()) | {"wandb": "abc"}
+        identity.write_text(json.dumps(known))
+        run.fit(ckpt_path=run.folder)
+        assert json.loads(identity.read_text()) == known
 
 
 def test_a_relative_root_stays_relative(run: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:

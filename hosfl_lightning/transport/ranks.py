@@ -94,6 +94,6 @@ class Ranks(InProcess):
     def _exchange(self, data: bytes) -> list[bytes]:
         """What every process has, of any length, in their order."""
         lengths = [int(length) for length in self.gather(torch.tensor(len(data)))]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(data)] = torch.tensor(bytearray(data), dtype=torch.uint8)
+        size = max(1, *lengths)  # `frombuffer` takes no empty one
+        padded = torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
         return [part[:length].cpu().numpy().tobytes() for part, length in zip(self.gather(padded), lengths)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from hosfl_lightning import Orchestrator, SplitCausalLM, cli
 from hosfl_lightning.checkpoint import load
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.run_folder import agree
-from hosfl_lightning.transport import InProcess
+from hosfl_lightning.transport import InProcess, Ranks
 from tests.conftest import RandomTokens
 from tests.recipe_runs import QUICKSTART, ROOT, hosfl, small
 from tests.transport.test_in_process import TwoProcesses
@@ -147,6 +147,23 @@ def test_what_all_or_any_processes_decide(
     trainer.transport = TwoProcesses(others)
     assert trainer.strategy.reduce_boolean_decision(mine) is all(decisions)
     assert trainer.strategy.reduce_boolean_decision(mine, all=False) is any(decisions)
+
+
+def test_what_one_process_tells_the_others(make_orchestrator: Callable[..., Orchestrator]) -> None:
+    """Plain values, so that Lightning's own broadcast, which pickles, is not needed."""
+    trainer = make_orchestrator()
+    trainer.transport = TwoProcesses("theirs")
+    assert trainer.strategy.broadcast("mine") == "mine"
+    assert trainer.strategy.broadcast("mine", src=1) == "theirs"
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 0), (2, 1 << 20)])
+def test_bytes_of_any_length_are_exchanged(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int]) -> None:
+    mine, theirs = (bytes([7 + n]) * length for n, length in enumerate(lengths))
+    ranks = Ranks(cast(Any, None))
+    gathered = iter([torch.tensor(len(theirs)), torch.tensor([*theirs.ljust(max(1, *lengths))], dtype=torch.uint8)])
+    monkeypatch.setattr(ranks, "gather", lambda tensor: [tensor, next(gathered)])
+    assert ranks._exchange(mine) == [mine, theirs]
 
 
 def test_all_processes_name_the_folder_of_the_first(tmp_path: Path) -> None:
