@@ -551,7 +551,9 @@ class Orchestrator(TrainerFace):
     def check_attendance(self, answers: int) -> None:
         """As in `Runner`."""
         if answers < self.min_clients:
-            raise TooFewClientsError(f"{answers} valid answer(s), trainer.min_clients is {self.min_clients}")
+            raise TooFewClientsError(
+                f"{answers} valid answer(s) of clients with a loss term, trainer.min_clients is {self.min_clients}"
+            )
 
     def publish(self, update: Update) -> Update:
         """As in `Runner`."""

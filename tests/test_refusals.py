@@ -24,7 +24,7 @@ from hosfl_lightning.aggregation import (
     combine,
     weights,
 )
-from hosfl_lightning.algorithms import TooFewClientsError
+from hosfl_lightning.algorithms import Algorithm, Frozen, TooFewClientsError
 from hosfl_lightning.availability import Probability, Trace
 from hosfl_lightning.clients import Anchor, Cohort
 from hosfl_lightning.optim import SGD, AdamW, Basis, ZerothOrder
@@ -311,7 +311,7 @@ class TestTooFewClients:
             trainer.fit(model, data)
         path = Path(trainer.log_dir) / "checkpoints" / "stopped.ckpt"
         assert str(stopped.value) == (
-            "round 2: 2 valid answer(s), trainer.min_clients is 3, tried 1 time(s); lower trainer.min_clients or set "
+            "round 2: 2 valid answer(s) of clients with a loss term, trainer.min_clients is 3, tried 1 time(s); lower trainer.min_clients or set "
             f"trainer.on_too_few: repeat, and go on from the state before the round with --ckpt_path {path}"
         )
         two = make_model(**server)
@@ -340,7 +340,10 @@ class TestTooFewClients:
     ) -> None:
         model = make_model()
         trainer = make_orchestrator(availability=Trace([[]]), max_rounds=1)
-        with pytest.raises(TooFewClientsError, match=r"round 0: 0 valid answer\(s\), trainer.min_clients is 1"):
+        with pytest.raises(
+            TooFewClientsError,
+            match=r"round 0: 0 valid answer\(s\) of clients with a loss term, trainer.min_clients is 1",
+        ):
             trainer.fit(model, data)
         assert same_bits(state_of(model), before)
 
@@ -384,6 +387,21 @@ class TestTooFewClients:
         last = run(resumed, 6, first.log_dir)
         assert same_bits(state_of(whole), state_of(resumed))
         assert last.summary["refused"] == trainer.summary["refused"]
+
+    @pytest.mark.parametrize("algorithm", [None, Frozen()])
+    def test_clients_without_a_loss_term_are_no_round(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, algorithm: Algorithm | None
+    ) -> None:
+        data = RandomTokens([[1, 1], [1, 1], [5, 4], [5, 4]])  # one token predicts nothing
+        trainer = make_orchestrator(algorithm, max_rounds=4, clients_per_round=1, on_too_few="repeat")
+        trainer.fit(make_model(), data)
+        accepted = [trainer.sample(round, attempt) for round, attempt in enumerate(trainer.attempts)]
+        assert max(trainer.attempts) > 0
+        assert all(clients in ([2], [3]) for clients in accepted)
+        stops = make_orchestrator(algorithm, max_rounds=4, clients_per_round=1)
+        with pytest.raises(TooFewClientsError, match=r"0 valid answer\(s\) of clients with a loss term"):
+            stops.fit(make_model(), data)
+        assert (Path(stops.log_dir) / "checkpoints" / "stopped.ckpt").is_file()
 
     def test_a_repeated_round_is_reported_once_and_the_controls_follow_it(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, monkeypatch: pytest.MonkeyPatch

@@ -125,7 +125,8 @@ class Algorithm(ABC):
             TooFewClientsError: Too few clients sent something valid.
         """
         visits = [self.visit(runner, round, cohort) for cohort in cohorts]
-        runner.check_attendance(runner.transport.count(sum(len(visit.inbox) for visit in visits)))
+        heard = sum(runner.server.num_terms(message) > 0 for visit in visits for message in visit.inbox)
+        runner.check_attendance(runner.transport.count(heard))
         loss, multipliers = runner.server.backward([visit.inbox for visit in visits])
         basis = self.basis(round)
         if basis is None:
@@ -157,7 +158,7 @@ class Algorithm(ABC):
             mask = cohort.batch["attention_mask"][rows, :width].bool()
             labels = labels[:, :width] if labels.dim() > 1 else labels
             z = anchor.z[rows, :width]
-            inbox += heard(runner, SmashedData.pack(round, k, z, labels, mask, runner.codec.smashed_data, runner.seed))
+            inbox += taken(runner, SmashedData.pack(round, k, z, labels, mask, runner.codec.smashed_data, runner.seed))
         return Visit(cohort, batch, anchor, inbox)
 
     def respond(
@@ -177,12 +178,12 @@ class Algorithm(ABC):
         answers: list[ProjectedGradients] = []
         for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms):
             if k in masks:
-                answers += heard(runner, ProjectedGradients(round, k, basis.describe(), v, n))
-        return [answer for answer in answers if self._honest(runner, answer)]
+                answers += taken(runner, ProjectedGradients(round, k, basis.describe(), v, n))
+        return [answer for answer in answers if self._honest(runner, answer, visit.inbox)]
 
-    def _honest(self, runner: Runner, answer: ProjectedGradients) -> bool:
+    def _honest(self, runner: Runner, answer: ProjectedGradients, inbox: list[SmashedData]) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""
-        counted = runner.server.num_terms[answer.client]
+        counted = next(runner.server.num_terms(message) for message in inbox if message.client == answer.client)
         if answer.num_terms == counted:
             return True
         runner.refuse(answer.client, f"it claims {answer.num_terms} loss terms, its labels have {counted}")
@@ -224,7 +225,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def heard(runner: Runner, message: M) -> list[M]:
+def taken(runner: Runner, message: M) -> list[M]:
     """What the server takes of a client's message: itself, or nothing, and the client is refused by name."""
     try:
         return [runner.transport.up(message)]

@@ -48,9 +48,6 @@ class Server:
         call: Fires a Trainer hook.
         sums: Makes the `Sums` of a round over the given parameters.
         codec: In what λ travels.
-
-    Attributes:
-        num_terms: ``n_k`` of the clients whose smashed data came in this round, counted from their labels.
     """
 
     def __init__(
@@ -69,29 +66,27 @@ class Server:
         self.optimizer, self.scheduler = optimizer, scheduler
         self.gradient_clip_val, self.seed, self.call = gradient_clip_val, seed, call
         self.sums, self.codec = sums, codec
-        self.num_terms: dict[int, int] = {}
+
+    def num_terms(self, message: SmashedData) -> int:
+        """``n_k``, counted from the client's labels."""
+        return self.module.count(message.unpack_labels())
 
     def backward(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
         """Gradients and multipliers of a round's smashed data.
 
         Args:
-            groups: Messages that run as one batch each; ascending client ids over all of them. A group may be empty.
+            groups: Messages that run as one batch each; ascending client ids over all of them. A group may be empty; at
+                least one client has a loss term.
 
         Returns:
             ``Σ_k w_k ℓ_k`` (0-d, detached) and each client's λ, grouped as it came.
         """
         received = [[message.unpack() for message in group] for group in groups]
-        terms = [[self.module.count(labels) for _, labels, _ in parts] for parts in received]
-        sent = [message.client for group in groups for message in group]
-        self.num_terms = dict(zip(sent, [count for counts in terms for count in counts]))
+        terms = [[self.num_terms(message) for message in group] for group in groups]
         self.call("on_before_zero_grad", optimizer=self.optimizer)
         self.optimizer.zero_grad()
         sums = self.sums(list(self.module.server_parameters.values()))
         total = sums.total([sum(counts) for counts in terms])
-        if not total:
-            raise ValueError(
-                "no client has a loss term: check that the labels of this round are not all ignored (-100)"
-            )
         multipliers = []
         for group, parts, counts in zip(groups, received, terms):
             w = [count / total for count in counts]

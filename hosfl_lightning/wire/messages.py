@@ -90,12 +90,16 @@ class SmashedData:
         Returns:
             z (B, S, h) with zeros at padding; int64 labels, (B, S) with -100 at padding or (B,); mask (B, S).
         """
+        return _scatter(self.z.restore(), self.mask), self.unpack_labels(), self.mask
+
+    def unpack_labels(self) -> Tensor:
+        """The labels alone, as `unpack` returns them."""
         labels = self.labels.to(torch.int64)
-        if self.labels_per_token:
-            padded = labels.new_full(self.mask.shape, IGNORE_INDEX)
-            padded[self.mask] = labels
-            labels = padded
-        return _scatter(self.z.restore(), self.mask), labels, self.mask
+        if not self.labels_per_token:
+            return labels
+        padded = labels.new_full(self.mask.shape, IGNORE_INDEX)
+        padded[self.mask] = labels
+        return padded
 
     def unpacked_bytes(self) -> int:
         """Memory of what `unpack` returns."""
