@@ -16,12 +16,12 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from directions import machine
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
 from hosfl_lightning.callbacks.peak_memory_monitor import measure_client
 from hosfl_lightning.clients import Cohort, ForwardOnlyClient
+from hosfl_lightning.identity import hardware
 from hosfl_lightning.optim import SGD, AdamW, UpdateRule, ZerothOrder
 from hosfl_lightning.split import Lora, LoraHalf, add_lora, split
 
@@ -91,7 +91,7 @@ def main() -> None:
     ids = torch.randint(0, 8192, (8, 128))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     cohort = Cohort.join([0], [batch], lambda labels: labels.numel())
-    print(f"{machine(torch.device('cpu'))}; torch {torch.__version__}, {arguments.threads} thread(s), fp32\n")
+    print(f"{hardware(torch.device('cpu'))}, fp32\n")
     print("| client | rule | P | plain forward | time / (P + 1) forwards | forward's peak | client's peak / it |")
     print("|---|---|---|---|---|---|---|")
     for full in (False, True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from hosfl_lightning import cli
+from hosfl_lightning.identity import hardware
 
 #: (z, λ): the same for both, then λ coarser than z.
 PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4")]
@@ -52,8 +52,7 @@ def main() -> None:
     pairs = [tuple(pair.split(",")) for pair in own.pairs]
     with tempfile.TemporaryDirectory() as folder:
         summaries = [run(pair, Path(folder), arguments) for pair in pairs]
-    machine = f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} thread(s)"
-    print(f"{machine}: hosfl fit {' '.join(arguments)}")
+    print(f"{hardware(torch.device('cpu'))}: hosfl fit {' '.join(arguments)}")
     print("    z     λ   up KiB down KiB   fewer  val loss   change  frozen 1st order   gap")
     for pair, summary in zip(pairs, summaries):
         print(row(pair, summary, summaries[0]))

@@ -7,15 +7,14 @@ number is the fastest of ``--repeats`` runs.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from hosfl_lightning.identity import hardware
 from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direction_
 
 ALPHA = 1e-3
@@ -53,15 +52,6 @@ def add_together_(stream: Stream, outs: Sequence[Tensor]) -> None:
         batch.add_(i, out, ALPHA)
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def print_sizes(sizes: Sequence[int], repeats: int, device: torch.device) -> None:
     generator = torch.Generator(device).manual_seed(0)
     print("| p += α·u, ns per element | " + " | ".join(f"d = {d:,}" for d in sizes) + " |")
@@ -93,7 +83,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 10**6, 10**7])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    print(f"{machine(args.device)}; torch {torch.__version__}, {args.threads} thread(s), fp32\n")
+    print(f"{hardware(args.device)}, fp32\n")
     print_sizes(args.sizes, args.repeats, args.device)
     print_batch(args.repeats, args.device)
 

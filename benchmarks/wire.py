@@ -10,7 +10,6 @@ with its SHA-256 and its checks.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from functools import partial
 
 import torch
 
+from hosfl_lightning.identity import hardware
 from hosfl_lightning.wire import CODECS, SmashedData, decode, encode
 
 SHAPES = ((8, 128, 768), (32, 128, 768))
@@ -55,7 +55,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     generator = torch.Generator().manual_seed(0)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {arguments.threads} thread(s)")
+    print(hardware(torch.device("cpu")))
     columns = ("pack", "encode", "pack+encode", "decode", "decode+unpack")
     print(f"{'z':12} {'codec':6} {'bytes':>10} {'of fp32':>8}" + "".join(f"{name + ' MB/s':>20}" for name in columns))
     for shape in SHAPES:

@@ -170,6 +170,39 @@ class TestOneClientIsRefused:
             trainer.fit(make_model(), data)
         assert [update.participants for update in updates(trainer)] == [[0, 2]]
 
+    @pytest.mark.parametrize("simulation", ["batched", "per_client"])
+    @pytest.mark.parametrize(
+        ("fault", "reason"),
+        [
+            ({"width": 31}, "its smashed data have 31 columns, the cut has 32"),
+            ({"width": 32, "labels": 260}, r"its label 260 is neither -100 nor in 0\.\.259"),
+            ({"width": 32, "labels": -1}, r"its label -1 is neither -100 nor in 0\.\.259"),
+            ({"width": 32, "labels_per_token": False}, "it sent one label a sequence, a causal LM has one a token"),
+        ],
+    )
+    def test_by_smashed_data_of_another_model(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any,
+        monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], reason: str,
+    ) -> None:  # fmt: skip
+        """Sound messages, which the server's forward or its loss cannot take."""
+        up = InProcess.up
+
+        def other(self: InProcess, message: Message) -> Message:
+            if isinstance(message, SmashedData) and message.client == 1:
+                per_token = fault.get("labels_per_token", True)
+                z = torch.zeros(*message.mask.shape, fault["width"])
+                shape = message.mask.shape if per_token else message.mask.shape[:1]
+                labels = torch.full(shape, fault.get("labels", 5))
+                message = SmashedData.pack(message.round, 1, z, labels, message.mask)
+            return up(self, message)
+
+        monkeypatch.setattr(InProcess, "up", other)
+        trainer = make_orchestrator(max_rounds=1, simulation=simulation)
+        with pytest.warns(UserWarning, match=f"client 1 is refused: {reason}"):
+            trainer.fit(make_model(), data)
+        assert [update.participants for update in updates(trainer)] == [[0, 2]]
+        assert trainer.summary["refused"] == {"1": 1}
+
     def test_and_the_update_is_that_of_the_others_bit_for_bit(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,
         monkeypatch: pytest.MonkeyPatch,
@@ -311,7 +344,8 @@ class TestTooFewClients:
             trainer.fit(model, data)
         path = Path(trainer.log_dir) / "checkpoints" / "stopped.ckpt"
         assert str(stopped.value) == (
-            "round 2: 2 valid answer(s) of clients with a loss term, trainer.min_clients is 3, tried 1 time(s); lower trainer.min_clients or set "
+            "round 2: 2 valid answer(s) of clients with a loss term, trainer.min_clients is 3, tried 1 time(s); lower "
+            "trainer.min_clients or set "
             f"trainer.on_too_few: repeat, and go on from the state before the round with --ckpt_path {path}"
         )
         two = make_model(**server)

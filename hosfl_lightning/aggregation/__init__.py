@@ -2,11 +2,12 @@
 
 from hosfl_lightning.aggregation.rules import AggregationRule, Median, NormClippedMean, TrimmedMean, WeightedMean
 from hosfl_lightning.aggregation.screening import LIMIT, screen
-from hosfl_lightning.aggregation.update import UpdateError, apply_update, combine
+from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine
 from hosfl_lightning.aggregation.weights import weighted_mean, weights
 
 __all__ = [
     "LIMIT",
+    "MEAN",
     "AggregationRule",
     "Median",
     "NormClippedMean",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -11,7 +13,8 @@ from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.optim import ZerothOrder, basis_of
 from hosfl_lightning.wire import ProjectedGradients, Update
 
-MEAN = WeightedMean()
+MEAN: AggregationRule = WeightedMean()
+"""The rule wherever none is given."""
 
 
 class UpdateError(ValueError):
@@ -68,7 +71,7 @@ def apply_update(update: Update, optimizer: ZerothOrder) -> None:
             raises.
 
     Raises:
-        UpdateError: Another rule, or not the optimizer's next step.
+        UpdateError: Another rule, settings that it does not take, or not the optimizer's next step.
         ValueError: A basis that is not known, or another number of coefficients than it has.
     """
     hyper_parameters = _hyper_parameters(update, optimizer)
@@ -90,10 +93,29 @@ def _hyper_parameters(update: Update, optimizer: ZerothOrder) -> dict[str, objec
     name, own = update.rule.get("name"), type(optimizer.rule).__name__
     if name != own:
         raise UpdateError(f"the update of round {update.round} is for the rule {name}, the client's optimizer is {own}")
-    recorded = {k: tuple(v) if isinstance(v, list) else v for k, v in update.rule.items() if k != "name"}
+    recorded: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in update.rule.items() if k != "name"
+    }
     expected = optimizer.rule.hyper_parameters()
     if recorded.keys() != expected.keys():
         raise UpdateError(
             f"the update of round {update.round} has the settings {sorted(recorded)} of {own}, not {sorted(expected)}"
         )
-    return recorded
+    for k, value in recorded.items():
+        if not _alike(value, expected[k]):
+            raise UpdateError(
+                f"the update of round {update.round} has {k} = {value!r:.80}; {own} needs one like {expected[k]!r}"
+            )
+    try:
+        return type(optimizer.rule)(**recorded).hyper_parameters()
+    except ValueError as error:
+        raise UpdateError(f"the update of round {update.round}: {error}") from error
+
+
+def _alike(value: object, own: object) -> bool:
+    """Of one type, where integers and floats are numbers, finite, and tuples agree entry by entry."""
+    if isinstance(own, tuple):
+        return isinstance(value, tuple) and len(value) == len(own) and all(map(_alike, value, own))
+    if isinstance(value, int | float) and isinstance(own, int | float):
+        return isinstance(value, bool) == isinstance(own, bool) and math.isfinite(value)
+    return type(value) is type(own)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 
-from hosfl_lightning.aggregation import AggregationRule, WeightedMean, combine, screen
+from hosfl_lightning.aggregation import MEAN, AggregationRule, combine, screen
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.clients import Anchor, Client, Cohort
@@ -71,7 +71,7 @@ class Algorithm(ABC):
     ) -> None:
         self.client_optimizer = client_optimizer if client_optimizer is not None else SGD()
         self.make_scheduler = client_scheduler
-        self.aggregation = aggregation if aggregation is not None else WeightedMean()
+        self.aggregation = aggregation if aggregation is not None else MEAN
         self.client: Client
         self.client_schedule: Any | None = None
 
@@ -159,7 +159,7 @@ class Algorithm(ABC):
             labels = labels[:, :width] if labels.dim() > 1 else labels
             z = anchor.z[rows, :width]
             inbox += taken(runner, SmashedData.pack(round, k, z, labels, mask, runner.codec.smashed_data, runner.seed))
-        return Visit(cohort, batch, anchor, inbox)
+        return Visit(cohort, batch, anchor, [message for message in inbox if self._fits(runner, message)])
 
     def respond(
         self, runner: Runner, round: int, visit: Visit, multipliers: list[Multiplier], basis: Basis
@@ -180,6 +180,13 @@ class Algorithm(ABC):
             if k in masks:
                 answers += taken(runner, ProjectedGradients(round, k, basis.describe(), v, n))
         return [answer for answer in answers if self._honest(runner, answer, visit.inbox)]
+
+    def _fits(self, runner: Runner, message: SmashedData) -> bool:
+        """Whether the server's half and loss can take what the client sent."""
+        reason = runner.server.module.objection(message)
+        if reason is not None:
+            runner.refuse(message.client, reason)
+        return reason is None
 
     def _honest(self, runner: Runner, answer: ProjectedGradients, inbox: list[SmashedData]) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""

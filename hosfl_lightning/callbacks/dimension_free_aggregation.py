@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule, WeightedMean, combine
+from hosfl_lightning.aggregation import MEAN, AggregationRule, combine
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import ProjectedGradients, Update
 
@@ -29,10 +29,10 @@ class DimensionFreeAggregation(Callback):
         self._update: Update | None = None
 
     def aggregate(
-        self, answers: list[ProjectedGradients], optimizer: ZerothOrder, rule: AggregationRule | None = None
+        self, answers: list[ProjectedGradients], optimizer: ZerothOrder, rule: AggregationRule = MEAN
     ) -> Update:
-        """The update record that goes to everybody; None: the weighted mean."""
-        self._update = combine(answers, optimizer, rule or WeightedMean(), mu=optimizer.mu)
+        """The update record that goes to everybody."""
+        self._update = combine(answers, optimizer, rule, mu=optimizer.mu)
         return self._update
 
     @override

@@ -185,11 +185,14 @@ def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Seque
         sizes: Elements of each tensor, in manifest order.
 
     Raises:
-        ValueError: An unknown kind, or settings that are not that kind's.
+        ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
     """
     settings = {name: value for name, value in description.items() if name != "kind"}
     match description.get("kind"), sorted(settings):
         case "shared_directions", ["distribution", "probes"]:
+            for name, kind in (("probes", int), ("distribution", str)):
+                if type(settings[name]) is not kind:
+                    raise ValueError(f"basis.{name} must be of type {kind.__name__}, got {settings[name]!r:.80}")
             return SharedDirections(seed, round, **settings)
         case "dense", []:
             return Dense(sizes)

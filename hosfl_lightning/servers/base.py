@@ -22,6 +22,7 @@ from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
 from hosfl_lightning.split import Lora, add_lora, export_adapter, split
 from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.wire import SmashedData
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Metric]
@@ -130,6 +131,13 @@ class SplitModule(L.LightningModule, ABC):
                 f"data of {owner}: a row of {longest} tokens, but {self.pretrained!r} has {positions} positions; "
                 "lower the data's sequence_length or max_length"
             )
+
+    def objection(self, message: SmashedData) -> str | None:
+        """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""
+        width = self.client_half.hidden_size
+        if message.z.width != width:
+            return f"its smashed data have {message.z.width} columns, the cut has {width}"
+        return None
 
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""

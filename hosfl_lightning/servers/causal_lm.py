@@ -8,6 +8,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import AutoModelForCausalLM
 
 from hosfl_lightning.servers.base import Metrics, SplitModule
+from hosfl_lightning.wire import SmashedData
 
 IGNORE = -100
 
@@ -29,6 +30,17 @@ class SplitCausalLM(SplitModule):
     def count(self, labels: Tensor) -> int:
         """Next tokens that are labelled."""
         return int((labels[:, 1:] != IGNORE).sum())
+
+    def objection(self, message: SmashedData) -> str | None:
+        """As in `SplitModule`, and the labels are tokens, one a position, or -100."""
+        size = self.server_half.config.get_text_config().vocab_size
+        if not message.labels_per_token:
+            return "it sent one label a sequence, a causal LM has one a token"
+        labels = message.labels.long()  # the size may be beyond the narrow type in which they travel
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= size))]
+        if len(wrong):
+            return f"its label {int(wrong[0])} is neither {IGNORE} nor in 0..{size - 1}"
+        return super().objection(message)
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``token_accuracy``."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.servers.base import Metrics, SplitModule, default_optimizer
 from hosfl_lightning.split import Lora
+from hosfl_lightning.wire import SmashedData
 
 
 class SplitSequenceClassifier(SplitModule):
@@ -58,6 +59,16 @@ class SplitSequenceClassifier(SplitModule):
                 f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
                 "model.init_args.num_labels to the number of classes"
             )
+
+    def objection(self, message: SmashedData) -> str | None:
+        """As in `SplitModule`, and the labels are classes, one a sequence."""
+        if message.labels_per_token:
+            return "it sent one label a token, a classifier has one a sequence"
+        labels = message.labels.long()  # the number may be beyond the narrow type in which they travel
+        wrong = labels[(labels < 0) | (labels >= self.num_labels)]
+        if len(wrong):
+            return f"its label {int(wrong[0])} is not in 0..{self.num_labels - 1}"
+        return super().objection(message)
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``accuracy``."""

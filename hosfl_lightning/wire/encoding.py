@@ -30,6 +30,8 @@ from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, Smashed
 from hosfl_lightning.wire.payload import MAX_DIMS, Form, layout, parse
 
 _IN_ENVELOPE = {"round", "client"}
+_LEAST_UNPACKED = torch.bool.itemsize + torch.int64.itemsize + torch.float32.itemsize
+"""Bytes of a position of a mask, once unpacked: itself, its label and one column of z."""
 _HINTS = {kind: get_type_hints(cls) for kind, cls in MESSAGES.items()}
 
 
@@ -187,7 +189,10 @@ def _forms(tensors: dict[str, Tensor]) -> dict[str, Form]:
 def _unpack_all_bits(tensors: dict[str, Tensor], bits: dict[str, Any], limit: int) -> dict[str, Tensor]:
     if not bits.keys() <= tensors.keys():
         raise FieldError(f"bits without a buffer: {', '.join(bits.keys() - tensors.keys()):.80}")
-    return tensors | {name: _unpack_bits(name, tensors[name], shape, limit) for name, shape in bits.items()}
+    numel = sum(_check_bits(name, tensors[name], shape) for name, shape in bits.items())
+    if numel * _LEAST_UNPACKED > limit:
+        raise TooLargeError(f"packed bits: {numel} elements would unpack to more than the limit of {limit} bytes")
+    return tensors | {name: _unpack_bits(tensors[name], shape) for name, shape in bits.items()}
 
 
 def _pack_bits(mask: Tensor) -> Tensor:
@@ -197,7 +202,8 @@ def _pack_bits(mask: Tensor) -> Tensor:
     return (octets << shifts).sum(1, dtype=torch.uint8)
 
 
-def _unpack_bits(name: str, packed: Tensor, shape: Any, limit: int) -> Tensor:
+def _check_bits(name: str, packed: Tensor, shape: Any) -> int:
+    """The number of elements."""
     if (
         not isinstance(shape, list)
         or not 0 < len(shape) <= MAX_DIMS
@@ -207,10 +213,14 @@ def _unpack_bits(name: str, packed: Tensor, shape: Any, limit: int) -> Tensor:
     numel = math.prod(shape)
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != -(-numel // 8):
         raise ShapeError(f"{name:.80}: {packed.dtype} {[*packed.shape]} does not hold the bits of {shape!s:.80}")
-    if numel > limit:
-        raise TooLargeError(f"{name:.80}: {numel} elements are over the limit of {limit} bytes")
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8)
-    return (packed[:, None] >> shifts & 1).reshape(-1)[:numel].reshape(shape).bool()
+    return numel
+
+
+def _unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
+    bits = torch.empty(len(packed), 8, dtype=torch.bool)
+    for place in range(8):  # one by one: all at once would take a temporary of the result's size
+        bits[:, place] = packed & 128 >> place
+    return bits.view(-1)[: math.prod(shape)].view(shape)
 
 
 def _is_dict(value: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hosfl_lightning.aggregation import Median, UpdateError, apply_update, combine
+from hosfl_lightning import HOSFL
+from hosfl_lightning.aggregation import MEAN, Median, UpdateError, apply_update, combine
+from hosfl_lightning.callbacks import DimensionFreeAggregation
 from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, UpdateRule, ZerothOrder
 from hosfl_lightning.rng import DISTRIBUTIONS
 from hosfl_lightning.wire import ProjectedGradients, Update, decode, encode
@@ -146,6 +149,10 @@ def test_the_order_of_arrival_does_not_matter() -> None:
     assert first.weights == second.weights
 
 
+SHARED: dict[str, Any] = {"kind": "shared_directions", "probes": 3, "distribution": "rademacher"}
+SGD_RULE: dict[str, Any] = {"name": "SGD", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.0}
+
+
 @pytest.fixture
 def update() -> Update:
     return next(iter(_live(_optimizer(RULES["sgd"]), SCHEDULES["constant"])))
@@ -160,6 +167,15 @@ def update() -> Update:
         ({"rule": {"name": "SGD", "lr": 0.1}}, r"has the settings \['lr'\] of SGD, not \['lr', 'momentum', 'weight_d"),
         ({"basis": {"kind": "moons"}}, "no basis is described by {'kind': 'moons'}"),
         ({"coefficients": torch.ones(5)}, r"\(3,\), got \(5,\)"),
+        ({"basis": SHARED | {"probes": "3"}}, "basis.probes must be of type int, got '3'"),
+        ({"basis": SHARED | {"probes": 3.0}}, "basis.probes must be of type int, got 3.0"),
+        ({"basis": SHARED | {"distribution": ["gauss16"]}}, r"basis.distribution must be of type str, got \['gauss16'"),
+        ({"rule": SGD_RULE | {"lr": "x"}}, "the update of round 10 has lr = 'x'; SGD needs one like 5.0"),
+        ({"rule": SGD_RULE | {"lr": True}}, "has lr = True; SGD needs one like 5.0"),
+        ({"rule": SGD_RULE | {"lr": math.nan}}, "has lr = nan; SGD needs one like 5.0"),
+        ({"rule": SGD_RULE | {"lr": [0.1]}}, r"has lr = \(0.1,\); SGD needs one like 5.0"),
+        ({"rule": SGD_RULE | {"lr": -1.0}}, "the update of round 10: SGD: lr must be >= 0, got -1.0"),
+        ({"rule": SGD_RULE | {"momentum": 1.0}}, r"SGD: momentum must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_a_record_that_does_not_fit_is_refused_and_changes_nothing(
@@ -171,6 +187,20 @@ def test_a_record_that_does_not_fit_is_refused_and_changes_nothing(
     _assert_same(client, _optimizer(SGD(lr=5.0)))
     assert (client.steps, client.param_groups[0]["lr"]) == (0, 5.0)
     apply_update(update, client)
+
+
+@pytest.mark.parametrize("betas", [0.9, [0.9], [0.9, "x"], [0.9, 1.5]])
+def test_moments_of_another_form_are_refused(betas: Any) -> None:
+    client = _optimizer(RULES["adamw"])
+    record = next(iter(_live(_optimizer(RULES["adamw"]), SCHEDULES["constant"])))
+    with pytest.raises(UpdateError, match="betas"):
+        apply_update(replace(record, rule=record.rule | {"betas": betas}), client)
+    assert client.steps == 0
+
+
+def test_there_is_one_default_rule() -> None:
+    defaults = [inspect.signature(f).parameters["rule"].default for f in (combine, DimensionFreeAggregation.aggregate)]
+    assert all(rule is MEAN for rule in [*defaults, HOSFL().aggregation])
 
 
 def test_an_update_applied_twice_is_refused(update: Update) -> None:

@@ -17,6 +17,7 @@ from hosfl_lightning.optim import SGD
 from hosfl_lightning.servers import PretrainedError
 from hosfl_lightning.servers.server import configured
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from hosfl_lightning.wire import SmashedData
 from tests.conftest import sgd
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 0, 0]])  # 0 is pad in the model's config
@@ -96,6 +97,21 @@ def test_a_classifier_trains_its_head_at_the_server(
     base = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=3)
     exported = PeftModel.from_pretrained(base, Path(trainer.log_dir) / "adapter").eval()
     assert torch.equal(exported(IDS, attention_mask=MASK).logits, model(IDS, MASK))
+
+
+def test_a_classifier_objects_to_what_are_no_classes(tiny_folder: Path) -> None:
+    model = SplitSequenceClassifier(str(tiny_folder), cut=2, num_labels=200)
+
+    def objection(labels: list[int] | torch.Tensor, width: int = 32) -> str | None:
+        z = torch.zeros(*MASK.shape, width)
+        return model.objection(SmashedData.pack(0, 0, z, torch.as_tensor(labels), MASK.bool()))
+
+    assert objection([0, 199]) is None
+    assert objection([0, 1]) is None
+    assert objection([0, 200]) == "its label 200 is not in 0..199"
+    assert objection([-100, 0]) == "its label -100 is not in 0..199"
+    assert objection([0, 1], 31) == "its smashed data have 31 columns, the cut has 32"
+    assert objection(IDS) == "it sent one label a token, a classifier has one a sequence"
 
 
 def test_the_start_follows_from_the_seed_and_leaves_the_random_state(tiny_folder: Path) -> None:

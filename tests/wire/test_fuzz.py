@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
-from hosfl_lightning.wire import Message, Multiplier, SmashedData, WireError, decode, encode
+from hosfl_lightning.wire import Message, Multiplier, SmashedData, TooLargeError, WireError, decode, encode
 from tests.rng.conftest import MemoryMeter
-from tests.wire.samples import every_form, reseal, same
+from tests.wire.samples import every_form, frame, reseal, same
 
 LIMIT = 1 << 20
 FIELDS = {4: "<H", 6: "<B", 7: "<B", 8: "<I", 12: "<I", 32: "<Q"}
@@ -185,3 +186,28 @@ def test_a_damaged_frame_is_the_message_or_is_refused(request: pytest.FixtureReq
     assert outcomes["ChecksumError"] > outcomes.total() / 10
     kinds = {name.removesuffix(" (resealed)") for name in outcomes} - {"decoded"}
     assert len(kinds) == 12, sorted(kinds)
+
+
+@pytest.mark.parametrize(("masks", "numel"), [(1, LIMIT), (1, 8 * LIMIT - 2**16), (90, 80_000)])
+def test_packed_bits_are_refused_before_they_are_unpacked(masks: int, numel: int) -> None:
+    """A bit of the frame becomes a byte: eight times a frame that keeps to the limit."""
+    names = [f"mask{i}" for i in range(masks)]
+    packed = {name: torch.zeros(numel // 8, dtype=torch.uint8) for name in names}
+    data = frame({"fields": {}, "bits": {name: [1, numel] for name in names}}, packed, kind=1)
+    assert len(data) < LIMIT
+    with MemoryMeter() as meter:
+        result, _ = decoded(data)
+    assert isinstance(result, TooLargeError)
+    assert meter.peak < 2**10
+
+
+def test_the_largest_mask_unpacks_within_the_limit() -> None:
+    """What the server makes of it, and what decoding takes beside it."""
+    numel = LIMIT // 13
+    mask = torch.arange(numel)[None] % 8192 == 7
+    message = SmashedData.pack(0, 0, torch.ones(1, numel, 1), torch.ones(1), mask)
+    data = encode(message)
+    with MemoryMeter() as meter:
+        result, _ = decoded(data)
+    assert same(result, message)
+    assert meter.peak < 2 * numel
