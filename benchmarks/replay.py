@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def record(optimizer: ZerothOrder, path: Path, rounds: int) -> ReplayLog:
         basis = optimizer.basis(round)
         values = torch.randn(CLIENTS, basis.size, generator=generator)
         answers = [ProjectedGradients(round, k, basis.describe(), v, 1000 + k) for k, v in enumerate(values)]
-        update = combine(answers, optimizer, mu=optimizer.mu, incarnation="0-0123456789ab")
+        update = replace(combine(answers, optimizer, mu=optimizer.mu), incarnation="0-0123456789ab")
         log.append(round, encode(update))
         for group in optimizer.param_groups:
             group["step"] += 1

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.aggregation import apply_update
+from hosfl_lightning.aggregation import apply_update, recorded
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.transport import InProcess
-from hosfl_lightning.wire import CatchUpRequest, Snapshot, Update, decode, encoded_size
+from hosfl_lightning.wire import CatchUpRequest, Snapshot, Update, encoded_size
 
 State = dict[str, Tensor]
 #: Seconds to read, check and decode one record on one core, whatever its size: see benchmarks/replay.py.
@@ -176,7 +176,7 @@ class Absentees:
             raise CatchUpError(f"{who} not hold what the others hold")
 
     def _record(self, frame: bytes) -> Update:
-        return decode(frame, "update", run_id=self.transport.run_id)  # type: ignore[return-value]
+        return recorded(frame, self.transport.run_id)
 
     def _current(self) -> tuple[int, State]:
         return self.optimizer.steps, client_state(self.optimizer)
@@ -202,6 +202,16 @@ def client_state(optimizer: ZerothOrder, copy: bool = False) -> State:
     for number, parameter in enumerate(optimizer.parameters):
         slots = {"theta": parameter.detach(), **optimizer.state.get(parameter, {})}
         held |= {f"{number}.{slot}": t.to("cpu", copy=True) if copy else t for slot, t in slots.items()}
+    return held
+
+
+def sized_state(optimizer: ZerothOrder) -> State:
+    """What `client_state` gives after the first step, without its values or their memory."""
+    slots = optimizer.rule.slots(optimizer.param_groups[0])
+    held: State = {}
+    for number, p in enumerate(optimizer.parameters):
+        held[f"{number}.theta"] = torch.empty_like(p, device="meta")
+        held |= {f"{number}.{slot}": torch.empty(p.numel(), dtype=torch.float32, device="meta") for slot in slots}
     return held
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +50,18 @@ def load(path: str | os.PathLike[str], map_location: torch.device | str = "cpu")
     if not isinstance(checkpoint, dict) or not {"state_dict", "settings", "fingerprint"} <= set(checkpoint):
         raise CheckpointError(f"ckpt_path: {str(path)!r} was not written by the Orchestrator")
     return checkpoint
+
+
+def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The checkpoints of a run folder that can be read, with their files.
+
+    Ours are written whole or not at all. A torn or foreign one is somebody else's doing: it is named and passed over.
+    """
+    for file in sorted((folder / "checkpoints").glob("*.ckpt")):
+        try:
+            yield file, load(file)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; it is passed over", stacklevel=2)
 
 
 def settings_of(trainer: Orchestrator) -> dict[str, Any]:

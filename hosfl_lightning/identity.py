@@ -24,7 +24,9 @@ def manifest(parameters: Mapping[str, Tensor]) -> list[list[Any]]:
 
 
 def run_id(settings: Mapping[str, Any], parameters: Mapping[str, Tensor], backbone: str) -> bytes:
-    """16 bytes that two processes share exactly when they run the same run.
+    """16 bytes of a run's settings and model: what its messages, log and checkpoints must have in common.
+
+    Not of its data, of the values at which θ_c starts, nor of when it ran: repeating a run gives the same 16 bytes.
 
     Args:
         settings: What a resumed run must agree on, plain values.

@@ -403,9 +403,13 @@ class Orchestrator(TrainerFace):
     def _open_history(self, resumed: run_folder.Resumption | None) -> None:
         """The past of a new run, or of the one that goes on."""
         self.history = History.of(self)
+        log = Path(self.log_dir) / run_folder.LOG
+        if resumed is not None and not self.replay_log and log.exists():
+            raise checkpoints.CheckpointError(
+                f"ckpt_path: the run wrote {log}, which would lack the rounds to come; set trainer.replay_log: true"
+            )
         if not self.replay_log or not self.is_global_zero or self.algorithm.basis(0) is None:
             return  # a control, a process that does not write, or a method without updates
-        log = Path(self.log_dir) / run_folder.LOG
         if resumed is None or not resumed.round or log.exists():
             self.history.open(log, resumed, self)
         elif isinstance(self.availability, Always):
@@ -502,7 +506,7 @@ class Orchestrator(TrainerFace):
 
     def cohorts(self, round: int, attempt: int = 0) -> list[Cohort]:
         """The sampled clients' minibatches: one cohort when batched, one a client otherwise."""
-        self.history.attend(round, self.clients_online(round, attempt), self.datamodule.num_clients)
+        self.history.attend(round, self.clients_online(round, attempt), self.datamodule.num_clients, attempt)
         clients = self.transport.own(self.sample(round, attempt))
         if not clients:
             return []

@@ -8,19 +8,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
 
 from hosfl_lightning import checkpoint as checkpoints
-from hosfl_lightning.aggregation import apply_update
+from hosfl_lightning.aggregation import apply_update, recorded
+from hosfl_lightning.catch_up import same_state
 from hosfl_lightning.files import write_whole
 from hosfl_lightning.identity import digest, manifest
 from hosfl_lightning.optim import UpdateRule, ZerothOrder
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.servers import SplitModule
-from hosfl_lightning.wire import decode
 
 
 class RebuildError(ValueError):
@@ -48,7 +47,7 @@ def rebuild(module: SplitModule, log: ReplayLog, to: int, rule: UpdateRule) -> Z
     run_id = bytes.fromhex(start["run_id"])
     quiet = not sys.stdout.isatty()
     for frame in track(log.frames(0, to), f"replaying {to} rounds", total=to, transient=True, disable=quiet):
-        apply_update(decode(frame, "update", run_id=run_id), optimizer)  # type: ignore[arg-type]
+        apply_update(recorded(frame, run_id), optimizer)
     return optimizer
 
 
@@ -97,9 +96,9 @@ def _check(module: SplitModule, log: ReplayLog, to: int) -> None:
 
 def _checkpoints(run: Path, round: int) -> list[tuple[Path, dict[str, Tensor]]]:
     """The trained tensors of the run's checkpoints of that round."""
-    found = [(path, checkpoints.load(path)) for path in sorted((run / "checkpoints").glob("*.ckpt"))]
-    return [(path, held["state_dict"]) for path, held in found if held["global_step"] == round]
+    return [(path, held["state_dict"]) for path, held in checkpoints.whole(run) if held["global_step"] == round]
 
 
 def _equal(held: dict[str, Tensor], state: dict[str, Tensor]) -> bool:
-    return all(torch.equal(held[f"client_half.{name}"], tensor) for name, tensor in state.items())
+    client = {name: tensor for name, tensor in held.items() if name.startswith("client_half.")}
+    return same_state(client, {f"client_half.{name}": tensor for name, tensor in state.items()})

@@ -90,6 +90,7 @@ class ReplayLog:
         self.path = Path(path)
         self.starts: list[dict[str, Any]] = []
         self._records: list[_Record] = []  # the live ones: the index is the round
+        self._voided: list[tuple[int, _Record]] = []  # with the number of the START that voided it
         self._origin = self._tip = _GENESIS  # chain values of the first START and of the last entry
         self._size = 0  # of the whole entries
         self._next: int | None = None
@@ -124,7 +125,7 @@ class ReplayLog:
         Args:
             path: The file; made when it holds no whole entry and ``at_round`` is 0.
             start: What a replay has to know, as JSON writes it. ``incarnation`` tells apart servers that may compute
-                other bits; every other value must be that of the log's first START.
+                other bits; every other value but ``hardware`` and ``pretrained`` must be that of the log's first START.
             at_round: The checkpoint's round: the number of rounds that are done.
             head: What :meth:`head` gave when the checkpoint was made.
 
@@ -168,7 +169,7 @@ class ReplayLog:
             raise WitnessError(
                 f"{self.path}: round {round}, executed again, differs from the update on record, which clients may "
                 "have applied. Data, code, library versions or hardware are not those of the first time: resume with "
-                "those, or as another incarnation, which voids the rounds from the checkpoint on"
+                "those, or start a new run"
             )
         self._next += 1
 
@@ -189,10 +190,12 @@ class ReplayLog:
         """
         stop = self.rounds if stop is None else stop
         self._require(stop)
-        with self.path.open("rb") as file:
-            for record in self._records[first:stop]:
-                file.seek(record.offset)
-                yield file.read(record.length)
+        yield from self._read_frames(self._records[first:stop])
+
+    def voided_frames(self, first: int = 0) -> Iterator[bytes]:
+        """What was broadcast and then voided by ``starts[first:]``, in the order in which clients received it."""
+        voided = [record for start, record in self._voided if start >= first]
+        yield from self._read_frames(sorted(voided))  # by their place in the file
 
     def incarnation_of(self, round: int) -> str:
         """The incarnation of the server that recorded a round.
@@ -202,6 +205,12 @@ class ReplayLog:
         """
         self._require(round + 1)
         return self._records[round].incarnation
+
+    def _read_frames(self, records: list[_Record]) -> Iterator[bytes]:
+        with self.path.open("rb") as file:
+            for record in records:
+                file.seek(record.offset)
+                yield file.read(record.length)
 
     def _require(self, rounds: int) -> None:
         if rounds > self.rounds:
@@ -213,7 +222,8 @@ class ReplayLog:
     def _check(self, start: dict[str, Any], at_round: int, head: str | None) -> None:
         self._require(at_round)
         recorded = self.starts[0] if self.starts else {}
-        apart = {"incarnation", "hardware", "from_round"}
+        # A model may have moved: its fingerprint tells which one it is.
+        apart = {"incarnation", "hardware", "from_round", "pretrained"}
         if other := sorted(k for k in (start.keys() | recorded.keys()) - apart if start.get(k) != recorded.get(k)):
             raise OtherRunError(
                 f"{self.path}: the log of another run: {', '.join(other)} differ; resume with that run's settings, or "
@@ -237,6 +247,7 @@ class ReplayLog:
             )
         if entry.type == _START:
             self._origin = self._origin if self.starts else entry.digest
+            self._voided += [(len(self.starts), record) for record in self._records[entry.round :]]
             del self._records[entry.round :]
             self.starts.append(json.loads(entry.body) | {"from_round": entry.round})
         else:

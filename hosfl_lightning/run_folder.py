@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from hosfl_lightning.checkpoint import CheckpointError, load
+from hosfl_lightning.checkpoint import CheckpointError, load, whole
 from hosfl_lightning.files import rename, write_whole
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.transport import InProcess
@@ -73,18 +73,8 @@ def find(ckpt_path: str) -> Resumption:
 
 
 def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The checkpoints from which a run can go on.
-
-    Ours are written whole or not at all. A torn one is somebody else's doing: passing it over costs rounds, no bits.
-    """
-    for file in sorted((folder / "checkpoints").glob("*.ckpt")):
-        try:
-            checkpoint = load(file)
-        except CheckpointError as error:
-            warnings.warn(f"{error}; it is passed over", stacklevel=2)
-            continue
-        if "method" in checkpoint:
-            yield file, checkpoint
+    """The checkpoints from which a run can go on: passing over another costs rounds, no bits."""
+    return ((file, checkpoint) for file, checkpoint in whole(folder) if "method" in checkpoint)
 
 
 def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:

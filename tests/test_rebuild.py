@@ -187,6 +187,18 @@ class TestCommand:
         assert line == f"the client half that the log of {run} gives differs from last.ckpt"
         assert json.loads((tmp_path / "out" / "replay.json").read_text())["differs_from"] == ["last.ckpt"]
 
+    def test_files_that_are_no_checkpoints_of_the_run(self, finished: Finished, tmp_path: Path) -> None:
+        run = finished.copy(tmp_path / "run")
+        (run / "checkpoints" / "torn.ckpt").write_bytes((run / "checkpoints" / "last.ckpt").read_bytes()[:-100])
+        with pytest.warns(UserWarning, match=r"torn.ckpt' is not a whole.*; it is passed over"):
+            hosfl("replay", f"--run={run}", f"--out={tmp_path / 'out'}")
+        other = load(run / "checkpoints" / "last.ckpt") | {"state_dict": {"client_half.other": torch.ones(1)}}
+        save(other, run / "checkpoints" / "torn.ckpt")
+        with pytest.raises(RuntimeError, match="exit code 2"):
+            hosfl("replay", f"--run={run}", f"--out={tmp_path / 'out'}")
+        report = json.loads((tmp_path / "out" / "replay.json").read_text())
+        assert (report["equal_to"], report["differs_from"]) == (["last.ckpt"], ["torn.ckpt"])
+
     def test_bad_requests_get_one_line(
         self, finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -246,6 +246,16 @@ def test_another_incarnation_voids_the_rounds_it_does_again(path: Path) -> None:
     assert again.head(2) == head
 
 
+def test_what_was_voided_is_read_in_the_order_in_which_it_was_sent(path: Path) -> None:
+    write(path)
+    ReplayLog.open(path, incarnation("b"), at_round=2).append(2, b"by b")
+    ReplayLog.open(path, incarnation("c"), at_round=1)
+    log = ReplayLog.read(path)
+    assert list(log.voided_frames()) == [*FRAMES[1:], b"by b"]
+    assert list(log.voided_frames(first=2)) == [FRAMES[1], b"by b"]
+    assert list(log.voided_frames(first=3)) == []
+
+
 def test_an_incarnation_has_no_witnesses_but_its_own(path: Path) -> None:
     write(path)
     ReplayLog.open(path, incarnation("b"), at_round=2).append(2, b"by b")
@@ -292,6 +302,11 @@ def test_the_log_of_another_run_is_refused(path: Path, change: dict[str, Any]) -
     with pytest.raises(OtherRunError, match=f"{next(iter(change))} differ"):
         ReplayLog.open(path, START | change)
     assert path.read_bytes() == before
+
+
+def test_a_model_that_was_moved_is_the_same_model(path: Path) -> None:
+    ReplayLog.open(path, START | {"pretrained": "/here/model"}).append(0, FRAMES[0])
+    assert ReplayLog.open(path, START | {"pretrained": "/there/model"}, at_round=1).rounds == 1
 
 
 def test_a_log_that_ends_before_the_checkpoint_is_refused(path: Path) -> None:

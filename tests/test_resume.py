@@ -268,6 +268,15 @@ class TestRefused:
         with pytest.raises(WitnessError, match="round 0, executed again, differs from the update on record"):
             run.trainer().fit(run.model(), data, ckpt_path=str(run.folder))
 
+    @pytest.mark.parametrize("rounds", [1, 3])
+    def test_a_log_that_would_go_stale(self, run: SmallRun, rounds: int) -> None:
+        settings: dict[str, Any] = {"availability": Always()}
+        interrupted(run, rounds, **settings)
+        with pytest.raises(
+            CheckpointError, match=r"which would lack the rounds to come; set trainer\.replay_log: true"
+        ):
+            run.fit(ckpt_path=run.folder, replay_log=False, **settings)
+
     def test_a_folder_that_is_no_runs(self, run: SmallRun, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"has no run.json, .* begin anew without ckpt_path"):
             run.fit(ckpt_path=tmp_path)

@@ -11,7 +11,7 @@ import torch
 from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.optim import ZerothOrder, basis_of
-from hosfl_lightning.wire import ProjectedGradients, Update
+from hosfl_lightning.wire import LIMIT, ProjectedGradients, Update, decode
 
 MEAN: AggregationRule = WeightedMean()
 """The rule wherever none is given."""
@@ -26,7 +26,6 @@ def combine(
     optimizer: ZerothOrder,
     rule: AggregationRule = MEAN,
     mu: float | None = None,
-    incarnation: str = "",
 ) -> Update:
     """A round's answers as one update record.
 
@@ -36,7 +35,6 @@ def combine(
             record's.
         rule: How the coefficients become one vector.
         mu: Smoothing length as rounded, where there are probes.
-        incarnation: Which server, on which hardware, makes the record.
 
     Returns:
         Who took part with which weights, v̄, and the rule with its learning rate: enough for `apply_update`.
@@ -56,8 +54,16 @@ def combine(
         participants=[answer.client for answer in answers],
         weights=w,
         mu=mu,
-        incarnation=incarnation,
     )
+
+
+def recorded(frame: bytes, run_id: bytes) -> Update:
+    """The update of a frame of the run's own log, which may be longer than what is taken from a wire.
+
+    Raises:
+        WireError: The frame is no update of this run.
+    """
+    return decode(frame, "update", run_id=run_id, limit=max(LIMIT, len(frame)))  # type: ignore[return-value]
 
 
 def apply_update(update: Update, optimizer: ZerothOrder) -> None:

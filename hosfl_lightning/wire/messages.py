@@ -211,6 +211,7 @@ class Update:
         weights: Their w_k, in the same order.
         mu: μ, the smoothing length as it was rounded; None where there are no probes.
         incarnation: Which server, on which hardware, made it.
+        attempt: How often the round was repeated before: with the round it tells who was online.
     """
 
     kind: ClassVar[str] = "update"
@@ -223,10 +224,11 @@ class Update:
     weights: list[float]
     mu: float | None = None
     incarnation: str = ""
+    attempt: int = 0
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        check_counts(self.kind, round=self.round, step=self.step)
+        check_counts(self.kind, round=self.round, step=self.step, attempt=self.attempt)
         check_settings(self.kind, "basis", self.basis)
         check_settings(self.kind, "rule", self.rule)
         check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))

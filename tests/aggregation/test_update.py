@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hosfl_lightning import HOSFL
-from hosfl_lightning.aggregation import MEAN, Median, UpdateError, apply_update, combine
+from hosfl_lightning import HOSFL, aggregation
+from hosfl_lightning.aggregation import MEAN, Median, UpdateError, apply_update, combine, recorded
 from hosfl_lightning.callbacks import DimensionFreeAggregation
 from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, UpdateRule, ZerothOrder
 from hosfl_lightning.rng import DISTRIBUTIONS
-from hosfl_lightning.wire import ProjectedGradients, Update, decode, encode
+from hosfl_lightning.wire import AddressError, ProjectedGradients, TooLargeError, Update, decode, encode
 
 ROUNDS = 6
 SHAPES = [(5, 3), (), (40,)]
@@ -56,7 +56,7 @@ def _live(optimizer: ZerothOrder, schedule: Callable[[int], float]) -> Iterable[
     scheduler = LambdaLR(optimizer, schedule)
     for round in range(10, 10 + ROUNDS):
         basis = optimizer.basis(round)
-        update = combine(_answers(round, basis), optimizer, mu=optimizer.mu, incarnation="here")
+        update = combine(_answers(round, basis), optimizer, mu=optimizer.mu)
         optimizer.record(update.coefficients, basis)
         optimizer.step()
         scheduler.step()
@@ -130,14 +130,26 @@ def test_gradients_are_applied_by_the_same_function() -> None:
 def test_the_record_says_who_and_how() -> None:
     optimizer = _optimizer(RULES["adamw"])
     answers = _answers(9, optimizer.basis(9))
-    update = combine(answers, optimizer, Median(), mu=0.25, incarnation="a machine")
+    update = combine(answers, optimizer, Median(), mu=0.25)
     update.check()
-    assert (update.round, update.step, update.mu, update.incarnation) == (9, 1, 0.25, "a machine")
+    assert (update.round, update.step, update.mu) == (9, 1, 0.25)
     assert update.participants == [1, 4, 5]
     assert update.weights == [3 / 16, 6 / 16, 7 / 16]
     assert update.rule == {"name": "AdamW", "lr": 0.1, "weight_decay": 0.2, "betas": (0.8, 0.95), "eps": 1e-8}
     values = torch.stack([a.coefficients for a in answers])
     assert torch.equal(update.coefficients, values.median(dim=0).values)
+
+
+def test_a_long_record_of_our_own_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = _optimizer(RULES["sgd"])
+    frame = encode(combine(_answers(0, Dense([10_000])), optimizer))
+    monkeypatch.setattr(decode, "__kwdefaults__", {**(decode.__kwdefaults__ or {}), "limit": 30_000})
+    monkeypatch.setattr(aggregation.update, "LIMIT", 30_000)
+    with pytest.raises(TooLargeError):
+        decode(frame)
+    assert len(recorded(frame, bytes(16)).coefficients) == 10_000
+    with pytest.raises(AddressError):
+        recorded(frame, bytes(range(16)))
 
 
 def test_the_order_of_arrival_does_not_matter() -> None:
