@@ -182,8 +182,6 @@ class Orchestrator(TrainerFace):
     def _fit(self, model: SplitModule, datamodule: FederatedDataModule, resumed: run_folder.Resumption | None) -> None:
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
         self._initial = digest(start)
-        if resumed is not None and self.controls:
-            run_folder.check_start(resumed, self._initial)
         result = self._run(model, datamodule, resumed, None)
         if self.is_global_zero and model.lora is not None:
             model.export(str(Path(self.log_dir) / "adapter"))
@@ -388,6 +386,8 @@ class Orchestrator(TrainerFace):
             self._setup_training(model)
             if resumed is not None and resumed.checkpoint is not None:
                 checkpoints.restore(self, resumed.checkpoint)
+            if resumed is not None and self.controls:
+                run_folder.check_start(resumed, self._initial)
             self._open_history(resumed)
             if self.announces and self.is_global_zero:  # only now that nothing can refuse it
                 run_folder.set_aside(self.log_dir, resumed)
