@@ -80,6 +80,13 @@ def row(full: bool, rule: UpdateRule, probes: int, batch: dict[str, Tensor], coh
     )
 
 
+def minibatch() -> tuple[dict[str, Tensor], Cohort]:
+    """8 x 128 tokens, all of them labelled."""
+    ids = torch.randint(0, 8192, (8, 128), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return batch, Cohort.join([0], [batch], lambda labels: labels.numel())
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,9 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    ids = torch.randint(0, 8192, (8, 128))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    cohort = Cohort.join([0], [batch], lambda labels: labels.numel())
+    batch, cohort = minibatch()
     print(f"{hardware(torch.device('cpu'))}, fp32\n")
     print("| client | rule | P | plain forward | time / (P + 1) forwards | forward's peak | client's peak / it |")
     print("|---|---|---|---|---|---|---|")

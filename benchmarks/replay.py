@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from client_step import client, seconds, step
+from client_step import client, minibatch, seconds, step
 
 from hosfl_lightning.aggregation import apply_update, combine
-from hosfl_lightning.clients import Cohort
 from hosfl_lightning.identity import hardware
 from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
 from hosfl_lightning.replay import ReplayLog
@@ -68,9 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    ids = torch.randint(0, 8192, (8, 128))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    rows = Cohort.join([0], [batch], lambda labels: labels.numel()).rows
+    batch, cohort = minibatch()
     print(hardware(torch.device("cpu")))
     print(f"{'client':6} {'d_c':>9} {'rule':6} {'P':>3} {'bytes a round':>14} {'rounds / s':>11} {'live / s':>9}")
     for full in (False, True):
@@ -82,7 +79,7 @@ def main() -> None:
                     log = record(who.optimizer, Path(folder) / "updates.log", arguments.rounds)
                     size = log.path.stat().st_size / arguments.rounds
                     replayed = arguments.rounds / median(partial(replay, who.optimizer, log.path), arguments.repeats)
-                live = 1 / median(partial(step, who, batch, rows, 0), arguments.repeats)
+                live = 1 / median(partial(step, who, batch, cohort.rows, 0), arguments.repeats)
                 print(
                     f"{'full' if full else 'LoRA':6} {elements:9,} {type(rule).__name__:6} {probes:3} {size:14.0f} "
                     f"{replayed:11.1f} {live:9.1f}",

@@ -81,7 +81,7 @@ def settings_of(trainer: Orchestrator) -> dict[str, Any]:
     }
 
 
-def collect(trainer: Orchestrator, weights_only: bool) -> dict[str, Any]:
+def collect(trainer: Orchestrator, weights_only: bool = False) -> dict[str, Any]:
     """What a resumed run needs; the module's own hook adds the tensors that are trained."""
     checkpoint: dict[str, Any] = {
         "global_step": trainer.global_step,

@@ -393,7 +393,7 @@ class Orchestrator(TrainerFace):
                 run_folder.set_aside(self.log_dir, resumed)
             if resumed is not None and resumed.folder is not None:
                 run_folder.rewind(self.loggers, resumed)
-                self._write_checkpoints(resumed.checkpoint["files"] if resumed.checkpoint is not None else {})
+                self._write_checkpoints(resumed.files)
             self._pending = {}
             try:
                 return self._train()
@@ -486,7 +486,7 @@ class Orchestrator(TrainerFace):
                 self.attempts.append(attempt)
                 return loss
         path = Path(self.log_dir) / "checkpoints" / "stopped.ckpt"
-        self._save(str(path), weights_only=False, files={})
+        self._save(str(path), {})
         remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if len(attempts) == 1 else "")
         raise TooFewClientsError(
             f"round {round}: {reason}, tried {len(attempts)} time(s); {remedy}, and go on from the state before the "
@@ -626,11 +626,11 @@ class Orchestrator(TrainerFace):
         for name, weights_only in files.items():
             path = os.path.join(self.log_dir, name)
             if weights_only is not None:
-                self._save(path, weights_only, files)
+                self._save(path, files, weights_only)
             elif self.is_global_zero:
                 discard(path)
 
-    def _save(self, filepath: str, weights_only: bool, files: Mapping[str, bool | None]) -> None:
+    def _save(self, filepath: str, files: Mapping[str, bool | None], weights_only: bool = False) -> None:
         checkpoint = {**checkpoints.collect(self, weights_only), "files": dict(files)}
         self.call("on_save_checkpoint", checkpoint=checkpoint)
         if self.is_global_zero:

@@ -45,6 +45,15 @@ class Resumption:
         return self.checkpoint["global_step"] if self.checkpoint is not None else 0
 
     @property
+    def files(self) -> dict[str, bool | None]:
+        """What was to be written or deleted in the checkpoint's round: checkpoints of this folder, whatever it says."""
+        folder, named = self.folder, (self.checkpoint or {}).get("files", {})
+        if folder is None:
+            return {}
+        own = {name for name in named if (folder / name).resolve().is_relative_to(folder.resolve())}
+        return {name: how for name, how in named.items() if name in own and name.endswith(".ckpt")}
+
+    @property
     def last_row(self) -> int:
         """The last row of metrics that stays; −1: none."""
         return self.round if self.checkpoint is not None else -1

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,28 @@ def labelled_file(path: Path, init_args: dict[str, Any], classes: int) -> Path:
     rows = [{text: f"number {i % classes} of {i}", label: i % classes} for i in range(200)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@dataclass
+class Finished:
+    """A run from the command line, and where it lies."""
+
+    command: cli.HOSFLCommand
+    root: Path
+
+    @property
+    def folder(self) -> Path:
+        return self.root / "runs" / "version_0"
+
+    @property
+    def checkpoint(self) -> str:
+        return f"--ckpt_path={self.folder}/checkpoints/last.ckpt"
+
+    def again(self, action: str, *args: str) -> cli.HOSFLCommand:
+        """Another command from the run's own config, in another folder."""
+        where = f"--trainer.default_root_dir={self.root / action}"
+        return hosfl(action, f"--config={self.folder}/config.yaml", where, *args)
+
+    def copy(self, to: Path) -> Path:
+        """A run folder that may be damaged."""
+        return Path(shutil.copytree(self.folder, to))

@@ -6,7 +6,6 @@ import csv
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,33 +16,12 @@ import yaml
 from safetensors.torch import load_file
 
 from hosfl_lightning import cli
-from tests.recipe_runs import ROOT, command_line, hosfl, load, small
+from tests.recipe_runs import ROOT, Finished, command_line, hosfl, load, small
 
 TEXT = ROOT / "recipes" / "stories260k" / "shakespeare_hosfl_lora.yaml"
 CLASSES = ROOT / "recipes" / "minilm" / "banking77_hosfl_lora.yaml"
 LORA = "--model.init_args.lora"
 METHOD = "--trainer.algorithm.init_args"
-
-
-@dataclass
-class Finished:
-    """A run of two rounds, and where it lies."""
-
-    command: cli.HOSFLCommand
-    root: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.root / "runs" / "version_0"
-
-    def again(self, action: str, *args: str) -> cli.HOSFLCommand:
-        """Another command from the run's own config, in another folder."""
-        where = f"--trainer.default_root_dir={self.root / action}"
-        return hosfl(action, f"--config={self.folder}/config.yaml", where, *args)
-
-    @property
-    def checkpoint(self) -> str:
-        return f"--ckpt_path={self.folder}/checkpoints/last.ckpt"
 
 
 @pytest.fixture(scope="module")

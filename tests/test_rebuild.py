@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.rebuild import RebuildError, rebuild
 from hosfl_lightning.replay import ReplayLog
 from tests.conftest import RandomTokens
-from tests.recipe_runs import ROOT, command_line, hosfl, small
+from tests.recipe_runs import ROOT, Finished, command_line, hosfl, small
 
 MakeModel = Callable[..., SplitCausalLM]
 MakeOrchestrator = Callable[..., Orchestrator]
@@ -117,22 +115,6 @@ class TestRebuild:
         next(p for p in changed.server_half.parameters() if not p.requires_grad).data.add_(0.5)
         with pytest.raises(RebuildError, match="backbone has other weights"):
             rebuild(changed, log, 1, SGD())
-
-
-@dataclass
-class Finished:
-    """A run from the command line, and where it lies."""
-
-    command: cli.HOSFLCommand
-    root: Path
-
-    @property
-    def folder(self) -> Path:
-        return self.root / "runs" / "version_0"
-
-    def copy(self, to: Path) -> Path:
-        """A run folder that may be damaged."""
-        return Path(shutil.copytree(self.folder, to))
 
 
 @pytest.fixture(scope="module")

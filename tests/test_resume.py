@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 
 from hosfl_lightning import Orchestrator
 from hosfl_lightning.availability import Always
-from hosfl_lightning.checkpoint import CheckpointError, collect, load
+from hosfl_lightning.checkpoint import CheckpointError, collect, load, save
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.replay import OtherRunError, ReplayLog, WitnessError
 from tests.faults import Killed, count_writes, disk_states, killed_at
@@ -36,7 +37,7 @@ def run(tmp_path: Path) -> SmallRun:
 
 def held(trainer: Orchestrator) -> Any:
     """All that a finished run holds in memory: parameters, optimizers, schedules, absentees, callbacks."""
-    return plain(collect(trainer, weights_only=False))
+    return plain(collect(trainer))
 
 
 def put_back(state: Path, run: SmallRun) -> None:
@@ -150,6 +151,19 @@ class TestWays:
 
         with pytest.raises(KeyboardInterrupt, match="no round had begun: start it anew"):
             run.fit(Interrupts())
+
+    def test_a_checkpoint_cannot_delete_or_write_outside_of_its_folder(self, run: SmallRun, tmp_path: Path) -> None:
+        interrupted(run, 3)
+        kept = [tmp_path / "mine.ckpt", run.folder / "notes.txt"]
+        for file in kept:
+            file.write_text("mine")
+        path = checkpoint_at(run, 2)
+        names = [str(kept[0]), os.path.relpath(kept[0], run.folder), "notes.txt"]
+        foreign = dict.fromkeys(names) | {"../written.ckpt": False}
+        save({**load(path), "files": foreign}, path)
+        run.fit(ckpt_path=path)
+        assert [file.read_text() for file in kept] == ["mine", "mine"]
+        assert not (run.folder.parent / "written.ckpt").exists()
 
     def test_more_rounds(self, run: SmallRun) -> None:
         expected = held(run.fit())
