@@ -49,8 +49,8 @@ class History:
     def of(cls, trainer: Orchestrator) -> History:
         """A run that has no past yet; its messages bear its id from here on."""
         model, settings = trainer.lightning_module, settings_of(trainer)
-        backbone = model.fingerprint()
-        name = run_id(settings, model.client_parameters, backbone)
+        trained, backbone = trainer.algorithm.parameters(model), model.fingerprint()
+        name = run_id(settings, trained, backbone)
         here = hardware(trainer.fabric.device)
         trainer.transport.run_id = name
         start = {
@@ -58,8 +58,8 @@ class History:
             "run_id": name.hex(),
             "incarnation": incarnation(0, here),
             "hardware": here,
-            "manifest": manifest(model.client_parameters),
-            "initial": digest(model.client_parameters),
+            "manifest": manifest(trained),
+            "initial": digest(trained),
             "settings": settings,
             "pretrained": model.pretrained,
             "fingerprint": backbone,

@@ -172,6 +172,8 @@ class Orchestrator(TrainerFace):
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         resumed = run_folder.find(ckpt_path) if ckpt_path else None
+        self.algorithm.check(model)
+        self._check_place()
         self.announces = True
         try:
             self._fit(model, datamodule, resumed)
@@ -349,6 +351,13 @@ class Orchestrator(TrainerFace):
         model.check_examples(data.validation_set, "validation")
         model.check_examples(data.test_set, "test")
 
+    def _check_place(self) -> None:
+        """Whether the method can run where the settings say."""
+        if self.devices > 1 and not self.algorithm.joint:
+            raise ValueError(
+                f"trainer.devices: the clients of {self.algorithm.name} run one after the other; set it to 1"
+            )
+
     def _setup_training(self, model: SplitModule) -> None:
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
         self.algorithm.setup(model, self.seed, self.callbacks)
@@ -505,14 +514,23 @@ class Orchestrator(TrainerFace):
         return sorted([k for k in order.tolist() if k in online][: self.num_sampled])
 
     def cohorts(self, round: int, attempt: int = 0) -> list[Cohort]:
-        """The sampled clients' minibatches: one cohort when batched, one a client otherwise."""
+        """The sampled clients' first minibatches: one cohort when they run as one batch, one a client otherwise."""
         self.history.attend(round, self.clients_online(round, attempt), self.datamodule.num_clients, attempt)
         clients = self.transport.own(self.sample(round, attempt))
         if not clients:
             return []
-        groups = [clients] if self.simulation == "batched" else [[k] for k in clients]
-        count = self.lightning_module.count
-        return [Cohort.join(g, [self.datamodule.client_batch(k, round) for k in g], count) for g in groups]
+        together = self.algorithm.joint and self.simulation == "batched"
+        groups = [clients] if together else [[k] for k in clients]
+        return [self._cohort(group, round * self.algorithm.local_steps) for group in groups]
+
+    def minibatch(self, client: int, step: int) -> Cohort:
+        """As in `Runner`."""
+        return self._cohort([client], step)
+
+    def _cohort(self, clients: list[int], step: int) -> Cohort:
+        model = self.lightning_module
+        batches = [model.prepare(self.datamodule.client_batch(k, step)) for k in clients]
+        return Cohort.join(clients, batches, model.count)
 
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule, first: Evaluation) -> RunResult:
         """The rounds from a start that was validated already: no controls, no summary, no announcement."""

@@ -66,7 +66,12 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
         "gap_closed": gap_closed(result, controls["frozen"], controls["first_order"]) if both else None,
         "client_peak_bytes": memory["client_peak_bytes"],
         "client_forward_bytes": memory["client_forward_bytes"],
+        "client_forwards_per_round": memory.get("client_forwards"),
+        "client_seconds_per_round": memory.get("client_seconds"),
+        "local_steps": trainer.algorithm.local_steps,
         "bytes_per_client_round": communication.per_client_round,
+        "bytes_up": communication.up_bytes,
+        "bytes_down": communication.down_bytes,
         "seconds_per_round": median(result.seconds) if result.seconds else None,
         "codec": asdict(trainer.codec),
         "catch_up": dict(trainer.history.absentees.chosen) if trainer.history.absentees is not None else {},
@@ -117,7 +122,7 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     peak, forward = summary["client_peak_bytes"], summary["client_forward_bytes"]
     lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
     kinds = ", ".join(
-        f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items()
+        f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items() if value
     )
     lines.append(("bytes per client and round", kinds))
     if summary["catch_up"]:

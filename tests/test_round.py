@@ -239,7 +239,7 @@ def test_the_client_holds_nothing_of_the_server_and_the_server_no_inputs(
     assert all(checked)
     smashed = [m for m in sent if isinstance(m, SmashedData)]
     assert len(smashed) == 9
-    assert len(kept) == 5  # two to measure memory, then three rounds
+    assert len(kept) == 7  # four to measure memory and arithmetic, then three rounds
     assert set(kept) == {((), None)}  # no graph hangs on what the client keeps
     client_ids = {id(p) for p in trainer.algorithm.client.half.parameters()}
     assert not client_ids & {id(p) for p in model.server_half.parameters()}  # this model's head is not tied

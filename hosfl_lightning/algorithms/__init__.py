@@ -4,5 +4,6 @@ from hosfl_lightning.algorithms.base import Algorithm, TooFewClientsError
 from hosfl_lightning.algorithms.frozen import Frozen
 from hosfl_lightning.algorithms.hosfl import HOSFL
 from hosfl_lightning.algorithms.splitfed_sgd import SplitFedSGD
+from hosfl_lightning.algorithms.splitfed_v2 import SplitFedV2
 
-__all__ = ["HOSFL", "Algorithm", "Frozen", "SplitFedSGD", "TooFewClientsError"]
+__all__ = ["HOSFL", "Algorithm", "Frozen", "SplitFedSGD", "SplitFedV2", "TooFewClientsError"]

@@ -1,28 +1,26 @@
-"""The six steps of a round, shared by every method that cuts the model and returns λ."""
+"""What the orchestrator needs of a method."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict
+from typing import Any, ClassVar, Literal, Protocol
 
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosfl_lightning.aggregation import MEAN, AggregationRule, combine, screen
+from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.clients import Anchor, Client, Cohort
+from hosfl_lightning.clients import Client, Cohort
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.servers.server import Server
 from hosfl_lightning.transport import InProcess
-from hosfl_lightning.wire import Codecs, Multiplier, ProjectedGradients, SmashedData, Update, WireError
-
-M = TypeVar("M", SmashedData, ProjectedGradients)
+from hosfl_lightning.wire import Codecs, Update
 
 
 class TooFewClientsError(RuntimeError):
@@ -30,12 +28,15 @@ class TooFewClientsError(RuntimeError):
 
 
 class Runner(Protocol):
-    """What a round needs of whoever runs it: the server, the way to it, and the clients' device."""
+    """What a round needs of whoever runs it: the server, the way to it, and the clients' device and data."""
 
     server: Server
     transport: InProcess
     codec: Codecs
     seed: int
+
+    def minibatch(self, client: int, step: int) -> Cohort:
+        """One client alone, with the minibatch of its local step ``round · local_steps + s``."""
 
     def refuse(self, client: int, reason: str) -> None:
         """Name and count a client whose message is not taken; the round goes on without it."""
@@ -54,14 +55,23 @@ class Runner(Protocol):
 
 
 class Algorithm(ABC):
-    """What a method does at steps 2 to 6; sampling, data, hooks, logging and checkpoints are the orchestrator's.
+    """What a method does in a round; sampling, data, hooks, logging and checkpoints are the orchestrator's.
 
     Args:
-        client_optimizer: The update rule on θ_c.
+        client_optimizer: The update rule on what the clients train.
         client_scheduler: The schedule of its learning rate, stepped once a round; every update carries the rate it was
             made with.
         aggregation: The server's mean over the clients' answers; None: the weighted mean.
     """
+
+    #: What a client holds of the model: the layers before the cut, or all of it.
+    client_holds: ClassVar[Literal["half", "whole"]] = "half"
+    #: How the server trains its half: by backprop, by forwards alone, or not at all.
+    server_order: ClassVar[Literal["first", "zeroth", "none"]] = "first"
+    #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
+    joint: ClassVar[bool] = True
+    #: Minibatches, and steps, of a client in a round.
+    local_steps: int = 1
 
     def __init__(
         self,
@@ -91,11 +101,29 @@ class Algorithm(ABC):
                 raise ValueError(f"trainer.callbacks: {self.name} has no step for {type(callback).__name__}; remove it")
         return []
 
+    def check(self, module: SplitModule) -> None:
+        """Refuse a model with which the method cannot do what it is for; called before anything is built or written.
+
+        Raises:
+            ValueError: Names the setting and the fix.
+        """
+        if self.client_holds == "whole" and module.client_holds != "whole":
+            raise ValueError(
+                f"{self.name} trains the whole model at the clients, but model.init_args.client_holds is half (the "
+                f"{module.cut} layer(s) before the cut); set it to whole, which gives the server's half to the clients"
+            )
+
     def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
         """Build the client; called once the module is on its device, with the callbacks of this run."""
         self.client = self.make_client(module, seed)
         if self.make_scheduler is not None:
             self.client_schedule = self.make_scheduler(self.client.optimizer)
+
+    def parameters(self, module: SplitModule) -> dict[str, nn.Parameter]:
+        """What the clients train, by name, in manifest order: the order numbers the random directions."""
+        if self.client_holds == "whole":
+            return {**module.client_parameters, **module.server_parameters}
+        return module.client_parameters
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on; plain values."""
@@ -106,105 +134,48 @@ class Algorithm(ABC):
             "client_schedule": self.make_scheduler is not None,
             "aggregation": type(mean).__name__,
             **{f"aggregation.{k}": _plain(v) for k, v in asdict(mean).items()},
+            **({"local_steps": self.local_steps} if self.local_steps != 1 else {}),
         }
 
     @abstractmethod
     def make_client(self, module: SplitModule, seed: int) -> Client:
-        """The client of this method, over ``module.client_half`` and ``module.client_parameters``."""
+        """The client of this method, over what it holds of ``module``."""
+
+    def basis(self, round: int) -> Basis | None:
+        """In what the round's update record is expressed; None: the method makes none."""
+        return None
 
     @abstractmethod
-    def basis(self, round: int) -> Basis | None:
-        """In what the clients answer in this round; None: they do not answer."""
-
     def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d.
+        """The round of the sampled clients; returns the mean training loss, 0-d.
 
-        Both halves move at the very end, the server's after the update is recorded: a round that fails leaves no trace.
+        A round that fails leaves no trace.
 
         Raises:
             TooFewClientsError: Too few clients sent something valid.
         """
-        visits = [self.visit(runner, round, cohort) for cohort in cohorts]
-        heard = sum(runner.server.num_terms(message) > 0 for visit in visits for message in visit.inbox)
-        runner.check_attendance(runner.transport.count(heard))
-        loss, multipliers = runner.server.backward([visit.inbox for visit in visits])
-        basis = self.basis(round)
-        if basis is None:
-            runner.server.step()
-            return loss
-        own = [a for visit, group in zip(visits, multipliers) for a in self.respond(runner, round, visit, group, basis)]
-        answers, refused = screen(runner.transport.collect(own), round, basis)
-        for client, reason in refused.items():
-            runner.refuse(client, reason)
-        runner.check_attendance(sum(answer.num_terms > 0 for answer in answers))
-        update = runner.publish(self.aggregate(answers))
-        runner.server.step()
-        self.client.apply(update)
-        if self.client_schedule is not None:
-            self.client_schedule.step()
-        return loss
+
+    @abstractmethod
+    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
+        """One client's part of a round, with made-up answers of the server: what is measured before the first round.
+
+        Args:
+            batch: Of the cohort, on the client's device.
+            cohort: One client.
+            waiting: Called when the client waits for the server.
+
+        Returns:
+            What ``waiting`` said; 0 where a client never waits.
+        """
 
     def give_up(self) -> None:  # noqa: B027  # most methods have nothing to forget
         """The round has failed and will be tried again, or not at all: nothing of it is reported."""
 
-    def visit(self, runner: Runner, round: int, cohort: Cohort) -> Visit:
-        """Step 2: z, labels and mask of each client go up; padding and the joint batch's extra width stay behind."""
-        batch = runner.to_device(cohort.batch)
-        with runner.autocast():
-            anchor = self.client.forward(batch, cohort.rows)
-        inbox = []
-        for k, rows, width in zip(cohort.clients, cohort.rows, cohort.widths):
-            labels = cohort.batch["labels"][rows]
-            mask = cohort.batch["attention_mask"][rows, :width].bool()
-            labels = labels[:, :width] if labels.dim() > 1 else labels
-            z = anchor.z[rows, :width]
-            inbox += taken(runner, SmashedData.pack(round, k, z, labels, mask, runner.codec.smashed_data, runner.seed))
-        return Visit(cohort, batch, anchor, [message for message in inbox if self._fits(runner, message)])
-
-    def respond(
-        self, runner: Runner, round: int, visit: Visit, multipliers: list[Multiplier], basis: Basis
-    ) -> list[ProjectedGradients]:
-        """Steps 3 and 4: λ comes down, each client's coefficients go up."""
-        if not multipliers:  # all of this cohort were refused
-            return []
-        cohort, masks = visit.cohort, {message.client: message.mask for message in visit.inbox}
-        multiplier = torch.zeros_like(visit.anchor.z)
-        rows = dict(zip(cohort.clients, cohort.rows))
-        for message in multipliers:
-            mask = masks[message.client]
-            multiplier[rows[message.client], : mask.shape[1]] = runner.transport.down(message).unpack(mask)
-        with runner.autocast():
-            values = self.answer(visit.batch, visit.anchor, multiplier, cohort, basis)
-        answers: list[ProjectedGradients] = []
-        for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms):
-            if k in masks:
-                answers += taken(runner, ProjectedGradients(round, k, basis.describe(), v, n))
-        return [answer for answer in answers if self._honest(runner, answer, visit.inbox)]
-
-    def _fits(self, runner: Runner, message: SmashedData) -> bool:
-        """Whether the server's half and loss can take what the client sent."""
-        reason = runner.server.module.objection(message)
-        if reason is not None:
-            runner.refuse(message.client, reason)
-        return reason is None
-
-    def _honest(self, runner: Runner, answer: ProjectedGradients, inbox: list[SmashedData]) -> bool:
-        """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""
-        counted = next(runner.server.num_terms(message) for message in inbox if message.client == answer.client)
-        if answer.num_terms == counted:
-            return True
-        runner.refuse(answer.client, f"it claims {answer.num_terms} loss terms, its labels have {counted}")
-        return False
-
-    def answer(
-        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
-    ) -> Tensor:
-        """Step 4: ``(K, basis.size)`` coefficients."""
-        return self.client.answer(batch, anchor, multiplier, cohort.rows, basis)
-
-    def aggregate(self, answers: list[ProjectedGradients]) -> Update:
-        """Step 5: ``v̄`` and everything needed to apply it."""
-        return combine(answers, self.client.optimizer, self.aggregation)
+    def end_round(self, runner: Runner) -> None:
+        """Both schedules take their step."""
+        runner.server.end_round()
+        if self.client_schedule is not None:
+            self.client_schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
         """The client's optimizer and its schedule."""
@@ -218,24 +189,5 @@ class Algorithm(ABC):
             self.client_schedule.load_state_dict(state["client_schedule"])
 
 
-@dataclass(frozen=True)
-class Visit:
-    """A cohort at step 2: what it keeps while it waits for λ, and what the server received of it."""
-
-    cohort: Cohort
-    batch: dict[str, Tensor]
-    anchor: Anchor
-    inbox: list[SmashedData]
-
-
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def taken(runner: Runner, message: M) -> list[M]:
-    """What the server takes of a client's message: itself, or nothing, and the client is refused by name."""
-    try:
-        return [runner.transport.up(message)]
-    except WireError as error:
-        runner.refuse(message.client, str(error))
-        return []

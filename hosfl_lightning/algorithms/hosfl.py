@@ -9,17 +9,17 @@ from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
 
 from hosfl_lightning.aggregation import AggregationRule
-from hosfl_lightning.algorithms.base import Algorithm
+from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.clients import Anchor, Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, SplitClient
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.wire import ProjectedGradients, Update
 
 
-class HOSFL(Algorithm):
+class HOSFL(SplitRound):
     r"""Hybrid-order split federated learning: scalars up, scalars down, whatever the model's size.
 
     ::
@@ -81,7 +81,7 @@ class HOSFL(Algorithm):
         probes = {name: getattr(self, name) for name in ("probes", "mu", "estimator", "distribution")}
         return {**super().settings(), **probes}
 
-    def make_client(self, module: SplitModule, seed: int) -> Client:
+    def make_client(self, module: SplitModule, seed: int) -> SplitClient:
         """A `ForwardOnlyClient` with layer-wise probes."""
         named = module.client_parameters
         optimizer = ZerothOrder(

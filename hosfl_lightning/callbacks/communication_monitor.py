@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
-#: What travels only when a client returns; the records it replays count as updates.
-CATCH_UP_KINDS = ("catch_up_request", "snapshot")
+#: What only some methods send, or travels only when a client returns; the records it replays count as updates.
+RARE_KINDS = ("weights", "probed_data", "catch_up_request", "snapshot")
 
 
 class CommunicationMonitor(Callback):
@@ -20,13 +20,20 @@ class CommunicationMonitor(Callback):
 
     | logged key | meaning | unit |
     |---|---|---|
-    | ``comm/<kind>_bytes`` | this round, all clients, by kind of message (`KINDS`) | bytes |
+    | ``comm/<kind>_bytes`` | this round, all clients, by kind of message (`KINDS`, `RARE_KINDS`) | bytes |
     | ``comm/up_bytes``, ``comm/down_bytes`` | this round, all clients and kinds | bytes |
     | ``comm/total_bytes`` | since the first round | bytes |
+
+    Attributes:
+        totals: Bytes by kind since the first round.
+        up_bytes: Bytes from clients to the server since the first round.
+        down_bytes: Bytes from the server to clients since the first round.
+        client_rounds: How often a client took part in a round: sent more than that it is back.
     """
 
     def __init__(self) -> None:
         self.totals: Counter[str] = Counter()
+        self.up_bytes = self.down_bytes = 0
         self.client_rounds = 0
 
     @override
@@ -34,11 +41,16 @@ class CommunicationMonitor(Callback):
         """Log the round and add it to the totals."""
         by_kind: Counter[str] = Counter()
         by_direction: Counter[str] = Counter(up=0, down=0)
+        clients: set[int | None] = set()
         for sent in trainer.transport.entries():
-            self.client_rounds += sent.kind == "smashed_data"
+            if sent.direction == "up" and sent.kind != "catch_up_request":
+                clients.add(sent.client)
             by_kind[sent.kind] += sent.bytes * sent.receivers
             by_direction[sent.direction] += sent.bytes * sent.receivers
+        self.client_rounds += len(clients)
         self.totals += by_kind
+        self.up_bytes += by_direction["up"]
+        self.down_bytes += by_direction["down"]
         for kind, value in by_kind.items():
             pl_module.log(f"comm/{kind}_bytes", value)
         for direction, value in by_direction.items():
@@ -47,14 +59,21 @@ class CommunicationMonitor(Callback):
 
     @property
     def per_client_round(self) -> dict[str, float]:
-        """Mean bytes by kind for each time that a client sent its z; zero for a kind that never travelled."""
-        kinds = [*KINDS, *(kind for kind in CATCH_UP_KINDS if self.totals[kind])]
+        """Mean bytes by kind for each time that a client took part in a round; zero for one of `KINDS` not sent."""
+        kinds = [*KINDS, *(kind for kind in RARE_KINDS if self.totals[kind])]
         return {kind: self.totals[kind] / max(self.client_rounds, 1) for kind in kinds}
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"totals": dict(self.totals), "client_rounds": self.client_rounds}
+        return {
+            "totals": dict(self.totals),
+            "up_bytes": self.up_bytes,
+            "down_bytes": self.down_bytes,
+            "client_rounds": self.client_rounds,
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.totals, self.client_rounds = Counter(state_dict["totals"]), state_dict["client_rounds"]
+        self.totals = Counter(state_dict["totals"])
+        self.up_bytes, self.down_bytes = state_dict["up_bytes"], state_dict["down_bytes"]
+        self.client_rounds = state_dict["client_rounds"]

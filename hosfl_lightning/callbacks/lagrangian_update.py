@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.clients import Anchor, Client, Cohort, ForwardOnlyClient
+from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, SplitClient
 from hosfl_lightning.optim import Basis
 
 
@@ -35,7 +35,7 @@ class LagrangianUpdate(Callback):
         """One process checks μ, so that a warning comes once."""
         self._checked = not trainer.is_global_zero
 
-    def answer(self, client: Client, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
+    def answer(self, client: SplitClient, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
                basis: Basis) -> Tensor:  # fmt: skip
         """``(K, P)`` projected gradients of the cohort's clients; the anchor's z is released before the first probe."""
         if not self._checked and isinstance(client, ForwardOnlyClient):

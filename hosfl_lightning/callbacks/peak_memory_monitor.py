@@ -1,21 +1,28 @@
-"""PeakMemoryMonitor: what one client needs, beside a plain forward of the same batch, and what the server needs."""
+"""PeakMemoryMonitor: what one client needs, beside a plain forward of the same batch, and what the server needs.
+
+What a client's round costs in arithmetic and time is measured in the same rehearsal.
+"""
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
-from hosfl_lightning.clients import Client, Cohort
+from hosfl_lightning.clients import Client, Cohort, run
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak
-from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers.server import loss_of
+
+Rehearse = Callable[[dict[str, Tensor], Cohort, Callable[[], int]], int]
+"""One client's part of a round, with made-up answers of the server; returns what the third said while it waited."""
 
 
 class PeakMemoryMonitor(Callback):
@@ -28,28 +35,35 @@ class PeakMemoryMonitor(Callback):
     | logged key | meaning | unit |
     |---|---|---|
     | ``memory/client_static_bytes`` | client parameters, buffers, optimizer state | bytes |
-    | ``memory/client_forward_bytes`` | parameters, buffers + a plain no-grad forward: inference | bytes |
+    | ``memory/client_forward_bytes`` | parameters, buffers + a plain no-grad forward of what it holds | bytes |
     | ``memory/client_peak_bytes`` | static + the highest of forward, answer to λ, update | bytes |
     | ``memory/client_waiting_bytes`` | held while waiting for λ, beside the static bytes and the batch | bytes |
     | ``memory/server_static_bytes`` | server parameters and buffers | bytes |
     | ``memory/server_peak_bytes`` | static + forward and backward of one client's smashed data | bytes |
     | ``memory/cuda_peak_bytes`` | ``torch.cuda.max_memory_allocated`` of the round, joint batch | bytes |
+    | ``compute/client_forwards`` | FLOPs of one client's round over those of one forward of the client half | – |
+    | ``time/client_seconds`` | one client's round, without the server | seconds |
+
+    FLOPs are those of matrix products, convolutions and, where torch counts it, attention.
     """
 
     def __init__(self) -> None:
-        self.report: dict[str, int] = {}
+        self.report: dict[str, float] = {}
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Measure, then log once."""
         client_id = next(iter(trainer.sample(0)), 0)
-        cohort = Cohort.join([client_id], [trainer.datamodule.client_batch(client_id, 0)], pl_module.count)
+        cohort = trainer.minibatch(client_id, 0)
         batch = trainer.to_device(cohort.batch)
         with trainer.fabric.autocast():
-            self.report = measure_client(trainer.algorithm.client, trainer.algorithm.basis(0), batch, cohort)
-            self.report |= measure_server(pl_module, batch)
+            client, rehearse = trainer.algorithm.client, trainer.algorithm.rehearse
+            self.report = {**measure_client(client, rehearse, batch, cohort)}
+            self.report |= measure_server(pl_module, batch, trainer.algorithm.server_order)
+            self.report |= measure_compute(client, rehearse, pl_module.client_half, batch, cohort)
         for name, value in self.report.items():
-            pl_module.log(f"memory/{name}", value)
+            kind = {"client_forwards": "compute", "client_seconds": "time"}.get(name, "memory")
+            pl_module.log(f"{kind}/{name}", value)
 
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -64,15 +78,15 @@ class PeakMemoryMonitor(Callback):
             pl_module.log("memory/cuda_peak_bytes", torch.cuda.max_memory_allocated(trainer.fabric.device))
 
 
-def measure_client(client: Client, basis: Basis | None, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
+def measure_client(client: Client, rehearse: Rehearse, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
     """Inference, then the client's own steps on the same batch; parameters and optimizer end as they were."""
     static = storage_bytes([*client.half.parameters(), *client.half.buffers()])
-    forward = plain_forward_peak(lambda: client.half(batch["input_ids"], batch["attention_mask"]))
+    forward = plain_forward_peak(lambda: run(client.half, batch))
     with undone(client):
-        round_of(client, basis, batch, cohort)  # so that the optimizer's state is there while the next one is measured
+        rehearse(batch, cohort, int)  # so that the optimizer's state is there while the next one is measured
         state = storage_bytes(t for s in client.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
         with MemoryMeter() as meter, meter.role("client"):
-            waiting = round_of(client, basis, batch, cohort, lambda: meter.live("client"))
+            waiting = rehearse(batch, cohort, lambda: meter.live("client"))
             peak = meter.peak("client")
     return {
         "client_static_bytes": static + state,
@@ -82,28 +96,44 @@ def measure_client(client: Client, basis: Basis | None, batch: dict[str, Tensor]
     }
 
 
-def round_of(
-    client: Client, basis: Basis | None, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int] = int
-) -> int:
-    """The client's steps of one round, with a made-up λ; returns what ``waiting`` says before λ comes."""
-    anchor = client.forward(batch, cohort.rows)
-    held = waiting()
-    if basis is not None:
-        values = client.answer(batch, anchor, torch.full_like(anchor.z, 1e-3), cohort.rows, basis)
-        client.optimizer.record(values[0], basis)
-        client.optimizer.step()
-    return held
+def measure_compute(
+    client: Client, rehearse: Rehearse, half: nn.Module, batch: dict[str, Tensor], cohort: Cohort
+) -> dict[str, float]:
+    """FLOPs of a client's round in forwards of the client half, and its seconds; everything ends as it was."""
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        run(half, batch)
+    with undone(client), FlopCounterMode(display=False) as counter:
+        rehearse(batch, cohort, int)
+    with undone(client):
+        synchronize(client.optimizer.device)
+        began = time.perf_counter()
+        rehearse(batch, cohort, int)
+        synchronize(client.optimizer.device)
+        seconds = time.perf_counter() - began
+    flops = forward.get_total_flops()
+    return {"client_forwards": counter.get_total_flops() / flops if flops else 0.0, "client_seconds": seconds}
 
 
-def measure_server(module: Any, batch: dict[str, Tensor]) -> dict[str, int]:
-    """Forward and backward of one client's smashed data; gradients are dropped again."""
+def synchronize(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_server(module: Any, batch: dict[str, Tensor], order: str = "first") -> dict[str, int]:
+    """Forward and, where it trains by backprop, backward of one client's smashed data; gradients are dropped again."""
+    if order == "none":
+        return {"server_static_bytes": 0, "server_peak_bytes": 0}
     static = storage_bytes([*module.server_half.parameters(), *module.server_half.buffers()])
     with torch.no_grad():
-        z = module.client_half(batch["input_ids"], batch["attention_mask"])
-    z.requires_grad_()
-    with torch.enable_grad(), MemoryMeter() as meter, meter.role("server"):
+        z = run(module.client_half, batch)
+    backprop = order == "first"
+    z.requires_grad_(backprop)
+    with torch.enable_grad() if backprop else torch.no_grad(), MemoryMeter() as meter, meter.role("server"):
         smashed = {"z": z, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
-        torch.autograd.backward(loss_of(module.training_step(smashed, 0)))
+        loss = loss_of(module.training_step(smashed, 0))
+        if backprop:
+            torch.autograd.backward(loss)
         peak = meter.peak("server")
     for parameter in module.server_half.parameters():
         parameter.grad = None

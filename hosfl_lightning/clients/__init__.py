@@ -1,8 +1,20 @@
 """Clients: what holds the lower half and how it is trained."""
 
-from hosfl_lightning.clients.base import Anchor, Client, Cohort, lagrangian_term
+from hosfl_lightning.clients.base import Anchor, Client, Cohort, SplitClient, lagrangian_term, run
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
+from hosfl_lightning.clients.objective import ObjectiveClient
 
-__all__ = ["Anchor", "Client", "Cohort", "FirstOrderClient", "ForwardOnlyClient", "FrozenClient", "lagrangian_term"]
+__all__ = [
+    "Anchor",
+    "Client",
+    "Cohort",
+    "FirstOrderClient",
+    "ForwardOnlyClient",
+    "FrozenClient",
+    "ObjectiveClient",
+    "SplitClient",
+    "lagrangian_term",
+    "run",
+]

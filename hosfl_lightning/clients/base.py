@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Cohort:
 
     Args:
         clients: Their ids, ascending.
-        batch: ``input_ids``, ``attention_mask``, ``labels`` of all, one after the other, on the host.
+        batch: Inputs, ``attention_mask`` over z's positions and ``labels`` of all, one after the other, on the host.
         rows: Each client's examples in the batch.
         widths: ``S_k``, the length of each client's own batch; the joint one is padded to the longest.
         num_terms: ``n_k``, each client's number of loss terms.
@@ -43,13 +44,13 @@ class Cohort:
     def join(cls, clients: list[int], batches: Sequence[Batch], count: Callable[[Tensor], int]) -> Cohort:
         """The clients' minibatches below each other; ``count`` gives the loss terms of one client's labels."""
         batches = [{**b, "labels": drop_unpredictable(b["labels"], b["attention_mask"])} for b in batches]
-        sizes = [len(b["input_ids"]) for b in batches]
+        sizes = [len(b["labels"]) for b in batches]
         ends = list(accumulate(sizes))
         return cls(
             clients=clients,
-            batch={name: stack_rows([b[name] for b in batches], fill) for name, fill in FILL.items()},
+            batch={name: stack_rows([b[name] for b in batches], FILL.get(name, 0)) for name in batches[0]},
             rows=[slice(end - size, end) for end, size in zip(ends, sizes)],
-            widths=[b["input_ids"].shape[1] for b in batches],
+            widths=[b["attention_mask"].shape[1] for b in batches],
             num_terms=[count(b["labels"]) for b in batches],
         )
 
@@ -80,24 +81,45 @@ class Anchor:
         return self._base
 
 
-class Client(ABC):
-    """The lower half ``f_c(x; θ_c)`` and the rule that moves θ_c.
+class Client:
+    """What a client holds of the model, and the rule that moves what it trains.
 
     Args:
-        half: ``f_c``; put into eval mode, so dropout and norm statistics are the same at every evaluation.
-        optimizer: Holds θ_c in manifest order and applies coefficients.
+        half: A module with ``inputs``, the names of what it takes of a batch; put into eval mode, so dropout and norm
+            statistics are the same at every evaluation.
+        optimizer: Holds the trained parameters in manifest order and applies coefficients.
     """
 
     def __init__(self, half: nn.Module, optimizer: ZerothOrder) -> None:
         self.half = half.eval()
         self.optimizer = optimizer
 
+    def evaluate(self, batch: Batch) -> Tensor:
+        """The output of what it holds.
+
+        Raises:
+            RuntimeError: Somebody has put it into train mode.
+        """
+        if self.half.training:
+            raise RuntimeError(
+                "the client half is in train mode, so its dropout would differ between probes; call eval()"
+            )
+        return run(self.half, batch)
+
+    def apply(self, update: Update) -> None:
+        """Step 6: ``θ_c ← rule(θ_c, ĝ)``, as a client that was away does it from the log."""
+        apply_update(update, self.optimizer)
+
+
+class SplitClient(Client, ABC):
+    """The lower half ``f_c(x; θ_c)``: smashed data up, λ down, coefficients up."""
+
     @abstractmethod
     def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
         """Step 2: smashed data, and what must be kept until λ comes.
 
         Args:
-            batch: ``input_ids`` and ``attention_mask``, ``(B, S)``, on the client's device.
+            batch: What the half takes, on the client's device.
             rows: Each client's examples.
         """
 
@@ -113,16 +135,11 @@ class Client(ABC):
             basis: In what the answer is expressed.
         """
 
-    def apply(self, update: Update) -> None:
-        """Step 6: ``θ_c ← rule(θ_c, ĝ)``, as a client that was away does it from the log."""
-        apply_update(update, self.optimizer)
 
-    def _evaluate(self, batch: Batch) -> Tensor:
-        if self.half.training:
-            raise RuntimeError(
-                "the client half is in train mode, so its dropout would differ between probes; call eval()"
-            )
-        return self.half(batch["input_ids"], batch["attention_mask"])
+def run(half: nn.Module, batch: Batch) -> Tensor:
+    """The half on what it takes of a batch."""
+    names: Any = half.inputs
+    return half(*(batch[name] for name in names))
 
 
 def freeze(half: nn.Module) -> None:

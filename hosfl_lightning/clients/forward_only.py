@@ -9,11 +9,11 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Anchor, Batch, Client, freeze, lagrangian_term
+from hosfl_lightning.clients.base import Anchor, Batch, SplitClient, freeze, lagrangian_term
 from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
 
 
-class ForwardOnlyClient(Client):
+class ForwardOnlyClient(SplitClient):
     r"""``v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩``: ``P + 1`` forwards a round at inference memory.
 
     Holds no server parameter, no graph, no ``.grad``; optimizer state only if the update rule has any. While it waits
@@ -33,7 +33,7 @@ class ForwardOnlyClient(Client):
     @torch.no_grad()
     def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
         """``z = f_c(x; θ_c)``, no graph."""
-        return Anchor(self._evaluate(batch))
+        return Anchor(self.evaluate(batch))
 
     @torch.no_grad()
     def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
@@ -41,7 +41,7 @@ class ForwardOnlyClient(Client):
         if not isinstance(basis, SharedDirections):
             raise TypeError(f"ForwardOnlyClient answers in SharedDirections, got {type(basis).__name__}")
         values = self.optimizer.project(
-            lambda: lagrangian_term(self._evaluate(batch), multiplier, rows),
+            lambda: lagrangian_term(self.evaluate(batch), multiplier, rows),
             basis=basis,
             base=anchor.release(multiplier, rows),
         )
@@ -63,7 +63,7 @@ class ForwardOnlyClient(Client):
             sides = []
             for scale in (-mu, mu):
                 with self.optimizer.perturbed(basis, probe, scale):
-                    moved = self._evaluate(batch)
+                    moved = self.evaluate(batch)
                 sides.append(float(lagrangian_term(moved, multiplier, everything) - base))
             # Elements that are zero on both sides (behind a ReLU) could not move and are not counted.
             alive = (moved != 0) | (z != 0)

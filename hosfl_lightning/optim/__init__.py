@@ -2,6 +2,7 @@
 
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections, basis_of
 from hosfl_lightning.optim.estimators import ESTIMATORS, central_difference, forward_difference
+from hosfl_lightning.optim.moments import Moments
 from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
@@ -11,6 +12,7 @@ __all__ = [
     "AdamW",
     "Basis",
     "Dense",
+    "Moments",
     "SharedDirections",
     "UpdateRule",
     "ZerothOrder",

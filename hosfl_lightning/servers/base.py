@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
+from hosfl_lightning.clients import run
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
@@ -47,6 +48,8 @@ class SplitModule(L.LightningModule, ABC):
         lr_scheduler: The server's schedule, stepped once a round.
         dtype: Of the backbone: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
         seed: Of the adapters' start and of a fresh head.
+        client_holds: ``half``: a client never holds more than the layers before the cut. ``whole``: the server's half
+            may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -67,12 +70,14 @@ class SplitModule(L.LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
+        client_holds: Literal["half", "whole"] = "half",
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
         self.pretrained, self.cut, self.lora = pretrained, cut, lora
+        self.client_holds = client_holds
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        whole: Any = load_model(self.auto_class, pretrained, seed=seed, dtype=dtype, **model_kwargs)
+        whole = self.load_whole(dtype, seed, **model_kwargs)
         whole.eval()
         if lora is not None:
             peft_model = add_lora(
@@ -81,13 +86,27 @@ class SplitModule(L.LightningModule, ABC):
             whole = peft_model.get_base_model()
         # In a tuple: Lightning must see each parameter once, in its half.
         self._whole = (peft_model if lora is not None else whole,)
-        self.client_half, self.server_half = split(whole, cut)
+        self.client_half, self.server_half = self.split_whole(whole)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
         for metric in self.metrics.modules():
             if isinstance(metric, Metric):
                 metric.sync_on_compute = False  # every process evaluates all of the data
+
+    # ---- what a subclass says about its model
+
+    def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
+        """The uncut model."""
+        return load_model(self.auto_class, self.pretrained, seed=seed, dtype=dtype, **model_kwargs)
+
+    def split_whole(self, whole: Any) -> tuple[Any, Any]:
+        """Its two halves. The client's names what it takes of a batch (``inputs``) and its ``layers``."""
+        return split(whole, self.cut)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""
+        return batch
 
     # ---- what a subclass says about its task
 
@@ -193,13 +212,17 @@ class SplitModule(L.LightningModule, ABC):
         """The uncut model (a PeftModel with LoRA); its parameters are those of the halves."""
         return self._whole[0]
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of ``pretrained``."""
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of ``pretrained``; None where the data is not text."""
         return load_tokenizer(self.pretrained)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits through both halves, equal to the uncut model's bit for bit."""
         return self.server_half(self.client_half(input_ids, attention_mask), attention_mask)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of a prepared batch."""
+        return self.server_half(run(self.client_half, batch), batch["attention_mask"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The server's loss on smashed data.
@@ -220,7 +243,7 @@ class SplitModule(L.LightningModule, ABC):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """``argmax`` of the logits: a class an example, or the next token at every position."""
-        return self(batch["input_ids"], batch["attention_mask"]).argmax(-1)
+        return self.logits(self.prepare(batch)).argmax(-1)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""
@@ -265,7 +288,8 @@ class SplitModule(L.LightningModule, ABC):
         export_adapter(self.whole, directory, resolve(self.pretrained))
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor:
-        logits = self(batch["input_ids"], batch["attention_mask"])
+        batch = self.prepare(batch)
+        logits = self.logits(batch)
         labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
         self.update_metrics(self._metrics(stage), logits, labels)
         return self.loss(logits, labels)

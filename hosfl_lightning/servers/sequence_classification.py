@@ -38,9 +38,12 @@ class SplitSequenceClassifier(SplitModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
+        client_holds: Literal["half", "whole"] = "half",
     ) -> None:
         self.num_labels = num_labels
-        super().__init__(pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, num_labels=num_labels)
+        super().__init__(
+            pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, num_labels=num_labels
+        )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean cross entropy, fp32, of ``logits (B, C)`` and ``labels (B,)``."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
@@ -36,7 +38,8 @@ class Server:
 
     The clients of a group run as one batch: the mean over its terms is the weighted mean of its clients' means, so
     weights enter once. λ_k is what autograd leaves in ``z_k`` divided by ``w_k``. Gradients of several groups are
-    summed in order. A round is `backward`, then `step`: a round that fails between them leaves θ_s as it was.
+    summed in order. A step is `backward`, then `step`: one that fails between them leaves θ_s as it was. A round is one
+    step, or several, and ends with `end_round`.
 
     Args:
         module: Whose ``training_step`` is the loss.
@@ -71,12 +74,13 @@ class Server:
         """``n_k``, counted from the client's labels."""
         return self.module.count(message.unpack_labels())
 
-    def backward(self, groups: Sequence[Sequence[SmashedData]]) -> tuple[Tensor, list[list[Multiplier]]]:
-        """Gradients and multipliers of a round's smashed data.
+    def backward(self, groups: Sequence[Sequence[SmashedData]], step: int = 0) -> tuple[Tensor, list[list[Multiplier]]]:
+        """Gradients and multipliers of a step's smashed data.
 
         Args:
             groups: Messages that run as one batch each; ascending client ids over all of them. A group may be empty; at
                 least one client has a loss term.
+            step: Which of the round's, where a client takes several.
 
         Returns:
             ``Σ_k w_k ℓ_k`` (0-d, detached) and each client's λ, grouped as it came.
@@ -90,9 +94,9 @@ class Server:
         multipliers = []
         for group, parts, counts in zip(groups, received, terms):
             w = [count / total for count in counts]
-            loss, gradients = self._backward(parts, sum(w), group[0]) if any(w) else (None, _zeros(parts))
+            loss, gradients = self._backward(parts, sum(w), group[0], step) if any(w) else (None, _zeros(parts))
             sums.add(loss)
-            multipliers.append(list(self._multipliers(group, gradients, w)))
+            multipliers.append(list(self._multipliers(group, gradients, w, step)))
         return sums.finish(), multipliers
 
     def step(self) -> None:
@@ -101,16 +105,34 @@ class Server:
             self.fabric.clip_gradients(self.module, self.optimizer, max_norm=self.gradient_clip_val)
         self.call("on_before_optimizer_step", optimizer=self.optimizer)
         self.optimizer.step()
+
+    def end_round(self) -> None:
+        """The learning rate of the next round."""
         if self.scheduler is not None:
             self.scheduler.step()
 
-    def _backward(self, parts: Sequence[Part], share: float, first: SmashedData) -> tuple[Tensor, list[Tensor]]:
+    def state(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """Copies of θ_s and of the optimizer's state."""
+        parameters = [p.detach().clone() for p in self.module.server_parameters.values()]
+        return parameters, deepcopy(self.optimizer.state_dict())
+
+    @torch.no_grad()
+    def put(self, parameters: Sequence[Tensor], optimizer: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        for mine, given in zip(self.module.server_parameters.values(), parameters):
+            mine.copy_(given)
+        self.optimizer.load_state_dict(deepcopy(optimizer))
+
+    def _backward(
+        self, parts: Sequence[Part], share: float, first: SmashedData, step: int
+    ) -> tuple[Tensor, list[Tensor]]:
         zs, ys, masks = zip(*parts)
         z = stack_rows(zs).to(self.fabric.device).requires_grad_()
         labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
         batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
-        # Dropout masks are a function of (seed, round, group), so a resumed run draws the same ones.
-        seed = (self.seed * 1_000_003 + first.round * 1_009 + first.client) % 2**63
+        # Dropout masks are a function of (seed, round, step, group), so a resumed run draws the same ones.
+        named = f"{self.seed}/{first.round}/{step}/{first.client}"
+        seed = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
         with self.module.dropout_active(), seeded(seed, z.device), torch.enable_grad(), self.fabric.autocast():
             loss = loss_of(self.module.training_step(batch, first.round)) * share
         self.call("on_before_backward", loss=loss)
@@ -121,12 +143,12 @@ class Server:
         return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
 
     def _multipliers(
-        self, group: Sequence[SmashedData], gradients: Sequence[Tensor], w: Sequence[float]
+        self, group: Sequence[SmashedData], gradients: Sequence[Tensor], w: Sequence[float], step: int
     ) -> Iterator[Multiplier]:
         for message, gradient, weight in zip(group, gradients, w):
             # A client without a single loss term has weight 0 and λ = 0.
             multiplier = gradient / weight if weight else gradient
-            yield Multiplier.pack(message.round, message.client, multiplier, message.mask, self.codec, self.seed)
+            yield Multiplier.pack(message.round, message.client, multiplier, message.mask, self.codec, self.seed, step)
 
 
 def _zeros(parts: Sequence[Part]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,9 @@ class ClientHalf(Half):
         structure: what runs where in it.
         cut: number of layers the client holds.
     """
+
+    #: What it takes of a batch.
+    inputs: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask")
 
     def __init__(self, model: PreTrainedModel, structure: Structure, cut: int) -> None:
         super().__init__(model, structure, cut)

@@ -17,12 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sent:
-    """One message that crossed: its kind, ``up`` or ``down``, its encoded bytes and how many received it."""
+    """One message that crossed: its kind, ``up`` or ``down``, its encoded bytes, how many received it, and the client
+    it came from or went to (None: everybody).
+    """
 
     kind: str
     direction: str
     bytes: int
     receivers: int = 1
+    client: int | None = None
 
 
 class InProcess:
@@ -99,11 +102,11 @@ class InProcess:
         self.share(None)
 
     def _send(self, message: M, direction: str, receivers: int) -> M:
+        client = getattr(message, "client", None)
         if not self.serialize:
-            self.ledger.append(Sent(message.kind, direction, encoded_size(message), receivers))
+            self.ledger.append(Sent(message.kind, direction, encoded_size(message), receivers, client))
             check_finite(message)  # as `decode` does: one NaN in a joint batch would be everybody's
             return message
         frame = encode(message, self.run_id)
-        self.ledger.append(Sent(message.kind, direction, len(frame), receivers))
-        client = getattr(message, "client", None)
+        self.ledger.append(Sent(message.kind, direction, len(frame), receivers, client))
         return decode(frame, message.kind, run_id=self.run_id, round=message.round, client=client)  # type: ignore[return-value]

@@ -20,6 +20,8 @@ from hosfl_lightning.wire.errors import (
     WireError,
 )
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
+from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.weights import Weights
 
 __all__ = [
     "CODECS",
@@ -40,6 +42,7 @@ __all__ = [
     "Message",
     "Multiplier",
     "NonFiniteError",
+    "ProbedData",
     "ProjectedGradients",
     "ShapeError",
     "SmashedData",
@@ -48,6 +51,7 @@ __all__ = [
     "TruncatedError",
     "Update",
     "VersionError",
+    "Weights",
     "WireError",
     "check_finite",
     "decode",

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
-from hosfl_lightning.wire.errors import FieldError
+from hosfl_lightning.wire.checks import FLOATS, check_counts, check_named_tensors, check_strings
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,4 @@ class Snapshot:
         """Raises FieldError unless types and dtypes are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, version=self.version, step=self.step)
         check_strings(self.kind, incarnation=self.incarnation, reason=self.reason)
-        if not isinstance(self.tensors, dict) or not all(isinstance(name, str) for name in self.tensors):
-            raise FieldError("snapshot: tensors must be a dict from names to tensors")
-        for name, tensor in self.tensors.items():
-            check_tensor(self.kind, f"tensors.{name:.80}", tensor, None, FLOATS)
+        check_named_tensors(self.kind, "tensors", self.tensors, FLOATS)

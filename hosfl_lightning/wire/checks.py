@@ -39,6 +39,14 @@ def check_tensor(kind: str, name: str, value: object, dim: int | None, dtypes: S
         raise ShapeError(f"{kind}: {name} must have {dim} dimensions, got {[*value.shape]}")
 
 
+def check_named_tensors(kind: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    """A dict from names to tensors of any shape in one of the dtypes."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise FieldError(f"{kind}: {name} must be a dict from names to tensors")
+    for key, tensor in value.items():
+        check_tensor(kind, f"{name}.{key:.80}", tensor, None, dtypes)
+
+
 def check_settings(kind: str, name: str, value: object) -> None:
     """A dict from strings to plain values: None, bool, int, float, string, or a list of these."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -11,8 +11,8 @@ fp16: s is the power of two that puts max|x| into [2^14, 2^15), so that scaling 
 underflow. int8 and int4: s = max_j |x_j| / 127 (or 7) rounded *up* to bf16. Up, so that the largest entry does not
 clip; bf16, since it has fp32's range in two bytes and costs at most 2^-7 of s, and since q·s then has at most 15
 significant bits: the product is exact in fp32 and the same on every device. r is :func:`uniform16` of the stream
-(seed, ROUNDING, round, client), so that the rounding is unbiased and can be done again; element e of x is row-major.
-float64 goes through fp32.
+(seed, ROUNDING, round, client, local step), so that the rounding is unbiased and can be done again; element e of x is
+row-major. float64 goes through fp32.
 
 Reference: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding with a scale per bucket.
 """
@@ -77,7 +77,7 @@ class Coded:
             x: (n, h), any floating dtype. What is infinite or NaN stays so, or has a scale that is.
             codec: One of `CODECS`.
             stream: Of the rounding of int8 and int4.
-            tensor: Index in that stream: 0 for z, 1 for λ.
+            tensor: Index in that stream: 0 for z, 1 for λ, 2 + 2p and 3 + 2p for the z of probe p.
 
         Raises:
             FieldError: An unknown codec, or ``x`` of another shape or dtype.
@@ -114,6 +114,10 @@ class Coded:
     def row_bytes(self) -> int:
         """Memory of one restored row, at least that of the fp32 row it is made from."""
         return self.width * max(4, _DTYPES[self.dtype].itemsize)
+
+    def restored_bytes(self) -> int:
+        """Memory of what `restore` returns, at least that of one row."""
+        return max(1, len(self.values)) * self.row_bytes()
 
     def check(self, kind: str, name: str) -> None:
         """Raises FieldError unless everything is as stated above."""

@@ -26,7 +26,7 @@ from hosfl_lightning.wire.errors import (
     ShapeError,
     TooLargeError,
 )
-from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, SmashedData
+from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProbedData, SmashedData
 from hosfl_lightning.wire.payload import MAX_DIMS, Form, layout, parse
 
 _IN_ENVELOPE = {"round", "client"}
@@ -108,7 +108,7 @@ def _read(envelope: Envelope, payload: memoryview, limit: int) -> Message:
     message = _put_together(envelope, plain["fields"], _unpack_all_bits(tensors, plain["bits"], limit))
     check_finite(message)
     message.check()
-    if isinstance(message, SmashedData | Multiplier) and message.unpacked_bytes() > limit:
+    if isinstance(message, SmashedData | Multiplier | ProbedData) and message.unpacked_bytes() > limit:
         raise TooLargeError(f"{message.kind}: it would unpack to more than the limit of {limit} bytes")
     return message
 
@@ -152,7 +152,7 @@ def _put_together(envelope: Envelope, plain: dict[str, Any], tensors: dict[str, 
     cls = MESSAGES[envelope.kind]
     hints = _HINTS[cls.kind]
     values: dict[str, Any] = {"round": envelope.round, **plain}
-    if ("client" in hints) != (envelope.client is not None):
+    if not isinstance(envelope.client, hints.get("client", type(None))):
         raise AddressError(f"{cls.kind}: it is {'from or to one client' if 'client' in hints else 'for everybody'}")
     if "client" in hints:
         values["client"] = envelope.client

@@ -10,6 +10,11 @@ and those of a client that comes back after missed rounds:
              client k -> server   CatchUpRequest       the version of θ_c that it holds
              server -> client k   Snapshot             θ_c and the optimizer's moments, where updates would not do
 
+Other methods send, beside or in place of these:
+
+             either way           Weights              full vectors, which the server averages
+             client k -> server   ProbedData           z_k of one probe, which the server evaluates
+
 Padding never travels: per-token tensors hold the n valid tokens only, row-major over the (B, S) positions where the
 mask is True. A message holds what travels, rounded by its codec already, so that it means the same whether it is
 serialised or handed over. Messages compare by identity, since tensors do not compare to one truth value.
@@ -19,16 +24,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from hosfl_lightning.rng import Domain, Stream
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.checks import check_clients, check_counts, check_settings, check_strings, check_tensor
 from hosfl_lightning.wire.codecs import Coded
-from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
+from hosfl_lightning.wire.errors import FieldError, ShapeError
+from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
+from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.weights import Weights
 
 IGNORE_INDEX = -100
 _LABELS = (torch.int8, torch.int16, torch.int32)
@@ -58,7 +65,15 @@ class SmashedData:
 
     @classmethod
     def pack(
-        cls, round: int, client: int, z: Tensor, labels: Tensor, mask: Tensor, codec: str = "fp32", seed: int = 0
+        cls,
+        round: int,
+        client: int,
+        z: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        codec: str = "fp32",
+        seed: int = 0,
+        step: int = 0,
     ) -> SmashedData:
         """Drops the padding and codes z.
 
@@ -70,18 +85,20 @@ class SmashedData:
             mask: Valid tokens, (B, S) bool; the padding may be on either side; on the host.
             codec: How z travels, one of `CODECS`.
             seed: The run's, for the rounding of int8 and int4.
+            step: The client's local step within the round, for the same: each z has noise of its own.
 
         Raises:
-            FieldError: Shapes that do not fit, a mask that is not bool, a label beyond 32 bits, an unknown codec.
+            FieldError: Shapes that do not fit, a mask that is not bool, a label beyond 32 bits, an unknown codec, or a
+                local step out of range.
         """
-        _check_padded(cls.kind, "z", z, mask)
+        stream = rounding_stream(cls.kind, seed, round, client, step)
+        coded = pack_rows(cls.kind, "z", z, mask, codec, stream, tensor=0)
         if labels.shape not in (mask.shape, mask.shape[:1]):
             raise ShapeError(
                 f"smashed_data: labels must be (B, S) = {tuple(mask.shape)} or (B,), got {tuple(labels.shape)}"
             )
         per_token = labels.dim() == 2
         labels = _narrowest(labels[mask] if per_token else labels)
-        coded = Coded.of(z[mask], codec, Stream(seed, Domain.ROUNDING, round, client), tensor=0)
         return cls(round, client, coded, labels, mask, per_token)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +107,7 @@ class SmashedData:
         Returns:
             z (B, S, h) with zeros at padding; int64 labels, (B, S) with -100 at padding or (B,); mask (B, S).
         """
-        return _scatter(self.z.restore(), self.mask), self.unpack_labels(), self.mask
+        return unpack_rows(self.kind, self.z, self.mask), self.unpack_labels(), self.mask
 
     def unpack_labels(self) -> Tensor:
         """The labels alone, as `unpack` returns them."""
@@ -138,16 +155,22 @@ class Multiplier:
 
     @classmethod
     def pack(
-        cls, round: int, client: int, multiplier: Tensor, mask: Tensor, codec: str = "fp32", seed: int = 0
+        cls,
+        round: int,
+        client: int,
+        multiplier: Tensor,
+        mask: Tensor,
+        codec: str = "fp32",
+        seed: int = 0,
+        step: int = 0,
     ) -> Multiplier:
         """Drops the padding of ``multiplier`` (B, S, h) by ``mask`` (B, S) bool, and codes it.
 
         Raises:
-            FieldError: Shapes that do not fit, a mask that is not bool, or an unknown codec.
+            FieldError: Shapes that do not fit, a mask that is not bool, an unknown codec, or a local step out of range.
         """
-        _check_padded(cls.kind, "multiplier", multiplier, mask)
-        stream = Stream(seed, Domain.ROUNDING, round, client)
-        return cls(round, client, Coded.of(multiplier[mask], codec, stream, tensor=1))
+        stream = rounding_stream(cls.kind, seed, round, client, step)
+        return cls(round, client, pack_rows(cls.kind, "multiplier", multiplier, mask, codec, stream, tensor=1))
 
     def unpack(self, mask: Tensor) -> Tensor:
         """λ_k as (B, S, h) with zeros at padding; ``mask`` is the one the client sent.
@@ -155,14 +178,11 @@ class Multiplier:
         Raises:
             ShapeError: The mask has another number of valid tokens than λ_k has rows.
         """
-        rows, valid = len(self.multiplier.values), int(mask.sum())
-        if rows != valid:
-            raise ShapeError(f"multiplier: {rows} rows for a mask of {valid} valid tokens")
-        return _scatter(self.multiplier.restore(), mask)
+        return unpack_rows(self.kind, self.multiplier, mask)
 
     def unpacked_bytes(self) -> int:
         """Memory of λ_k without its padding, which is the receiver's own."""
-        return max(1, len(self.multiplier.values)) * self.multiplier.row_bytes()
+        return self.multiplier.restored_bytes()
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
@@ -238,10 +258,10 @@ class Update:
         check_strings(self.kind, incarnation=self.incarnation)
 
 
-Message: TypeAlias = SmashedData | Multiplier | ProjectedGradients | Update | CatchUpRequest | Snapshot
-MESSAGES: dict[str, type[Message]] = {
-    cls.kind: cls for cls in (SmashedData, Multiplier, ProjectedGradients, Update, CatchUpRequest, Snapshot)
-}
+Message: TypeAlias = (
+    SmashedData | Multiplier | ProjectedGradients | Update | CatchUpRequest | Snapshot | Weights | ProbedData
+)
+MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind; the number of a kind in a frame is its place here, from 1 on."""
 
 
@@ -251,18 +271,3 @@ def _narrowest(labels: Tensor) -> Tensor:
         if torch.iinfo(dtype).min <= low and high <= torch.iinfo(dtype).max:
             return labels.to(dtype)
     raise FieldError(f"smashed_data: labels from {low} to {high} are beyond 32 bits")
-
-
-def _scatter(rows: Tensor, mask: Tensor) -> Tensor:
-    padded = rows.new_zeros(*mask.shape, rows.shape[1])
-    padded[mask] = rows
-    return padded
-
-
-def _check_padded(kind: str, name: str, value: Tensor, mask: Tensor) -> None:
-    if mask.dtype != torch.bool:
-        raise DtypeError(f"{kind}: the mask must be bool (attention_mask.bool()), got {mask.dtype}")
-    if mask.dim() != 2 or value.dim() != 3 or value.shape[:2] != mask.shape:
-        raise ShapeError(
-            f"{kind}: {name} must be (B, S, h) and the mask (B, S), got {tuple(value.shape)} and {tuple(mask.shape)}"
-        )

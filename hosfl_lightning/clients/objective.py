@@ -1,0 +1,53 @@
+"""The client that has a loss of its own: the whole model, or its half with an auxiliary head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hosfl_lightning.clients.base import Batch, Client, freeze
+from hosfl_lightning.clients.recompute import recomputing
+from hosfl_lightning.optim import Dense, ZerothOrder
+
+
+class ObjectiveClient(Client):
+    r"""``ℓ(f(x; θ), y)`` and, by backprop, its gradient.
+
+    Args:
+        half: ``f``, from a batch to logits.
+        optimizer: Holds what is trained of it.
+        loss: ``ℓ``, the mean over the loss terms, of logits and labels.
+        backprop: Whether it does; otherwise it is evaluated only, and nothing in it asks for a graph.
+        checkpointing: As in `FirstOrderClient`.
+    """
+
+    def __init__(
+        self,
+        half: nn.Module,
+        optimizer: ZerothOrder,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        backprop: bool = True,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__(half, optimizer)
+        freeze(half)
+        for parameter in optimizer.parameters if backprop else ():
+            parameter.requires_grad_(True)
+        self.loss, self.checkpointing = loss, checkpointing
+
+    def objective(self, batch: Batch) -> Tensor:
+        """``ℓ``, 0-d; with a graph where one is recorded."""
+        return self.loss(self.evaluate(batch), batch["labels"])
+
+    def descend(self, batch: Batch) -> Tensor:
+        """``θ ← rule(θ, ∇ℓ)``; the loss before, detached."""
+        parameters = self.optimizer.parameters
+        with torch.enable_grad(), recomputing(self.half, self.checkpointing):
+            loss = self.objective(batch)
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        basis = Dense([p.numel() for p in parameters])
+        self.optimizer.record(basis.project(gradients), basis)
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,34 @@
+"""Activation checkpointing of a half: what a user would try first when backprop does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def recomputing(half: nn.Module, active: bool = True) -> Iterator[None]:
+    """While open, a forward keeps the input of each of ``half.layers``, which the backward runs again for its graph.
+
+    The library's own switch (``gradient_checkpointing_enable``) works in train mode only, and a client half is in eval
+    mode.
+
+    Args:
+        half: With ``layers``, its layers by number.
+        active: False: nothing changes.
+    """
+    held: Any = half.layers if active else {}
+    layers = list(held.values())
+    for layer in layers:
+        # Nothing in a half draws random numbers, so there is no state to put back.
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward

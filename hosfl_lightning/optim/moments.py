@@ -1,0 +1,72 @@
+"""The moments of clients that each keep their own, in one optimizer that a simulation runs them with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from hosfl_lightning.optim.zeroth_order import ZerothOrder
+
+Held = tuple[int, dict[int, dict[str, Tensor]]]
+"""Steps taken, and the moments of each parameter by its number."""
+
+
+class Moments:
+    """Step counts and moments by client; what a client did in a round counts once the round is `commit` ted.
+
+    Args:
+        optimizer: Whose rule all clients have; between clients it holds no moments.
+    """
+
+    def __init__(self, optimizer: ZerothOrder) -> None:
+        self.optimizer = optimizer
+        self.held: dict[int, Held] = {}
+        self._moved: dict[int, Held] = {}
+
+    @contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """The optimizer is that client's inside."""
+        steps, slots = self.held.get(client, (0, {}))
+        self._put(steps, {i: {name: t.clone() for name, t in held.items()} for i, held in slots.items()})
+        try:
+            yield
+            parameters = self.optimizer.parameters
+            slots = {i: dict(self.optimizer.state[p]) for i, p in enumerate(parameters) if p in self.optimizer.state}
+            self._moved[client] = self.optimizer.steps, slots
+        finally:
+            self._put(0, {})
+
+    def commit(self) -> None:
+        """Keep what the clients of the round did."""
+        self.held |= self._moved
+        self._moved = {}
+
+    def forget(self) -> None:
+        """The round has failed."""
+        self._moved = {}
+
+    def _put(self, steps: int, slots: dict[int, dict[str, Tensor]]) -> None:
+        for group in self.optimizer.param_groups:
+            group["step"] = steps
+        self.optimizer.state.clear()
+        for number, parameter in enumerate(self.optimizer.parameters):
+            if number in slots:
+                self.optimizer.state[parameter] = slots[number]
+
+    def state_dict(self) -> dict[int, Any]:
+        """By client."""
+        return {client: [steps, slots] for client, (steps, slots) in self.held.items()}
+
+    def load_state_dict(self, state: dict[int, Any]) -> None:
+        """Continue from `state_dict`."""
+        device = self.optimizer.device
+        self.held = {
+            client: (
+                steps,
+                {i: {name: t.to(device, copy=True) for name, t in held.items()} for i, held in slots.items()},
+            )
+            for client, (steps, slots) in state.items()
+        }

@@ -1,0 +1,54 @@
+"""Padding never travels: (B, S, h) tensors as the coded rows of their valid tokens, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hosfl_lightning.rng import Domain, Stream
+from hosfl_lightning.wire.codecs import Coded
+from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
+
+PROBES = STEPS = 1 << 12
+"""Probes of a round, and local steps of a client in it, that the counter of a `Stream` tells apart."""
+
+
+def rounding_stream(kind: str, seed: int, round: int, client: int, step: int) -> Stream:
+    """The noise of what client k sends or is sent in a local step of a round; the step takes the probe's place.
+
+    Raises:
+        FieldError: A step that the counter does not hold.
+    """
+    if not 0 <= step < STEPS:
+        raise FieldError(f"{kind}: step must be in 0 .. {STEPS - 1}, got {step}; take fewer local steps in a round")
+    return Stream(seed, Domain.ROUNDING, round, client, step)
+
+
+def pack_rows(kind: str, name: str, x: Tensor, mask: Tensor, codec: str, stream: Stream, tensor: int) -> Coded:
+    """The rows of ``x`` (B, S, h) where ``mask`` (B, S) is True, row-major and coded.
+
+    Raises:
+        FieldError: Shapes that do not fit, a mask that is not bool, or an unknown codec.
+    """
+    if mask.dtype != torch.bool:
+        raise DtypeError(f"{kind}: the mask must be bool (attention_mask.bool()), got {mask.dtype}")
+    if mask.dim() != 2 or x.dim() != 3 or x.shape[:2] != mask.shape:
+        raise ShapeError(
+            f"{kind}: {name} must be (B, S, h) and the mask (B, S), got {tuple(x.shape)} and {tuple(mask.shape)}"
+        )
+    return Coded.of(x[mask], codec, stream, tensor)
+
+
+def unpack_rows(kind: str, coded: Coded, mask: Tensor) -> Tensor:
+    """The reverse of `pack_rows`: (B, S, h) with zeros at padding.
+
+    Raises:
+        ShapeError: The mask has another number of valid tokens than there are rows.
+    """
+    rows, valid = len(coded.values), int(mask.sum())
+    if rows != valid:
+        raise ShapeError(f"{kind}: {rows} rows for a mask of {valid} valid tokens")
+    restored = coded.restore()
+    padded = restored.new_zeros(*mask.shape, restored.shape[1])
+    padded[mask] = restored
+    return padded
