@@ -77,7 +77,7 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
         "catch_up": dict(trainer.history.absentees.chosen) if trainer.history.absentees is not None else {},
         "refused": {str(client): count for client, count in sorted(trainer.refused.items())},
         "seed": trainer.seed,
-        "memory": memory,
+        "memory": {name: value for name, value in memory.items() if name.endswith("_bytes")},
         "metrics_first": result.first.metrics,
         "metrics_last": result.last.metrics,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},

@@ -90,7 +90,7 @@ def _comparable(name: str, data: bytes) -> Any:
         rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
         return [{key: v for key, v in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
     if name == "summary.json":
-        return {key: value for key, value in json.loads(data).items() if key != "seconds_per_round"}
+        return {key: value for key, value in json.loads(data).items() if "seconds" not in key}
     if ".ckpt" in name:
         return plain(torch.load(io.BytesIO(data), weights_only=True))
     return data

@@ -230,19 +230,19 @@ class ReplayedClient(ForwardOnlyClient):
             self._checked = True
         return Anchor(z), multiplier
 
-    def _evaluate(self, batch: dict[str, Tensor]) -> Tensor:
+    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
         return _three_dimensional(self.lower.again())
 
     def _check_replay(self, z: Tensor) -> None:
         """A replay gives z again, and layer-wise probes give what perturbing all of θ_c at once gives."""
         optimizer = self.optimizer
         basis = optimizer.basis(0)
-        unmoved = self._evaluate({})
+        unmoved = self.evaluate({})
         with optimizer.perturbed(basis, 0, optimizer.mu):
-            layerwise = self._evaluate({})
+            layerwise = self.evaluate({})
         module, optimizer.module = optimizer.module, None
         with optimizer.perturbed(basis, 0, optimizer.mu):
-            moved = self._evaluate({})
+            moved = self.evaluate({})
         drift, effect = (float((other.float() - z.float()).norm()) for other in (unmoved, moved))
         if drift > 0.1 * effect:
             raise CutError(

@@ -67,7 +67,7 @@ def test_mu_is_checked_once_and_no_probe_of_the_answer_sees_z(
         z: Any = weakref.ref(anchor.z.untyped_storage())
         multiplier = torch.full_like(anchor.z, 1e-3)
         with monkeypatch.context() as patch:
-            patch.setattr(who, "_evaluate", _watched(who, z, alive))
+            patch.setattr(who, "evaluate", _watched(who, z, alive))
             callback.answer(who, cohort.batch, anchor, multiplier, cohort, who.optimizer.basis(0))
     probes = who.optimizer.basis(0).size
     assert len(checks) == 1
@@ -75,7 +75,7 @@ def test_mu_is_checked_once_and_no_probe_of_the_answer_sees_z(
 
 
 def _watched(who: ForwardOnlyClient, z: Any, alive: list[bool]) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    evaluate = who._evaluate
+    evaluate = who.evaluate
 
     def watched(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         alive.append(z() is not None)

@@ -14,7 +14,7 @@ from hosfl_lightning.optim import SGD, AdamW
 from tests.conftest import RandomTokens
 
 
-def report(trainer: Orchestrator) -> dict[str, int]:
+def report(trainer: Orchestrator) -> dict[str, float]:
     return next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor)).report
 
 
@@ -67,7 +67,7 @@ def test_it_is_one_clients_batch_whatever_runs_jointly(
     for clients in (1, 3):
         trainer = make_orchestrator(max_rounds=1)
         trainer.fit(make_model(), RandomTokens([[32] * 4] * clients))
-        reports.append(report(trainer))
+        reports.append({name: value for name, value in report(trainer).items() if name != "client_seconds"})
     assert reports[0] == reports[1]
 
 

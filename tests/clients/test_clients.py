@@ -16,6 +16,8 @@ from hosfl_lightning.optim import Dense, ZerothOrder
 class Half(nn.Module):
     """``f_c``: a two-layer network on float inputs, in the place of a model's lower half."""
 
+    inputs = ("input_ids", "attention_mask")
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)

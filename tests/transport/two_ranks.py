@@ -22,7 +22,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
-from hosfl_lightning.algorithms.base import Runner, Visit
+from hosfl_lightning.algorithms.base import Runner
+from hosfl_lightning.algorithms.split_round import Visit
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.checkpoint import load
 from hosfl_lightning.clients import Anchor, Client, Cohort
@@ -145,7 +146,7 @@ def left(folder: Path) -> dict[str, Any]:
     for name in ("updates.log", "run.json", "adapter/adapter_model.safetensors"):
         found[name] = (folder / name).read_bytes()
     summary = json.loads((folder / "summary.json").read_text())
-    return found | {"summary": {k: v for k, v in summary.items() if k != "seconds_per_round"}}
+    return found | {"summary": {k: v for k, v in summary.items() if "seconds" not in k}}
 
 
 def plain(value: Any, folder: str) -> Any:
