@@ -21,10 +21,12 @@ from hosfl_lightning.wire import (
     Coded,
     Message,
     Multiplier,
+    ProbedData,
     ProjectedGradients,
     SmashedData,
     Snapshot,
     Update,
+    Weights,
 )
 
 BASIS: dict[str, Any] = {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"}
@@ -32,6 +34,8 @@ RULE: dict[str, Any] = {"name": "adamw", "lr": 1e-3 / 3, "betas": [0.9, 0.999], 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAM = Stream(0, Domain.ROUNDING)
 RUN = bytes(range(16))
+CODED = (SmashedData, Multiplier, ProbedData)
+"""What holds z or λ."""
 
 
 def finite_bits(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,6 +64,8 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
     coefficients = finite_bits(seed, seed % 17)
     state = {"w.lora_A": finite_bits(seed, seed % 3, 5, dtype=dtype), "é \n": finite_bits(seed), "m": coefficients}
     mu = None if seed % 5 == 0 else 1e-3 / (seed + 1)
+    trained = {name: finite_bits(seed, seed % 3, 5, dtype=FLOATS[seed % 3]) for name in ("w.lora_A", "", "é \n")}
+    sender, terms = (None, 0) if seed % 2 == 0 else (first.client, seed)
     return [
         first,
         Multiplier(first.round, first.client, first.z),
@@ -71,12 +77,14 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         ),
         CatchUpRequest(first.round, 0, seed, "cpu-é"),
         Snapshot(first.round, 7, seed, "a", "the log was shorter", seed, state if seed else {}),
+        Weights(first.round, sender, trained if seed else {}, terms),
+        ProbedData(first.round, first.client, seed, seed % 2, first.z),
     ]
 
 
 def every_form(seed: int) -> list[Message]:
     """One message of each kind, and those with z or λ in every codec."""
-    return [m for c in CODECS for m in messages(seed, c)[: 2 if c != CODECS[0] else None]]
+    return [m for c in CODECS for m in messages(seed, c) if c == CODECS[0] or isinstance(m, CODED)]
 
 
 def same(left: Any, right: Any) -> bool:

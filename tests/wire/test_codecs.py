@@ -1,13 +1,24 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
 from torch import Tensor
 
 from hosfl_lightning.rng import Domain, Stream, uniform16
-from hosfl_lightning.wire import CODECS, Coded, FieldError, Multiplier, SmashedData, decode, encode, encoded_size
+from hosfl_lightning.wire import (
+    CODECS,
+    Coded,
+    FieldError,
+    Multiplier,
+    ProbedData,
+    SmashedData,
+    decode,
+    encode,
+    encoded_size,
+)
 from hosfl_lightning.wire.codecs import _up_to_bf16
 from tests.wire.samples import FLOATS, STREAM, finite_bits, same
 
@@ -175,17 +186,44 @@ def test_the_largest_numbers_come_back_finite(codec: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("codec", INTEGERS)
-def test_seed_round_client_and_tensor_each_change_the_rounding(codec: str) -> None:
+def test_seed_round_client_step_and_tensor_each_change_the_rounding(codec: str) -> None:
     x = _normal(7, 2, 3, 32)
     mask = torch.ones(2, 3, dtype=torch.bool)
 
-    def z(round: int, client: int, seed: int) -> Tensor:
-        return SmashedData.pack(round, client, x, torch.ones(2), mask, codec, seed).z.restore()
+    def z(round: int = 0, client: int = 0, seed: int = 0, step: int = 0) -> Tensor:
+        return SmashedData.pack(round, client, x, torch.ones(2), mask, codec, seed, step).z.restore()
 
-    same_again, others = z(0, 0, 0), [z(1, 0, 0), z(0, 1, 0), z(0, 0, 1)]
-    others.append(Multiplier.pack(0, 0, x, mask, codec).multiplier.restore())
-    assert torch.equal(z(0, 0, 0), same_again)
-    assert not any(torch.equal(same_again, other) for other in others)
+    def probed(probe: int, side: int, **kwargs: int) -> Tensor:
+        return ProbedData.pack(kwargs.pop("round", 0), 0, probe, side, x, mask, codec, **kwargs).z.restore()
+
+    drawn = [z(), z(round=1), z(client=1), z(seed=1), z(step=1), z(step=2)]
+    drawn += [Multiplier.pack(0, 0, x, mask, codec, step=step).multiplier.restore() for step in range(3)]
+    drawn += [probed(probe, side) for probe in range(3) for side in range(2)]
+    drawn += [probed(0, 0, round=1), probed(0, 0, seed=1), probed(0, 0, step=1), probed(0, 0, step=2)]
+    assert torch.equal(z(), drawn[0])
+    assert torch.equal(probed(1, 1), drawn[12])
+    assert not any(torch.equal(one, other) for one, other in combinations(drawn, 2))
+
+
+@pytest.mark.parametrize("codec", INTEGERS)
+def test_the_z_of_a_probe_takes_the_place_that_is_its_own(codec: str) -> None:
+    x, mask = _normal(7, 2, 3, 32), torch.ones(2, 3, dtype=torch.bool)
+    for probe, side, step in [(0, 0, 0), (0, 1, 5), (4095, 1, 4095)]:
+        message = ProbedData.pack(6, 3, probe, side, x, mask, codec, 9, step)
+        stream = Stream(9, Domain.ROUNDING, 6, 3, step)
+        assert same(message.z, Coded.of(x.flatten(0, 1), codec, stream, 2 + 2 * probe + side))
+
+
+def test_a_local_step_beyond_the_counter_is_refused() -> None:
+    for step in (-1, 4096):
+        for pack in (
+            lambda step: SmashedData.pack(0, 0, torch.ones(2, 3, 1), torch.ones(2), MASK, step=step),
+            lambda step: Multiplier.pack(0, 0, torch.ones(2, 3, 1), MASK, step=step),
+            lambda step: ProbedData.pack(0, 0, 0, 0, torch.ones(2, 3, 1), MASK, step=step),
+        ):
+            assert pack(4095)
+            with pytest.raises(FieldError, match=rf"step must be in 0 \.\. 4095, got {step}"):
+                pack(step)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -193,11 +231,14 @@ def test_handed_over_or_serialised_a_message_means_the_same(codec: str) -> None:
     x = _normal(8, 2, 3, 5)
     smashed = SmashedData.pack(4, 1, x, torch.tensor([3, 2]), MASK, codec, seed=9)
     multiplier = Multiplier.pack(4, 1, x, MASK, codec, seed=9)
-    received = decode(encode(smashed)), decode(encode(multiplier))
+    probed = ProbedData.pack(4, 1, 2, 1, x, MASK, codec, seed=9)
+    received = decode(encode(smashed)), decode(encode(multiplier)), decode(encode(probed))
     assert isinstance(received[0], SmashedData)
     assert isinstance(received[1], Multiplier)
     assert all(map(same, received[0].unpack(), smashed.unpack()))
+    assert isinstance(received[2], ProbedData)
     assert same(received[1].unpack(MASK), multiplier.unpack(MASK))
+    assert same(received[2].unpack(MASK), probed.unpack(MASK))
 
 
 def test_what_a_codec_saves() -> None:

@@ -5,6 +5,7 @@ import struct
 from typing import Any
 
 import pytest
+import torch
 
 from hosfl_lightning.wire import (
     PROTOCOL,
@@ -18,6 +19,7 @@ from hosfl_lightning.wire import (
     TooLargeError,
     TruncatedError,
     VersionError,
+    Weights,
     WireError,
     decode,
     encode,
@@ -27,15 +29,19 @@ from tests.wire.samples import RUN, every_form, messages, reseal, same, seal, sm
 
 REQUEST = CatchUpRequest(5, 2, 3, "a")
 DATA = encode(REQUEST, RUN)
+KINDS = [
+    "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
+    "probed_data",
+]  # fmt: skip
 
 
 def test_the_fixed_part_is_as_described() -> None:
     for message in messages(4):
         data = encode(message, RUN)
-        kinds = ["smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot"]
-        client = getattr(message, "client", -1) + 1
-        code = kinds.index(message.kind) + 1
-        assert data == seal(data[72:], kind=code, round=message.round, client=client, run=RUN)
+        client = getattr(message, "client", None)
+        addressee = 0 if client is None else client + 1
+        code = KINDS.index(message.kind) + 1
+        assert data == seal(data[72:], kind=code, round=message.round, client=addressee, run=RUN)
     assert PROTOCOL == 1
 
 
@@ -66,7 +72,7 @@ BAD: list[tuple[bytes, type[WireError], str]] = [
     (_set(4, "<H", 2), VersionError, "version 2, this side speaks 1"),
     (_set(4, "<H", 256), VersionError, "256"),
     (_set(6, "<B", 0), KindError, "unknown kind of message: 0"),
-    (_set(6, "<B", 7), KindError, "unknown kind of message: 7"),
+    (_set(6, "<B", 9), KindError, "unknown kind of message: 9"),
     (_set(32, "<Q", 2**64 - 1), TooLargeError, "announces"),
     (_set(32, "<Q", 2**30), TooLargeError, "announces"),
     (_set(32, "<Q", 2**29), TruncatedError, "are missing"),
@@ -86,6 +92,16 @@ def test_a_message_to_everybody_has_no_client() -> None:
     assert decode(update).kind == "update"
     with pytest.raises(AddressError, match="everybody"):
         decode(reseal(update[:12] + b"\1\0\0\0" + update[16:]))
+
+
+@pytest.mark.parametrize("client", [None, 0, 7])
+def test_weights_are_a_clients_or_for_everybody(client: int | None) -> None:
+    weights = Weights(3, client, {"w": torch.ones(2)})
+    received = decode(encode(weights), "weights", client=client)
+    assert same(received, weights)
+    assert peek(encode(weights)).client == client
+    with pytest.raises(AddressError, match="weights: expected client 5"):
+        decode(encode(weights), client=5)
 
 
 def test_every_flipped_bit_is_found() -> None:

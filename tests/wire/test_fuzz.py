@@ -20,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.wire import Message, Multiplier, SmashedData, TooLargeError, WireError, decode, encode
+from hosfl_lightning.wire import Message, Multiplier, ProbedData, SmashedData, TooLargeError, WireError, decode, encode
 from tests.rng.conftest import MemoryMeter
 from tests.wire.samples import every_form, frame, reseal, same
 
 LIMIT = 1 << 20
 FIELDS = {4: "<H", 6: "<B", 7: "<B", 8: "<I", 12: "<I", 32: "<Q"}
 """Offsets and forms of the envelope's numbers."""
-EDGES = [0, 1, 2, 3, 6, 7, 255, 2**16 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+EDGES = [0, 1, 2, 3, 7, 8, 9, 255, 2**16 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
 MARK = "@"
 TOKENS = [
     "0", "1", "-1", "7", "255", "4294967296", "9223372036854775808", "9" * 5000, "0.5", "-0.0", "NaN", "-Infinity",
@@ -142,6 +142,8 @@ def use(message: Message) -> None:
         assert len(message.z.values) == int(mask.sum())
     elif isinstance(message, Multiplier):
         assert message.multiplier.restore().isfinite().all()
+    elif isinstance(message, ProbedData):
+        assert message.z.restore().isfinite().all()
 
 
 def decoded(data: bytes) -> tuple[Message | WireError, int]:

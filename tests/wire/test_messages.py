@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hosfl_lightning.wire import FieldError, Multiplier, SmashedData
+from hosfl_lightning.wire import FieldError, Multiplier, ProbedData, SmashedData
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
 MASKS = {"left": LEFT, "right": LEFT.flip(1), "none": torch.ones(3, 4, dtype=torch.bool), "holes": LEFT ^ LEFT.flip(1)}
@@ -42,6 +42,15 @@ def test_multiplier_comes_back_where_it_was(mask: Tensor) -> None:
     message = Multiplier.pack(0, 2, multiplier, mask)
     assert message.multiplier.values.shape == (int(mask.sum()), 5)
     assert torch.equal(message.unpack(mask), multiplier * mask[..., None])
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_the_z_of_a_probe_comes_back_where_it_was(mask: Tensor) -> None:
+    z, _ = _inputs(mask)
+    message = ProbedData.pack(3, 2, 1, 0, z, mask)
+    assert (message.round, message.client, message.probe, message.side) == (3, 2, 1, 0)
+    assert message.z.values.shape == (int(mask.sum()), 5)
+    assert torch.equal(message.unpack(mask), z * mask[..., None])
 
 
 def test_one_label_per_sequence_even_when_there_are_as_many_tokens_as_sequences() -> None:
@@ -102,3 +111,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name() -> None:
         Multiplier.pack(0, 0, z[0], LEFT)
     with pytest.raises(FieldError, match="rows for a mask"):
         Multiplier.pack(0, 0, z, LEFT).unpack(~LEFT)
+    with pytest.raises(FieldError, match="probed_data: z must be"):
+        ProbedData.pack(0, 0, 0, 0, z[0], LEFT)
+    with pytest.raises(FieldError, match="probed_data: 7 rows for a mask of 5"):
+        ProbedData.pack(0, 0, 0, 0, z, LEFT).unpack(~LEFT)

@@ -15,11 +15,13 @@ from hosfl_lightning.wire import (
     FieldError,
     FrameError,
     NonFiniteError,
+    ProbedData,
     ProjectedGradients,
     ShapeError,
     SmashedData,
     Snapshot,
     TooLargeError,
+    Weights,
     WireError,
     decode,
 )
@@ -57,6 +59,16 @@ def _snapshot(tensors: object, buffers: dict[str, Tensor]) -> bytes:
     return frame({"fields": fields, "bits": {}}, buffers, kind=6)
 
 
+def _weights(tensors: object, buffers: dict[str, Tensor], **changes: object) -> bytes:
+    fields = {"num_terms": 1, "tensors": tensors} | changes
+    return frame({"fields": fields, "bits": {}}, buffers, kind=7)
+
+
+def _probed(buffers: dict[str, Tensor] | None = None, **changes: object) -> bytes:
+    fields = {"probe": 1, "side": 0, "z": CODED} | changes
+    return frame({"fields": fields, "bits": {}}, {"z.values": torch.ones(3, 2)} | (buffers or {}), kind=8)
+
+
 def _entry(dtype: object, shape: object, start: object, stop: object) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
@@ -81,6 +93,9 @@ def test_the_hand_made_frames_below_are_sound_but_for_their_fault() -> None:
     message = decode(_snapshot({}, {f"tensors.{name}": tensor for name, tensor in tensors.items()}))
     assert isinstance(message, Snapshot)
     assert same(message.tensors, tensors)
+    message = decode(_weights({}, {f"tensors.{name}": tensor for name, tensor in tensors.items()}))
+    assert same(message, Weights(1, 2, tensors, 1))
+    assert isinstance(decode(_probed()), ProbedData)
 
 
 MALFORMED: list[tuple[bytes, type[WireError], str]] = [
@@ -175,6 +190,21 @@ MALFORMED: list[tuple[bytes, type[WireError], str]] = [
     (_snapshot({"a": 1}, {}), FieldError, "tensors.a"),
     (_snapshot({"a": 1}, {"tensors.a": torch.ones(1)}), DuplicateKeyError, "tensors.a"),
     (_snapshot({}, {"tensors.a": torch.ones(1).byte()}), DtypeError, "tensors.a"),
+    (_weights([], {"tensors.a": torch.ones(1)}), FieldError, "tensors.a"),
+    (_weights({"a": 1}, {}), FieldError, "tensors.a"),
+    (_weights({"a": 1}, {"tensors.a": torch.ones(1)}), DuplicateKeyError, "tensors.a"),
+    (_weights({}, {"tensors.a": torch.ones(1).double()}), DtypeError, "tensors.a"),
+    (_weights({}, {"tensors.a": torch.tensor(float("nan"))}), NonFiniteError, "tensors.a has 1"),
+    (_weights({}, {}, client=2), DuplicateKeyError, "envelope"),
+    (_weights({}, {}, num_terms=-1), FieldError, "num_terms"),
+    (_weights({}, {}, extra=1), FieldError, "extra"),
+    (_probed(probe=-1), FieldError, "probe"),
+    (_probed(probe=4096), FieldError, "probe must be below"),
+    (_probed(side=2), FieldError, "side must be 0"),
+    (_probed(z=3), FieldError, "unexpected tensor z.values"),
+    (_probed({"z.values": torch.full((3, 2), float("inf"))}), NonFiniteError, "z.values has 6"),
+    (_probed({"z.values": torch.ones(3, 3)}), ShapeError, "2 > 0 columns"),
+    (_probed({"mask": torch.ones(1).byte()}), FieldError, "mask"),
 ]
 
 
