@@ -30,7 +30,7 @@ LAYERS = [
     {"optim"},
     {"wire", "loggers"},
     {"data", "availability"},
-    {"rng", "files"},
+    {"rng", "files", "networks"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -6,10 +6,14 @@ from hosfl_lightning.split.cut import check_tied_head, split
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.export import export_adapter
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
+from hosfl_lightning.split.image_halves import ImageClientHalf, ImageServerHalf
+from hosfl_lightning.split.images import split_images
 from hosfl_lightning.split.structure import LayerPath, find_layers
 
 __all__ = [
     "ClientHalf",
+    "ImageClientHalf",
+    "ImageServerHalf",
     "LayerPath",
     "Lora",
     "LoraHalf",
@@ -22,4 +26,5 @@ __all__ = [
     "load_client_half",
     "load_server_half",
     "split",
+    "split_images",
 ]

@@ -78,12 +78,12 @@ def stub_client(model: PreTrainedModel, structure: Structure) -> None:
             set_submodule(model, name, Stub())
 
 
-def check_cut(cut: int, layers: LayerPath, architecture: str) -> None:
+def check_cut(cut: int, layers: LayerPath, architecture: str, counted: str = "layers") -> None:
     """Refuse a cut that leaves one half without a layer."""
     if isinstance(cut, bool) or not isinstance(cut, int) or not 1 <= cut <= layers.num_layers - 1:
         raise SplitError(
-            f"cut={cut!r} is out of range: {architecture} has {layers.num_layers} layers, "
-            f"so cut (layers at the client) goes from 1 to {layers.num_layers - 1}."
+            f"cut={cut!r} is out of range: {architecture} has {layers.num_layers} {counted}, "
+            f"so cut ({counted} at the client) goes from 1 to {layers.num_layers - 1}."
         )
 
 
