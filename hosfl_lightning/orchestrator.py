@@ -357,6 +357,11 @@ class Orchestrator(TrainerFace):
             raise ValueError(
                 f"trainer.devices: the clients of {self.algorithm.name} run one after the other; set it to 1"
             )
+        if self.algorithm.client_holds == "whole" and self.codec != Codecs():
+            raise ValueError(
+                f"trainer.codec: {self.algorithm.name} has the whole model at the clients, so no smashed data travel "
+                "that a codec could make smaller; leave it out"
+            )
 
     def _setup_training(self, model: SplitModule) -> None:
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
@@ -430,7 +435,7 @@ class Orchestrator(TrainerFace):
             )
 
     def _train(self) -> RunResult:
-        if self.announces and self.is_global_zero:
+        if self.announces and self.is_global_zero and self.algorithm.client_holds == "half":
             print(self.lightning_module.labels_notice, flush=True)
         self.call("on_fit_start")
         if self.announces and self.is_global_zero:

@@ -35,6 +35,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "recipes": "llama",
     "stories260k": "llama",
+    "tiny_lm": "llama",
 }
 VOCAB = 260  # of the byte tokenizer
 

@@ -62,11 +62,12 @@ class TestEveryRecipe:
     def test_its_summary_says_what_ran(self, run: Run) -> None:
         summary, trainer = run.summary, run.recipe["trainer"]
         assert set(summary) >= SUMMARY_KEYS
-        assert set(summary["bytes_per_client_round"]) == KINDS
-        assert (summary["algorithm"], summary["rounds"]) == ("HOSFL", 2)
-        assert summary["probes"] == trainer["algorithm"]["init_args"]["probes"]
+        assert set(summary["bytes_per_client_round"]) >= KINDS
+        assert (summary["algorithm"], summary["rounds"]) == (trainer["algorithm"]["class_path"].split(".")[-1], 2)
+        assert summary["probes"] == trainer["algorithm"]["init_args"].get("probes")
         assert summary["clients_per_round"] == (trainer["clients_per_round"] or summary["clients"])
-        assert set(summary["controls"]) == set(trainer["controls"]) == {"frozen", "first_order"}
+        expected = {"frozen", "first_order"} if summary["algorithm"] == "HOSFL" else set()
+        assert set(summary["controls"]) == set(trainer["controls"]) == expected
         assert all(math.isfinite(control["val_loss_last"]) for control in summary["controls"].values())
         assert summary["val_loss_first"] != summary["val_loss_last"]
         assert summary["client_peak_bytes"] >= summary["client_forward_bytes"] > 0

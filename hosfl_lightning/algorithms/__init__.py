@@ -1,9 +1,22 @@
 """Methods: what happens in a round."""
 
 from hosfl_lightning.algorithms.base import Algorithm, TooFewClientsError
+from hosfl_lightning.algorithms.fedavg import FedAvg
 from hosfl_lightning.algorithms.frozen import Frozen
 from hosfl_lightning.algorithms.hosfl import HOSFL
+from hosfl_lightning.algorithms.split_learning import SplitLearning
 from hosfl_lightning.algorithms.splitfed_sgd import SplitFedSGD
+from hosfl_lightning.algorithms.splitfed_v1 import SplitFedV1
 from hosfl_lightning.algorithms.splitfed_v2 import SplitFedV2
 
-__all__ = ["HOSFL", "Algorithm", "Frozen", "SplitFedSGD", "SplitFedV2", "TooFewClientsError"]
+__all__ = [
+    "HOSFL",
+    "Algorithm",
+    "FedAvg",
+    "Frozen",
+    "SplitFedSGD",
+    "SplitFedV1",
+    "SplitFedV2",
+    "SplitLearning",
+    "TooFewClientsError",
+]

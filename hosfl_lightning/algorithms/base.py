@@ -172,8 +172,9 @@ class Algorithm(ABC):
         """The round has failed and will be tried again, or not at all: nothing of it is reported."""
 
     def end_round(self, runner: Runner) -> None:
-        """Both schedules take their step."""
-        runner.server.end_round()
+        """Both schedules take their step, the server's where it trains."""
+        if self.server_order != "none":
+            runner.server.end_round()
         if self.client_schedule is not None:
             self.client_schedule.step()
 

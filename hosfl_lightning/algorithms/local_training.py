@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,11 +89,11 @@ class LocalTraining(Algorithm):
             runner.check_attendance(sum(answer.num_terms > 0 for answer in answers))
         except TooFewClientsError:
             self.load(before)
-            self.moments.forget()
+            self.moments.commit([])
             runner.server.put(*server)
             raise
         self.load(self.merge(before, answers))
-        self.moments.commit()
+        self.moments.commit(answer.client for answer in answers if answer.client is not None)
         self.end_round(runner)
         terms = sum(n for _, n in losses)
         return torch.stack([loss * (n / terms) for loss, n in losses]).sum()
@@ -101,10 +101,13 @@ class LocalTraining(Algorithm):
     def visit(
         self, runner: Runner, round: int, cohort: Cohort, shared: Tensor, losses: list[tuple[Tensor, int]]
     ) -> list[Weights]:
-        """Weights down, local steps, weights up; what the server takes of them: one message, or none."""
+        """Weights down, local steps, weights up; what the server takes of them: one message, or none.
+
+        A client that is refused leaves nothing behind but what a shared server has learned from its earlier steps.
+        """
         client = cohort.clients[0]
-        self.load(flat(runner.transport.down(self.message(round, client, shared)).tensors.values()))
-        terms = 0
+        self.load(self.content(runner.transport.down(self.message(round, client, shared))))
+        own: list[tuple[Tensor, int]] = []
         with self.moments.of(client):
             for step in range(self.local_steps):
                 minibatch = runner.minibatch(client, round * self.local_steps + step) if step else cohort
@@ -113,9 +116,10 @@ class LocalTraining(Algorithm):
                 loss = self.local_step(runner, round, step, minibatch)
                 if loss is None:
                     return []
-                losses.append((loss, minibatch.num_terms[0]))
-                terms += minibatch.num_terms[0]
-        return taken(runner, self.message(round, client, self.vector(), terms))
+                own.append((loss, minibatch.num_terms[0]))
+        answer = taken(runner, self.message(round, client, self.vector(), sum(n for _, n in own)))
+        losses += own if answer else []
+        return answer
 
     def hand_on(self, shared: Tensor, answer: Sequence[Weights]) -> Tensor:
         """What the next client begins with: as the others, the shared weights."""
@@ -123,34 +127,35 @@ class LocalTraining(Algorithm):
 
     def merge(self, before: Tensor, answers: Sequence[Weights]) -> Tensor:
         """``θ + Σ_k w_k (θ_k − θ)``."""
-        answers = [answer for answer in answers if answer.num_terms]
-        changes = torch.stack([flat(answer.tensors.values()) - before for answer in answers])
-        return before + self.aggregation(changes, weights([answer.num_terms for answer in answers]))
+        return self.average(before, [self.content(a) for a in answers], [a.num_terms for a in answers])
+
+    def average(self, before: Tensor, after: Sequence[Tensor], num_terms: Sequence[int]) -> Tensor:
+        """`merge` of vectors; one without a loss term behind it does not count."""
+        counted = [(vector, n) for vector, n in zip(after, num_terms) if n]
+        changes = torch.stack([vector - before for vector, _ in counted])
+        return before + self.aggregation(changes, weights([n for _, n in counted]))
 
     # ---- the weights as one vector
 
     def vector(self) -> Tensor:
-        """What is trained, ``(d,)`` fp32, a copy."""
-        return flat(p.detach() for p in self.trained.values())
+        """What is trained, `flat`."""
+        return flat(self.trained.values())
 
     @torch.no_grad()
     def load(self, vector: Tensor) -> None:
         """Put a `vector` in the place of what is trained."""
-        for parameter, values in zip(self.trained.values(), self._split(vector)):
-            parameter.copy_(values.view_as(parameter))
+        for parameter, values in zip(self.trained.values(), parts(vector, self.trained.values())):
+            parameter.copy_(values)
         torch.clear_autocast_cache()
 
     def message(self, round: int, client: int, vector: Tensor, num_terms: int = 0) -> Weights:
         """The weights in the dtypes that the client holds them in."""
-        parts = zip(self.trained.items(), self._split(vector))
-        return Weights(round, client, {name: v.view_as(p).to(p.dtype) for (name, p), v in parts}, num_terms)
+        named = zip(self.trained.items(), parts(vector, self.trained.values()))
+        return Weights(round, client, {name: values.to(p.dtype) for (name, p), values in named}, num_terms)
 
-    def _split(self, vector: Tensor) -> Sequence[Tensor]:
-        return vector.split([p.numel() for p in self.trained.values()])
-
-    def settings(self) -> dict[str, Any]:
-        """The rule's, and the number of local steps."""
-        return {**super().settings(), "local_steps": self.local_steps}
+    def content(self, message: Weights) -> Tensor:
+        """The `vector` of a `message`, whose names may come in another order."""
+        return flat(message.tensors[name] for name in self.trained)
 
     def state_dict(self) -> dict[str, Any]:
         """As in `Algorithm`, and each client's moments."""
@@ -203,6 +208,12 @@ class LocalSplitTraining(LocalTraining):
         self.client.optimizer.step()
 
 
-def flat(tensors: Any) -> Tensor:
-    """The tensors one after the other, ``(d,)`` fp32, a copy."""
-    return torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """The tensors one after the other, ``(d,)`` fp32, a copy on the host, where the clients' answers meet."""
+    return torch.cat([tensor.detach().reshape(-1).float().cpu() for tensor in tensors])
+
+
+def parts(vector: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
+    """What `flat` has put together, in the shapes of ``like``."""
+    shapes = list(like)
+    return [values.view_as(one) for values, one in zip(vector.split([one.numel() for one in shapes]), shapes)]

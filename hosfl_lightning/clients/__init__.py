@@ -4,7 +4,7 @@ from hosfl_lightning.clients.base import Anchor, Client, Cohort, SplitClient, la
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
-from hosfl_lightning.clients.objective import ObjectiveClient
+from hosfl_lightning.clients.objective import ObjectiveClient, WholeModel
 
 __all__ = [
     "Anchor",
@@ -15,6 +15,7 @@ __all__ = [
     "FrozenClient",
     "ObjectiveClient",
     "SplitClient",
+    "WholeModel",
     "lagrangian_term",
     "run",
 ]

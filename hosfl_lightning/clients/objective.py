@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Batch, Client, freeze
+from hosfl_lightning.clients.base import Batch, Client, freeze, run
 from hosfl_lightning.clients.recompute import recomputing
 from hosfl_lightning.optim import Dense, ZerothOrder
+
+
+class WholeModel(nn.Module):
+    """``f_s(f_c(x; θ_c); θ_s)``, from inputs to logits, at one place: what a client holds of a method without a cut.
+
+    Args:
+        client_half: ``f_c``.
+        server_half: ``f_s``.
+    """
+
+    def __init__(self, client_half: nn.Module, server_half: nn.Module) -> None:
+        super().__init__()
+        self.client_half, self.server_half = client_half, server_half
+        taken: Any = client_half.inputs
+        #: Of a batch.
+        self.inputs: tuple[str, ...] = tuple(dict.fromkeys([*taken, "attention_mask"]))
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """Of both halves, by number."""
+        lower: Any = self.client_half.layers
+        upper: Any = self.server_half.layers
+        return {**lower, **upper}
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Logits, of what `inputs` names."""
+        batch = dict(zip(self.inputs, inputs, strict=True))
+        return self.server_half(run(self.client_half, batch), batch["attention_mask"])
 
 
 class ObjectiveClient(Client):

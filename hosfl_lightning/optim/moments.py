@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ Held = tuple[int, dict[int, dict[str, Tensor]]]
 
 
 class Moments:
-    """Step counts and moments by client; what a client did in a round counts once the round is `commit` ted.
+    """Step counts and moments by client; what a client did in a round counts once the server has taken it (`commit`).
 
     Args:
         optimizer: Whose rule all clients have; between clients it holds no moments.
@@ -39,13 +39,9 @@ class Moments:
         finally:
             self._put(0, {})
 
-    def commit(self) -> None:
-        """Keep what the clients of the round did."""
-        self.held |= self._moved
-        self._moved = {}
-
-    def forget(self) -> None:
-        """The round has failed."""
+    def commit(self, clients: Iterable[int]) -> None:
+        """The round is over: keep what these clients did in it, and forget what the others did."""
+        self.held |= {client: self._moved[client] for client in clients}
         self._moved = {}
 
     def _put(self, steps: int, slots: dict[int, dict[str, Tensor]]) -> None:
