@@ -1,17 +1,28 @@
 """Federated data: who holds which examples, and which of them a client uses in a round."""
 
 from hosfl_lightning.data.classification import ClassificationData
+from hosfl_lightning.data.digits import DigitsData
 from hosfl_lightning.data.docstrings import DocstringData
+from hosfl_lightning.data.fashion_mnist import FashionMNISTData
 from hosfl_lightning.data.federated import FederatedDataModule
+from hosfl_lightning.data.hub_images import HubImageData
+from hosfl_lightning.data.image_folder import ImageFolderData
+from hosfl_lightning.data.images import ImageData, ImageExample
 from hosfl_lightning.data.partition import partition_by_field, partition_dirichlet, partition_iid
 from hosfl_lightning.data.text import TextData
 from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
 
 __all__ = [
     "ClassificationData",
+    "DigitsData",
     "DocstringData",
     "Example",
+    "FashionMNISTData",
     "FederatedDataModule",
+    "HubImageData",
+    "ImageData",
+    "ImageExample",
+    "ImageFolderData",
     "TextData",
     "collate",
     "language_blocks",

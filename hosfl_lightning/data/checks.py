@@ -17,6 +17,13 @@ def check_fraction(**settings: float) -> None:
             raise ValueError(f"{name}={value}: must lie between 0 and 1")
 
 
+def check_share(**settings: float) -> None:
+    """Refuse a share that leaves nothing of the whole; 0 is a share that is not taken."""
+    for name, value in settings.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value}: must be at least 0 and below 1")
+
+
 def check_choice(choices: tuple[str, ...], **settings: str) -> None:
     """Refuse a word that is none of the choices."""
     for name, value in settings.items():

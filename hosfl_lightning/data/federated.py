@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least
-from hosfl_lightning.data.tokenization import Example, collate, load_tokenizer, pad_token_id
+from hosfl_lightning.data.tokenization import collate, load_tokenizer, pad_token_id
 from hosfl_lightning.rng import Domain, permutation
 
 
@@ -25,7 +25,8 @@ class FederatedDataModule(L.LightningDataModule):
     epoch e = r div ⌊n_k / b⌋, whose order is `permutation(n_k, seed, DATA_ORDER, round=e, client=k)`. A batch is thus a
     pure function of (seed, client, round): resuming needs no state, and rounds a client misses cost nothing. Within an
     epoch no example repeats; the n_k mod b examples that fill no batch sit that epoch out. The global random state of
-    Python, NumPy and torch is neither read nor changed.
+    Python, NumPy and torch is neither read nor changed. What an example is, only `collate` knows: here an `Example` of
+    token ids, in `ImageData` an image and its class.
 
     Args:
         batch_size: Examples a client uses a round; a client that holds fewer uses all it has.
@@ -63,9 +64,9 @@ class FederatedDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.tokenizer_of: str | None = None
         self.seed = seed
-        self.clients: list[list[Example]] = []
-        self.validation_set: list[Example] = []
-        self.test_set: list[Example] = []
+        self.clients: list[list[Any]] = []
+        self.validation_set: list[Any] = []
+        self.test_set: list[Any] = []
         self._names: list[str] = []
         self._orders: dict[int, tuple[int, list[int]]] = {}
 
@@ -95,6 +96,15 @@ class FederatedDataModule(L.LightningDataModule):
         self.tokenizer = load_tokenizer(self.tokenizer)
         return self.tokenizer
 
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """The batch that a list of B examples makes.
+
+        Returns:
+            input_ids, attention_mask (B, T) and labels ((B, T), -100 where no loss is taken; or (B,)), all int64,
+            padded on the right to the longest row.
+        """
+        return collate(examples, pad_token_id(self.resolve_tokenizer()))
+
     def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
         """The minibatch that a client uses in a round.
 
@@ -103,8 +113,7 @@ class FederatedDataModule(L.LightningDataModule):
             round: 0, 1, ...
 
         Returns:
-            input_ids, attention_mask (B, T) and labels ((B, T), -100 where no loss is taken; or (B,)), all int64,
-            padded on the right to the longest row.
+            What `collate` makes of the examples.
 
         Raises:
             ValueError: If the client or the round is out of range.
@@ -117,7 +126,7 @@ class FederatedDataModule(L.LightningDataModule):
         size = min(self.batch_size, len(examples))
         epoch, batch = divmod(round, len(examples) // size)
         chosen = self._order(client, epoch)[batch * size : (batch + 1) * size]
-        return collate([examples[i] for i in chosen], pad_token_id(self.resolve_tokenizer()))
+        return self.collate([examples[i] for i in chosen])
 
     @override
     def val_dataloader(self) -> EVAL_DATALOADERS:
@@ -142,12 +151,12 @@ class FederatedDataModule(L.LightningDataModule):
             known = self._orders[client] = (epoch, order.tolist())
         return known[1]
 
-    def _loader(self, examples: list[Example], what: str) -> DataLoader:
+    def _loader(self, examples: list[Any], what: str) -> DataLoader:
         if not examples:
             raise ValueError(f"data: {type(self).__name__} has no {what} examples")
         return DataLoader(
             examples,  # type: ignore[arg-type]
             batch_size=self.eval_batch_size,
-            collate_fn=partial(collate, pad_id=pad_token_id(self.resolve_tokenizer())),
+            collate_fn=self.collate,
             generator=torch.Generator(),  # without its own, every new iterator draws from the global one
         )

@@ -7,6 +7,7 @@ import gzip
 import importlib
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,13 @@ def read_documents(path: str, text_field: str, setting: str) -> list[str]:
 
 
 def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict[str, list[str]]]:
-    """Read one split of a Hugging Face dataset with `datasets.load_dataset(name, config, split=split)`.
+    """All records of one split of a Hugging Face dataset; arguments, results and errors are those of `open_hub`."""
+    rows, names = open_hub(name, config, split)
+    return list(rows), names
+
+
+def open_hub(name: str, config: str | None, split: str) -> tuple[Iterator[Row], dict[str, list[str]]]:
+    """Open one split of a Hugging Face dataset with `datasets.load_dataset(name, config, split=split)`.
 
     Args:
         name: Dataset name on the hub, or a local folder.
@@ -89,7 +96,7 @@ def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict
         split: Name of the split.
 
     Returns:
-        The records, and the class names of the fields that are class labels.
+        The records, one at a time, and the class names of the fields that are class labels.
 
     Raises:
         ImportError: If `datasets` is not installed.
@@ -106,11 +113,26 @@ def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ValueError(f"hub={name!r}, hub_config={config!r}, split {split!r}: {' '.join(reason)}") from error
-    rows = [Row(f"{name} {split} record {number}", dict(fields)) for number, fields in enumerate(dataset)]
-    if not rows:
+    if not len(dataset):
         raise ValueError(f"hub={name!r}: split {split!r} has no records")
     names = {key: list(kind.names) for key, kind in dataset.features.items() if hasattr(kind, "names")}
-    return rows, names
+    return (Row(f"{name} {split} record {number}", dict(fields)) for number, fields in enumerate(dataset)), names
+
+
+def read_bytes(path: str, setting: str) -> bytes:
+    """The whole content of a file, unpacked if its name ends in .gz; `setting` is the argument that names it.
+
+    Raises:
+        FileNotFoundError: If the path is not a file.
+        ValueError: If a .gz file is damaged or cut short.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{setting}: there is no file {path!r}")
+    content = Path(path).read_bytes()
+    try:
+        return gzip.decompress(content) if path.endswith(".gz") else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{setting}: {path!r} is not a whole gzip file ({error})") from error
 
 
 def _kind(path: str, setting: str, known: tuple[str, ...]) -> str:
@@ -122,15 +144,10 @@ def _kind(path: str, setting: str, known: tuple[str, ...]) -> str:
 
 def _read(path: str, setting: str) -> str:
     """The whole file as text, line ends as they are."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{setting}: there is no file {path!r}")
-    content = Path(path).read_bytes()
     try:
-        text = (gzip.decompress(content) if path.endswith(".gz") else content).decode("utf-8-sig")
+        text = read_bytes(path, setting).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{setting}: {path!r} is not UTF-8 text (byte {error.start})") from error
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{setting}: {path!r} is not a whole gzip file ({error})") from error
     if not text.strip():
         raise ValueError(f"{setting}: {path!r} is empty")
     return text

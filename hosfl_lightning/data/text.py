@@ -8,7 +8,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
+from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction, check_share
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.partition import fixed_subset, partition_iid
 from hosfl_lightning.data.readers import read_documents
@@ -19,18 +19,22 @@ class TextData(FederatedDataModule):
     """Language modelling on text, JSON-lines or CSV files, cut into blocks of `sequence_length` tokens.
 
     A plain text file is one document, each record of a `.jsonl`/`.csv` file another; the documents of a file are
-    joined by eos and what does not fill a block at its end is dropped. Without `validation_files` the last
-    `validation_fraction` of each file's blocks is held out.
+    joined by eos and what does not fill a block at its end is dropped. Of each file's blocks the last `test_fraction`
+    are the test set, those before them the validation set unless there are `validation_files`, and the rest is for
+    training: learning rates are tuned on other text than the result is told of.
 
     Args:
         files: Training files: .txt, .text, .md, .rst, .py, .jsonl or .csv, `.gz` after any of them.
         validation_files: Files for validation. None: the last part of each training file.
-        test_files: Files for the test set. None: no test set.
+        test_files: Files for the test set. None: `test_fraction` of each training file, if that is not 0.
         text_field: The field that holds a record's text.
         num_clients: Number of clients; needed for `partition: iid`. By file it may be left out.
         partition: `iid` deals the training blocks to the clients at random; `by_file` makes each file a client.
-        validation_fraction: Share of each file's blocks, from its end, held out when there are no validation files.
+        validation_fraction: Share of each file's blocks held out when there are no validation files: the last, or those
+            before the test blocks.
+        test_fraction: Share of each file's blocks, from its end, held out for the test set. 0: none.
         max_validation_examples: Keep only so many validation blocks, the same for every seed.
+        max_test_examples: Keep only so many test blocks.
         batch_size: Blocks a client uses a round.
         sequence_length: Tokens per block.
         eval_batch_size: Blocks per batch of the held-out loaders.
@@ -51,7 +55,9 @@ class TextData(FederatedDataModule):
         num_clients: int | None = None,
         partition: Literal["iid", "by_file"] = "iid",
         validation_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         max_validation_examples: int | None = None,
+        max_test_examples: int | None = None,
         batch_size: int = 4,
         sequence_length: int = 128,
         eval_batch_size: int = 32,
@@ -60,8 +66,10 @@ class TextData(FederatedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(2, sequence_length=sequence_length)
-        check_at_least(1, num_clients=num_clients, max_validation_examples=max_validation_examples)
+        check_at_least(1, num_clients=num_clients)
+        check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
         check_fraction(validation_fraction=validation_fraction)
+        check_share(test_fraction=test_fraction)
         check_choice(("iid", "by_file"), partition=partition)
         if not files:
             raise ValueError("files: name at least one training file")
@@ -71,6 +79,8 @@ class TextData(FederatedDataModule):
             raise ValueError(
                 f"num_clients={num_clients}: partition=by_file makes each of the {len(files)} files a client"
             )
+        if test_files and test_fraction:
+            raise ValueError(f"test_fraction={test_fraction}: there are test_files; give one of the two")
         self.files = list(files)
         self.validation_files = list(validation_files or [])
         self.test_files = list(test_files or [])
@@ -78,7 +88,9 @@ class TextData(FederatedDataModule):
         self.requested_clients = num_clients
         self.partition = partition
         self.validation_fraction = validation_fraction
+        self.test_fraction = test_fraction
         self.max_validation_examples = max_validation_examples
+        self.max_test_examples = max_test_examples
         self.sequence_length = sequence_length
 
     @override
@@ -93,10 +105,13 @@ class TextData(FederatedDataModule):
             return
         training = [self._blocks(path, "files") for path in self.files]
         validation = [block for path in self.validation_files for block in self._blocks(path, "validation_files")]
-        self.test_set = [block for path in self.test_files for block in self._blocks(path, "test_files")]
-        if not validation:
-            validation = [block for path, blocks in zip(self.files, training) for block in self._hold_out(path, blocks)]
+        test = [block for path in self.test_files for block in self._blocks(path, "test_files")]
+        for path, blocks in zip(self.files, training):
+            for_validation, for_test = self._hold_out(path, blocks)
+            validation += for_validation
+            test += for_test
         self.validation_set = [validation[i] for i in fixed_subset(len(validation), self.max_validation_examples)]
+        self.test_set = [test[i] for i in fixed_subset(len(test), self.max_test_examples)]
         if self.partition == "by_file":
             stems = [Path(path).name.split(".")[0] for path in self.files]
             self.client_names = stems if len(set(stems)) == len(stems) else self.files
@@ -116,11 +131,16 @@ class TextData(FederatedDataModule):
             )
         return blocks
 
-    def _hold_out(self, path: str, blocks: list[Example]) -> list[Example]:
-        """Take the last blocks off the list, at least one, and return them."""
-        if len(blocks) < 2:
-            raise ValueError(f"files: {path!r} has one block only; lower sequence_length or give validation_files")
-        count = max(1, round(len(blocks) * self.validation_fraction))
-        held_out = blocks[-count:]
-        del blocks[-count:]
-        return held_out
+    def _hold_out(self, path: str, blocks: list[Example]) -> tuple[list[Example], list[Example]]:
+        """Take the last blocks off the list: those for validation, and behind them those for the test set."""
+        shares = (0.0 if self.validation_files else self.validation_fraction, self.test_fraction)
+        validation, test = (max(1, round(len(blocks) * share)) if share else 0 for share in shares)
+        kept = len(blocks) - validation - test
+        if kept < 1:
+            raise ValueError(
+                f"files: {path!r} has {len(blocks)} block(s), and {validation} for validation and {test} for testing "
+                "leave none; lower sequence_length or give validation_files"
+            )
+        held_out = blocks[kept:]
+        del blocks[kept:]
+        return held_out[:validation], held_out[validation:]

@@ -64,7 +64,9 @@ def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
         read_rows(str(tmp_path / "none.jsonl"), "validation")
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"x" * 1000)[:-12]])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"x" * 1000)[:-12], gzip.compress(b"")[:10] + b"\xff" * 20]
+)
 def test_broken_gzip(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(content)

@@ -68,6 +68,30 @@ def test_validation_and_test_files(write: Write, tokenizer: PreTrainedTokenizerB
     assert texts(data.test_set, tokenizer) == ["tttt", "tttt"]
 
 
+def test_the_test_set_is_the_end_of_each_file_and_validation_lies_before_it(
+    write: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    files = [write("a.txt", TEXT), write("b.txt", "b" * 40)]
+    data = make(tokenizer, files, num_clients=3, validation_fraction=0.1, test_fraction=0.2)
+    assert texts(data.test_set, tokenizer) == [f"{i:03d}-" for i in range(80, 100)] + ["bbbb"] * 2
+    assert texts(data.validation_set, tokenizer) == [f"{i:03d}-" for i in range(70, 80)] + ["bbbb"]
+    dealt = [text for client in data.clients for text in texts(client, tokenizer)]
+    assert sorted(dealt) == [f"{i:03d}-" for i in range(70)] + ["bbbb"] * 7
+
+
+def test_a_test_share_beside_validation_files_is_all_that_is_held_out(
+    write: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    files, others = [write("a.txt", TEXT)], [write("v.txt", "vvvv")]
+    data = make(tokenizer, files, num_clients=1, validation_files=others, test_fraction=0.1, max_test_examples=3)
+    assert texts(data.validation_set, tokenizer) == ["vvvv"]
+    assert len(data.clients[0]) == 90
+    assert len(data.test_set) == 3
+    assert set(texts(data.test_set, tokenizer)) <= {f"{i:03d}-" for i in range(90, 100)}
+    again = make(tokenizer, files, num_clients=1, test_fraction=0.1, max_test_examples=3, seed=5)
+    assert texts(again.test_set, tokenizer) == texts(data.test_set, tokenizer)
+
+
 def test_records_are_documents_joined_by_eos(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     records = [{"story": "aaa"}, {"story": "bbb"}, {"story": "ccccccc"}]
     data = make(tokenizer, [write("a.jsonl.gz", records)], num_clients=1, text_field="story")
@@ -90,6 +114,9 @@ def test_batches(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
         ({"num_clients": 2, "partition": "by_file"}, "num_clients=2: partition=by_file makes each of the 1 files"),
         ({"num_clients": 2, "partition": "random"}, "partition='random': choose one of iid, by_file"),
         ({"num_clients": 2, "validation_fraction": 1.0}, "validation_fraction=1.0"),
+        ({"num_clients": 2, "test_fraction": 1.0}, "test_fraction=1.0: must be at least 0 and below 1"),
+        ({"num_clients": 2, "max_test_examples": 0}, "max_test_examples=0: must be at least 1"),
+        ({"num_clients": 2, "test_fraction": 0.1, "test_files": ["b.txt"]}, "test_fraction=0.1: there are test_files"),
         ({"num_clients": 2, "sequence_length": 1}, "sequence_length=1: must be at least 2"),
         ({"num_clients": 0}, "num_clients=0: must be at least 1"),
     ],
@@ -106,8 +133,10 @@ def test_bad_files(write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: P
         ValueError, match=r"files: .*a.txt' has 3 tokens, fewer than one block; lower sequence_length from 4"
     ):
         make(tokenizer, [write("a.txt", "abc")], num_clients=1)
-    with pytest.raises(ValueError, match="one block only; lower sequence_length or give validation_files"):
+    with pytest.raises(ValueError, match=r"1 block\(s\), and 1 for validation and 0 for testing leave none; lower"):
         make(tokenizer, [write("a.txt", "abcdef")], num_clients=1)
+    with pytest.raises(ValueError, match=r"2 block\(s\), and 1 for validation and 1 for testing leave none"):
+        make(tokenizer, [write("a.txt", "abcdefgh")], num_clients=1, test_fraction=0.1)
     with pytest.raises(ValueError, match="num_clients=9 is more than the 2 examples"):
         make(tokenizer, [write("a.txt", "abcdefghijkl")], num_clients=9)
     with pytest.raises(ValueError, match=r"validation_files: .*v.txt' is empty"):
