@@ -31,7 +31,7 @@ from hosfl_lightning.files import discard
 from hosfl_lightning.history import History
 from hosfl_lightning.hooks import check_hooks, fire
 from hosfl_lightning.identity import digest
-from hosfl_lightning.rebuild import RebuildError, rebuild, write_client_half
+from hosfl_lightning.rebuild import RebuildError, rebuild, write_client
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.servers import SplitModule
@@ -232,7 +232,7 @@ class Orchestrator(TrainerFace):
     def replay(
         self, model: SplitModule, datamodule: FederatedDataModule | None, run: str, out: str, to: int | None = None
     ) -> None:
-        """Rebuild the client half at any round from the base model and the update log of a run alone.
+        """Rebuild what the clients hold at any round from the base model and the update log of a run alone.
 
         Where the run has a checkpoint of that round, the two are compared bit for bit.
 
@@ -240,7 +240,8 @@ class Orchestrator(TrainerFace):
             model: As in the run's recipe.
             datamodule: Not used; the recipe has one.
             run: The run's folder.
-            out: The folder to write: ``client_half.safetensors`` and ``replay.json``.
+            out: The folder to write: ``client_half.safetensors`` (``client_whole.safetensors`` for a method whose
+                clients hold the whole model) and ``replay.json``.
             to: Rounds to replay; None: all that the log holds.
 
         Raises:
@@ -250,14 +251,15 @@ class Orchestrator(TrainerFace):
         log = ReplayLog.read(Path(run) / run_folder.LOG)
         rounds = log.rounds if to is None else to
         self.fabric.strategy.precision.convert_module(model)
-        rebuild(model, log, rounds, self.algorithm.client_optimizer)
-        report = write_client_half(model, log, rounds, Path(run), Path(out))
-        print(f"client half after {rounds} rounds, from {report['log_bytes']:,} bytes of log, written to {out}")
+        rebuild(model, log, rounds, self.algorithm)
+        report = write_client(model, self.algorithm, log, rounds, Path(run), Path(out))
+        holds = f"client {self.algorithm.client_holds}"
+        print(f"{holds} after {rounds} rounds, from {report['log_bytes']:,} bytes of log, written to {out}")
         for name in report["equal_to"]:
             print(f"equal to {name}, bit for bit")
         if report["differs_from"]:
             others = ", ".join(report["differs_from"])
-            raise RebuildError(f"the client half that the log of {run} gives differs from {others}")
+            raise RebuildError(f"the {holds} that the log of {run} gives differs from {others}")
 
     # ---- hooks
 

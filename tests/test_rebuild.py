@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
+from hosfl_lightning.algorithms import HOSL, ZOFL, ZOSFL, Algorithm
 from hosfl_lightning.catch_up import client_state
 from hosfl_lightning.checkpoint import load, save
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.rebuild import RebuildError, rebuild
 from hosfl_lightning.replay import ReplayLog
+from tests.algorithms.two_layers import Points, TwoLayers, orchestrator
 from tests.conftest import RandomTokens
 from tests.recipe_runs import ROOT, Finished, command_line, hosfl, small
 
@@ -78,7 +80,8 @@ class TestRebuild:
             thetas = [t for name, t in state.items() if name.endswith(".theta")]
             assert same(written, dict(zip(model.client_parameters, thetas, strict=True)))
         if precision == "32-true":
-            optimizer = rebuild(make_model(), log, ROUNDS, type(rule)())
+            fresh = HOSFL(client_optimizer=type(rule)())
+            optimizer = rebuild(make_model(), log, ROUNDS, fresh)
             assert same(client_state(optimizer), remembers.states[-1])
             assert optimizer.steps == ROUNDS
 
@@ -110,11 +113,51 @@ class TestRebuild:
         trainer.fit(make_model(), data)
         log = ReplayLog.read(Path(trainer.log_dir) / "updates.log")
         with pytest.raises(RebuildError, match=message):
-            rebuild(make_model(**other), log, 1, SGD())
+            rebuild(make_model(**other), log, 1, HOSFL())
         changed = make_model()
         next(p for p in changed.server_half.parameters() if not p.requires_grad).data.add_(0.5)
         with pytest.raises(RebuildError, match="backbone has other weights"):
-            rebuild(changed, log, 1, SGD())
+            rebuild(changed, log, 1, HOSFL())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "holds"),
+    [
+        (HOSL(2, client_optimizer=AdamW(lr=0.05)), "half"),
+        (ZOSFL(2, client_optimizer=AdamW(lr=0.05)), "half"),
+        (ZOFL(2, client_optimizer=AdamW(lr=0.05)), "whole"),
+        (ZOFL(2, client_optimizer=SGD(lr=0.2), local_steps=3), "whole"),
+    ],
+    ids=["hosl", "zosfl", "zofl", "zofl-walks"],
+)
+def test_what_the_clients_hold_whatever_the_method(
+    algorithm: Algorithm, holds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"logger": True, "enable_checkpointing": True}
+    trainer, model = orchestrator(algorithm, tmp_path / "runs", **settings), TwoLayers(client_holds="whole")
+    trainer.fit(model, Points())
+    fresh = orchestrator(algorithm, tmp_path / "others")
+    fresh.replay(TwoLayers(client_holds="whole"), None, trainer.log_dir, str(tmp_path / "out"))
+    assert f"client {holds} after 5 rounds" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert (report["equal_to"], report["differs_from"]) == (["last.ckpt"], [])
+    written = load_file(tmp_path / "out" / f"client_{holds}.safetensors")
+    state = model.trained_state()
+    if holds == "half":
+        state = {n.removeprefix("client_half."): t for n, t in state.items() if n.startswith("client_half.")}
+    assert same(written, state)
+
+
+@pytest.mark.parametrize("half", ["client_half", "server_half"])
+def test_a_whole_model_that_the_log_does_not_lead_to(half: str, tmp_path: Path) -> None:
+    trainer = orchestrator(ZOFL(), tmp_path / "runs", logger=True, enable_checkpointing=True)
+    trainer.fit(TwoLayers(client_holds="whole"), Points())
+    path = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
+    checkpoint = load(path)
+    next(t for name, t in checkpoint["state_dict"].items() if name.startswith(half)).view(-1)[0] += 1e-3
+    save(checkpoint, path)
+    with pytest.raises(RebuildError, match=r"the client whole that the log of .* gives differs from last.ckpt"):
+        trainer.replay(TwoLayers(client_holds="whole"), None, trainer.log_dir, str(tmp_path / "out"))
 
 
 @pytest.fixture(scope="module")

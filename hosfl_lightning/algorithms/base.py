@@ -121,19 +121,20 @@ class Algorithm(ABC):
 
     def parameters(self, module: SplitModule) -> dict[str, nn.Parameter]:
         """What the clients train, by name, in manifest order: the order numbers the random directions."""
-        if self.client_holds == "whole":
-            return {**module.client_parameters, **module.server_parameters}
-        return module.client_parameters
+        if self.client_holds == "half":
+            return module.client_parameters
+        halves = {"client_half": module.client_parameters, "server_half": module.server_parameters}
+        return {f"{half}.{name}": p for half, named in halves.items() for name, p in named.items()}
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on; plain values."""
         rule, mean = self.client_optimizer, self.aggregation
         return {
             "client_optimizer": type(rule).__name__,
-            **{k: _plain(v) for k, v in asdict(rule).items()},
+            **{k: plain(v) for k, v in asdict(rule).items()},
             "client_schedule": self.make_scheduler is not None,
             "aggregation": type(mean).__name__,
-            **{f"aggregation.{k}": _plain(v) for k, v in asdict(mean).items()},
+            **{f"aggregation.{k}": plain(v) for k, v in asdict(mean).items()},
             **({"local_steps": self.local_steps} if self.local_steps != 1 else {}),
         }
 
@@ -172,8 +173,8 @@ class Algorithm(ABC):
         """The round has failed and will be tried again, or not at all: nothing of it is reported."""
 
     def end_round(self, runner: Runner) -> None:
-        """Both schedules take their step, the server's where it trains."""
-        if self.server_order != "none":
+        """The schedules take their step; the server's belongs to the optimizer that its backprop needs."""
+        if self.server_order == "first":
             runner.server.end_round()
         if self.client_schedule is not None:
             self.client_schedule.step()
@@ -190,5 +191,6 @@ class Algorithm(ABC):
             self.client_schedule.load_state_dict(state["client_schedule"])
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A setting as JSON would give it back."""
     return list(value) if isinstance(value, tuple) else value

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hosfl_lightning.aggregation import combine, screen
+from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.base import Algorithm, Runner
-from hosfl_lightning.algorithms.crossing import download, taken, upload
+from hosfl_lightning.algorithms.crossing import conclude, download, taken, upload
 from hosfl_lightning.clients import Anchor, Cohort, SplitClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers import SplitModule
@@ -35,9 +35,7 @@ class SplitRound(Algorithm):
         Raises:
             TooFewClientsError: Too few clients sent something valid.
         """
-        visits = [self.visit(runner, round, cohort) for cohort in cohorts]
-        heard = sum(runner.server.num_terms(message) > 0 for visit in visits for message in visit.inbox)
-        runner.check_attendance(runner.transport.count(heard))
+        visits = self.gather(runner, round, cohorts)
         loss, multipliers = runner.server.backward([visit.inbox for visit in visits])
         basis = self.basis(round)
         if basis is None:
@@ -45,15 +43,22 @@ class SplitRound(Algorithm):
             runner.server.end_round()
             return loss
         own = [a for visit, group in zip(visits, multipliers) for a in self.respond(runner, round, visit, group, basis)]
-        answers, refused = screen(runner.transport.collect(own), round, basis)
-        for client, reason in refused.items():
-            runner.refuse(client, reason)
-        runner.check_attendance(sum(answer.num_terms > 0 for answer in answers))
-        update = runner.publish(self.aggregate(answers))
+        update = conclude(runner, round, basis, own, self.aggregate)
         runner.server.step()
         self.client.apply(update)
         self.end_round(runner)
         return loss
+
+    def gather(self, runner: Runner, round: int, cohorts: list[Cohort]) -> list[Visit]:
+        """Step 2 of all cohorts.
+
+        Raises:
+            TooFewClientsError: Too few clients sent something valid.
+        """
+        visits = [self.visit(runner, round, cohort) for cohort in cohorts]
+        heard = sum(runner.server.num_terms(message) > 0 for visit in visits for message in visit.inbox)
+        runner.check_attendance(runner.transport.count(heard))
+        return visits
 
     def visit(self, runner: Runner, round: int, cohort: Cohort) -> Visit:
         """Step 2: z, labels and mask of each client go up."""

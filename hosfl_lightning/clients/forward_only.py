@@ -48,6 +48,12 @@ class ForwardOnlyClient(SplitClient):
         return values.T.float()
 
     @torch.no_grad()
+    def probe(self, batch: Batch, basis: SharedDirections, probe: int, scale: float) -> Tensor:
+        """``f_c(x; θ_c + scale · u_probe)``."""
+        with self.optimizer.perturbed(basis, probe, scale):
+            return self.evaluate(batch)
+
+    @torch.no_grad()
     def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, round: int = 0) -> None:
         r"""Warn when μ is lost in rounding or so large that the two sides of a probe disagree.
 
@@ -62,8 +68,7 @@ class ForwardOnlyClient(SplitClient):
         for probe in range(basis.size):
             sides = []
             for scale in (-mu, mu):
-                with self.optimizer.perturbed(basis, probe, scale):
-                    moved = self.evaluate(batch)
+                moved = self.probe(batch, basis, probe, scale)
                 sides.append(float(lagrangian_term(moved, multiplier, everything) - base))
             # Elements that are zero on both sides (behind a ReLU) could not move and are not counted.
             alive = (moved != 0) | (z != 0)

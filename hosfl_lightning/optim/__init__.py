@@ -2,6 +2,7 @@
 
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections, basis_of
 from hosfl_lightning.optim.estimators import ESTIMATORS, central_difference, forward_difference
+from hosfl_lightning.optim.local_walk import LocalWalk, check_linear
 from hosfl_lightning.optim.moments import Moments
 from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
@@ -12,11 +13,13 @@ __all__ = [
     "AdamW",
     "Basis",
     "Dense",
+    "LocalWalk",
     "Moments",
     "SharedDirections",
     "UpdateRule",
     "ZerothOrder",
     "basis_of",
     "central_difference",
+    "check_linear",
     "forward_difference",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 from typing import Any
 
@@ -104,23 +105,35 @@ class SharedDirections(Basis):
         round: Counted from 0.
         probes: ``P``, 1..4096.
         distribution: ``rademacher`` (signs) or ``gauss16`` (normal, 16 bits an element).
+        first_tensor: Number of the first tensor, 0 at a client; the server's are numbered after the client's.
 
     Reference: HO-SFL, arXiv 2603.14773; scalars with shared seeds: DeComFL, arXiv 2405.15861.
     """
 
-    def __init__(self, seed: int, round: int, probes: int, distribution: str = "rademacher") -> None:
+    def __init__(
+        self, seed: int, round: int, probes: int, distribution: str = "rademacher", first_tensor: int = 0
+    ) -> None:
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
         if not 1 <= probes <= 4096:
             raise ValueError(f"probes must be between 1 and 4096, got {probes}")
         self.distribution = distribution
         self.domain = DISTRIBUTIONS[distribution]
-        self.streams = [Stream(seed=seed, domain=self.domain, round=round, probe=p) for p in range(probes)]
+        self.streams = [
+            Stream(seed=seed, domain=self.domain, round=round, probe=p, first_tensor=first_tensor)
+            for p in range(probes)
+        ]
 
     @property
     @override
     def size(self) -> int:
         return len(self.streams)
+
+    def part(self, first: int, probes: int) -> SharedDirections:
+        """Directions ``first .. first + probes − 1`` alone, with the bits that they have among all."""
+        part = copy(self)
+        part.streams = self.streams[first : first + probes]
+        return part
 
     @override
     def describe(self) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class ZerothOrder(torch.optim.Optimizer):
         estimator: ``forward`` (``P + 1`` evaluations, the paper's) or ``central`` (``2P``).
         distribution: ``rademacher`` or ``gauss16``.
         seed: 64-bit seed of the directions.
+        first_tensor: As in `SharedDirections`.
 
     Raises:
         ValueError: For a setting out of range; the message names it.
@@ -71,10 +72,11 @@ class ZerothOrder(torch.optim.Optimizer):
         estimator: str = "forward",
         distribution: str = "rademacher",
         seed: int = 0,
+        first_tensor: int = 0,
     ) -> None:
         check_probe_settings(probes, mu, estimator, distribution)
         self.rule = rule if rule is not None else SGD()
-        self.module, self.estimator = module, estimator
+        self.module, self.estimator, self.first_tensor = module, estimator, first_tensor
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
         super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
@@ -118,7 +120,8 @@ class ZerothOrder(torch.optim.Optimizer):
     def basis(self, round: int, probes: int | None = None) -> SharedDirections:
         """The directions of one round, ``P`` or another number; `step` on its own uses the number of steps taken."""
         group = self.param_groups[0]
-        return SharedDirections(group["seed"], round, probes or group["probes"], group["distribution"])
+        probes = probes or group["probes"]
+        return SharedDirections(group["seed"], round, probes, group["distribution"], self.first_tensor)
 
     @property
     def mu(self) -> float:

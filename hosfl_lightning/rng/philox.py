@@ -63,6 +63,8 @@ class Stream:
         round: Round of the run, 32 bits.
         client: Client id below 2^20 - 1, or ``None`` for what all clients share.
         probe: Index of the direction within the round, 12 bits.
+        first_tensor: Number of the first tensor: those of the server come after the client's, so that no two of the
+            model draw the same words.
 
     Raises:
         ValueError: A field is out of its range.
@@ -73,6 +75,7 @@ class Stream:
     round: int = 0
     client: int | None = None
     probe: int = 0
+    first_tensor: int = 0
 
     def __post_init__(self) -> None:
         check_range("seed", self.seed, 1 << 64)
@@ -89,8 +92,13 @@ class Stream:
         return self.seed & MASK32, self.seed >> 32
 
     def c1(self, tensor: int, block: int = 0) -> int:
-        """Counter word 1: upper bits of the block, domain and tensor."""
-        return block >> 32 << 24 | self.domain << TENSOR_BITS | tensor
+        """Counter word 1: upper bits of the block, domain and tensor.
+
+        Raises:
+            ValueError: A tensor beyond 16 bits.
+        """
+        check_range("tensor", self.first_tensor + tensor, 1 << TENSOR_BITS)
+        return block >> 32 << 24 | self.domain << TENSOR_BITS | self.first_tensor + tensor
 
     @property
     def c2(self) -> int:

@@ -88,6 +88,7 @@ class SplitModule(L.LightningModule, ABC):
         self._whole = (peft_model if lora is not None else whole,)
         self.client_half, self.server_half = self.split_whole(whole)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
+        self._server_trainable = tuple(n for n, p in self.server_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
         for metric in self.metrics.modules():
@@ -176,8 +177,9 @@ class SplitModule(L.LightningModule, ABC):
 
     @property
     def server_parameters(self) -> dict[str, nn.Parameter]:
-        """θ_s by name."""
-        return {n: p for n, p in self.server_half.named_parameters() if p.requires_grad}
+        """θ_s by name; whether it asks for a gradient now or not."""
+        named = dict(self.server_half.named_parameters())
+        return {name: named[name] for name in self._server_trainable}
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes, both halves, by name; references, not copies."""

@@ -99,6 +99,13 @@ class Server:
             multipliers.append(list(self._multipliers(group, gradients, w, step)))
         return sums.finish(), multipliers
 
+    @torch.no_grad()
+    def loss(self, message: SmashedData) -> Tensor:
+        """``ℓ_k(f_s(z_k; θ_s), y_k)``, 0-d fp64: a forward alone, without dropout."""
+        z, labels, mask = message.unpack()
+        with self.fabric.autocast():
+            return loss_of(self.module.training_step(self._batch(z, labels, mask), message.round)).double()
+
     def step(self) -> None:
         """One optimizer step on what `backward` has left."""
         if self.gradient_clip_val is not None:
@@ -127,9 +134,8 @@ class Server:
         self, parts: Sequence[Part], share: float, first: SmashedData, step: int
     ) -> tuple[Tensor, list[Tensor]]:
         zs, ys, masks = zip(*parts)
-        z = stack_rows(zs).to(self.fabric.device).requires_grad_()
-        labels, mask = stack_rows(ys, FILL["labels"]), stack_rows(masks)
-        batch = {"z": z, "attention_mask": mask.long().to(z.device), "labels": labels.to(z.device)}
+        batch = self._batch(stack_rows(zs), stack_rows(ys, FILL["labels"]), stack_rows(masks))
+        z = batch["z"].requires_grad_()
         # Dropout masks are a function of (seed, round, step, group), so a resumed run draws the same ones.
         named = f"{self.seed}/{first.round}/{step}/{first.client}"
         seed = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
@@ -141,6 +147,10 @@ class Server:
         assert z.grad is not None
         rows = z.grad.split([len(part) for part in masks])
         return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
+
+    def _batch(self, z: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        batch = {"z": z, "attention_mask": mask.long(), "labels": labels}
+        return {name: tensor.to(self.fabric.device) for name, tensor in batch.items()}
 
     def _multipliers(
         self, group: Sequence[SmashedData], gradients: Sequence[Tensor], w: Sequence[float], step: int

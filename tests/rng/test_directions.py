@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
@@ -9,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.rng import Domain, Stream, add_direction_, direction, direction_rows, directions, round_coefficient
+from hosfl_lightning.rng import (
+    DirectionBatch,
+    Domain,
+    Stream,
+    add_direction_,
+    direction,
+    direction_rows,
+    directions,
+    round_coefficient,
+)
 from hosfl_lightning.rng.philox import WordGenerator
 
 LOG2_BLOCK = {Domain.RADEMACHER: 7, Domain.GAUSS16: 3}
@@ -234,3 +244,14 @@ def test_cuda_gives_the_same_bits(stream: Stream) -> None:
     assert torch.equal(out_cuda.cpu(), out)
     assert torch.equal(direction_rows(stream, 0, rows.cuda(), 100).cpu(), direction_rows(stream, 0, rows, 100))
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_tensors_may_be_numbered_from_any_number_on(stream: Stream) -> None:
+    later = replace(stream, first_tensor=300)
+    expected = direction(stream, 302, 5, 1005)
+    assert torch.equal(direction(later, 2, 5, 1005), expected)
+    assert torch.equal(DirectionBatch(later, [(1, 10), (2, 1005)]).get(1)[5:], expected)
+    rows = torch.tensor([3, 1])
+    assert torch.equal(direction_rows(later, 2, rows, 40), direction_rows(stream, 302, rows, 40))
+    with pytest.raises(ValueError, match=r"tensor must be .* 65536"):
+        direction(replace(stream, first_tensor=65535), 1, 0, 8)

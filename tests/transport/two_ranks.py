@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
+from hosfl_lightning.algorithms import HOSL, ZOSFL, Algorithm
 from hosfl_lightning.algorithms.base import Runner
 from hosfl_lightning.algorithms.split_round import Visit
 from hosfl_lightning.availability import Trace
@@ -85,7 +86,7 @@ class Case:
 
     rounds: int = 4
     model: type[SplitCausalLM] = SplitCausalLM
-    algorithm: Callable[[], HOSFL] = field(default=lambda: HOSFL(probes=3, client_optimizer=AdamW(lr=0.01)))
+    algorithm: Callable[[], Algorithm] = field(default=lambda: HOSFL(probes=3, client_optimizer=AdamW(lr=0.01)))
     settings: Callable[[], dict[str, Any]] = field(default=dict)
     dropout: float = 0.0
     optimizer: Callable[[Any], torch.optim.Optimizer] = field(default=lambda p: torch.optim.AdamW(p, lr=0.01))
@@ -110,11 +111,13 @@ CASES: dict[str, Case] = {
     ),
     "sometimes frozen": Case(model=SometimesFrozen),
     "poisoned": Case(algorithm=lambda: Poisoned(probes=3, client_optimizer=AdamW(lr=0.01))),
+    "two-point": Case(2, algorithm=lambda: HOSL(2, client_optimizer=AdamW(lr=0.01)), dropout=0.2),
+    "no backprop": Case(2, algorithm=lambda: ZOSFL(2, client_optimizer=AdamW(lr=0.01))),
     "half": Case(2, dropout=0.2),
     "whole": Case(4, dropout=0.2),
 }
 #: Those that both places run; "whole" is there to go on with "half".
-COMPARED = ["everything", "away", "sometimes frozen", "poisoned"]
+COMPARED = ["everything", "away", "sometimes frozen", "poisoned", "two-point", "no backprop"]
 
 
 def run(
