@@ -25,6 +25,12 @@ from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.transport import LostProcessError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "export", "replay")
+#: Of several runs, so that they take no recipe of one.
+COMPARISONS = ("compare", "report")
+DESCRIPTION = (
+    "Fine-tune a split model without backprop on the clients. Several methods at equal conditions: hosfl compare "
+    "--help; the same tables from runs that are there: hosfl report --help."
+)
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, LostProcessError)
 
@@ -117,21 +123,15 @@ def main(args: list[str] | None = None) -> None:
 
     Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
     """
+    args = sys.argv[1:] if args is None else args
     try:
-        HOSFLCommand(
-            SplitModule,
-            FederatedDataModule,
-            trainer_class=Orchestrator,  # type: ignore[arg-type]  # our parser takes it
-            parser_class=Parser,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
-            save_config_kwargs={"save_to_log_dir": False},
-            parser_kwargs={"prog": "hosfl", "description": "Fine-tune a split model without backprop on the clients."},
-            seed_everything_default=False,
-            args=_with_recipe(sys.argv[1:] if args is None else args),
-        )
+        if args[:1] and args[0] in COMPARISONS:
+            # Here, since it draws pictures: no other command has to wait for that library.
+            from hosfl_lightning.compare.command import main as compare
+
+            compare(args)
+        else:
+            command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:
         if not process():
             print(f"hosfl: {str(interrupt) or 'interrupted'}", file=sys.stderr)
@@ -143,6 +143,24 @@ def main(args: list[str] | None = None) -> None:
     finally:
         if wandb.run is not None:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+
+def command(args: list[str], kind: type[HOSFLCommand] | None = None) -> HOSFLCommand:
+    """Run a subcommand of ``hosfl`` on a recipe; what it leaves: trainer, model and data."""
+    return (kind or HOSFLCommand)(
+        SplitModule,
+        FederatedDataModule,
+        trainer_class=Orchestrator,  # type: ignore[arg-type]  # our parser takes it
+        parser_class=Parser,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        parser_kwargs={"prog": "hosfl", "description": DESCRIPTION},
+        seed_everything_default=False,
+        args=args,
+    )
 
 
 def _with_recipe(args: list[str]) -> list[str]:
@@ -171,8 +189,9 @@ def process() -> int:
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
     where = f" in process {process()}" if process() else ""
-    print(f"hosfl: error{where}: {readable(message)}", file=sys.stderr)
-    raise SystemExit(2)
+    line = readable(message)
+    print(f"hosfl: error{where}: {line}", file=sys.stderr)
+    raise SystemExit(2) from ValueError(line)
 
 
 def readable(message: str) -> str:

@@ -23,7 +23,7 @@ from hosfl_lightning.servers.pretrained import TINY_LM, resolve
 from tests.split.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name != "overlays")
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("overlays", "compare"))
 OVERLAYS = sorted((ROOT / "recipes" / "overlays").glob("*.yaml"))
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 #: A recipe's folder: the architecture of its model. A recipe in a new folder needs a line here.

@@ -11,7 +11,7 @@ PACKAGE = Path(hosfl_lightning.__file__).parent
 
 #: From the command line down to the generator. Modules in one line may import each other.
 LAYERS = [
-    {"cli"},
+    {"cli", "compare"},
     {"orchestrator", "controls", "settings"},
     {"summary"},
     {"rebuild", "history"},

@@ -1,5 +1,6 @@
 """Lightning callbacks: steps of the round, and monitors."""
 
+from hosfl_lightning.callbacks.budget import Budget
 from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
@@ -8,6 +9,7 @@ from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
 
 __all__ = [
+    "Budget",
     "CommunicationMonitor",
     "DimensionFreeAggregation",
     "HybridOrder",

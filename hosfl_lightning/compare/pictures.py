@@ -1,0 +1,111 @@
+"""The results as pictures: curves with a band of seeds, and memory bars."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from hosfl_lightning.compare.results import FIRST_ORDER, FROZEN
+from hosfl_lightning.summary import size
+
+#: Paul Tol's "muted" and "bright" for colour-blind readers, ordered so that neighbours differ in lightness as well.
+COLOURS = (
+    "#332288", "#cc6677", "#44aa99", "#ddaa33", "#882255", "#88ccee",
+    "#117733", "#aa4499", "#4477aa", "#ee7733", "#999933", "#ff99aa",
+)  # fmt: skip
+#: The two controls are the frame of a picture, not parties in it.
+CONTROLS = {FROZEN: ("#000000", "--"), FIRST_ORDER: ("#777777", "-.")}
+MARKERS = "osD^vPX<>*ph"
+SIZE, DPI = (8.4, 4.4), 130
+AXES = {
+    "round": ("rounds", "rounds"),
+    "bytes": ("bytes", "bytes on the wire, all clients (log scale)"),
+    "client_forwards": ("client_forwards", "client arithmetic, in plain forwards, all clients (log scale)"),
+}
+
+
+def draw(results: dict[str, Any], folder: Path) -> dict[str, Path]:
+    """Write every picture of which something is known; the files by name."""
+    styles = style(results)
+    drawn: dict[str, Path] = {}
+    metric = results["metric"] or "loss"
+    for abscissa, (name, label) in AXES.items():
+        with _picture(folder / f"{name}.png", drawn, name) as axes:
+            _curves(axes, results, styles, metric, abscissa)
+            axes.set(xlabel=label, ylabel=f"validation {metric}".replace("_", " "))
+    with _picture(folder / "memory.png", drawn, "memory") as axes:
+        _bars(axes, results, styles)
+    return drawn
+
+
+def style(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Colour, line and marker of each method, the same in all pictures."""
+    styles: dict[str, dict[str, Any]] = {}
+    for name, row in results["methods"].items():
+        number = sum(one["marker"] != "" for one in styles.values())
+        if row["algorithm"] in CONTROLS and CONTROLS[row["algorithm"]][0] not in {s["color"] for s in styles.values()}:
+            colour, line = CONTROLS[row["algorithm"]]
+            styles[name] = {"color": colour, "linestyle": line, "marker": ""}
+        else:
+            line = ("-", ":")[number // len(COLOURS) % 2]
+            marker = MARKERS[number % len(MARKERS)]
+            styles[name] = {"color": COLOURS[number % len(COLOURS)], "linestyle": line, "marker": marker}
+    return styles
+
+
+def _curves(axes: Axes, results: dict[str, Any], styles: dict[str, dict[str, Any]], metric: str, abscissa: str) -> None:
+    """Mean lines and bands; the legend stands in the order of the lines' ends."""
+    ends: dict[Any, float] = {}
+    for name, row in results["methods"].items():
+        points = [p for p in row["curve"] if p[abscissa] is not None and metric in p]
+        if abscissa != "round":
+            points = [p for p in points if p[abscissa] > 0]  # methods differ by orders of magnitude: log scale
+        if not points:
+            continue
+        x = [p[abscissa] for p in points]
+        low, middle, high = ([p[metric][which] for p in points] for which in ("low", "mean", "high"))
+        (line,) = axes.plot(x, middle, label=name, linewidth=1.8, markersize=4.5, **styles[name])
+        axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)
+        ends[line] = middle[-1]
+    if abscissa == "round":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_xscale("log")
+    handles = sorted(ends, key=lambda line: -ends[line])
+    axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
+    axes.grid(alpha=0.25)
+
+
+def _bars(axes: Axes, results: dict[str, Any], styles: dict[str, dict[str, Any]]) -> None:
+    """One client's peak; the mark is what inference alone would need."""
+    known = {name: row for name, row in results["methods"].items() if row.get("client_peak_bytes") is not None}
+    names = sorted(known, key=lambda name: -known[name]["client_peak_bytes"])
+    peaks = [known[name]["client_peak_bytes"] / 2**20 for name in names]
+    bars = axes.barh(names, peaks, color=[styles[name]["color"] for name in names], height=0.7)
+    axes.bar_label(bars, [size(known[name]["client_peak_bytes"]) for name in names], padding=3)
+    for place, name in enumerate(names):
+        inference = known[name]["client_inference_bytes"] / 2**20
+        axes.plot([inference] * 2, [place - 0.35, place + 0.35], color="white", linewidth=2.5)
+        axes.plot([inference] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.2, linestyle=":")
+    axes.set(xlabel="peak memory of one client, MiB (dotted: a plain forward)", xlim=(0, 1.15 * max(peaks, default=1)))
+
+
+@contextmanager
+def _picture(path: Path, drawn: dict[str, Path], name: str) -> Iterator[Axes]:
+    """Axes to draw on; without a display, and without the state of pyplot."""
+    with matplotlib.rc_context({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        yield axes
+        if axes.lines or axes.patches:
+            figure.savefig(path)
+            drawn[name] = path

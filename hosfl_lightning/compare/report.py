@@ -1,0 +1,64 @@
+"""Run folders that are there already, as rows of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from hosfl_lightning.compare.runs import Group, Run
+from hosfl_lightning.compare.settings import ComparisonError
+
+#: What differs between runs of one row.
+SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
+#: Where and how a run was made, which no result depends on.
+PLACES = (
+    "seed_everything", "trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "trainer.controls",
+    "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+)  # fmt: skip
+
+
+def group(folders: Iterable[str]) -> list[Group]:
+    """A row for each method and each set of settings; its name says those that differ within the method.
+
+    Raises:
+        ComparisonError: A folder is not that of a finished run, or two runs of a row have one seed.
+    """
+    runs = [Run(Path(folder)) for folder in folders]
+    settings = [_settings(run.config) for run in runs]
+    groups: dict[str, Group] = {}
+    for run, own in zip(runs, settings):
+        algorithm = run.summary["algorithm"]
+        same = [other for run, other in zip(runs, settings) if run.summary["algorithm"] == algorithm]
+        different = [key for key in own if any(other.get(key) != own[key] for other in same)]
+        shown = ", ".join(f"{_short(key)} {own[key]}" for key in different)
+        row = groups.setdefault(f"{algorithm} ({shown})" if shown else algorithm, Group("", {}))
+        row.name = f"{algorithm} ({shown})" if shown else algorithm
+        known = row.runs.setdefault(run.summary["seed"], run)
+        if known is not run:
+            raise ComparisonError(
+                f"runs: {known.folder} and {run.folder} are the same method, settings and seed; leave one out"
+            )
+    return list(groups.values())
+
+
+def notes(groups: list[Group]) -> list[str]:
+    """What was not equal among the runs, as far as their recipes say."""
+    data = [_settings({"data": run.config["data"]}) for one in groups for run in one.runs.values()]
+    keys = sorted({key for own in data for key in own if any(other.get(key) != own[key] for other in data)})
+    return [f"**Not equal conditions**: the runs differ in {', '.join(keys)}"] if keys else []
+
+
+def _settings(config: Any, name: str = "") -> dict[str, Any]:
+    """Leaves by dotted key, without seeds and places."""
+    if name in SEEDS + PLACES:
+        return {}
+    if isinstance(config, dict) and config:
+        parts = [_settings(value, f"{name}.{key}" if name else key) for key, value in config.items()]
+        return {key: value for part in parts for key, value in part.items()}
+    return {name: config}
+
+
+def _short(key: str) -> str:
+    names = [name for name in key.split(".") if name not in ("init_args", "trainer", "algorithm", "model", "data")]
+    return ".".join(names)

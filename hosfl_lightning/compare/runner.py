@@ -1,0 +1,246 @@
+"""All runs of a comparison: a few at a time, each at most once, whatever interrupts them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import inf, isfinite
+from multiprocessing import Pipe, get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import get_loader
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hosfl_lightning.compare import worker
+from hosfl_lightning.compare.conditions import CONDITIONS, unequal
+from hosfl_lightning.compare.configs import Job, schedule, write_config
+from hosfl_lightning.compare.settings import Comparison, ComparisonError
+from hosfl_lightning.compare.worker import Rehearsal
+from hosfl_lightning.files import write_whole
+
+T = TypeVar("T")
+#: Not part of what a comparison is.
+PLACES = ("out", "jobs", "wandb")
+
+
+class Runner:
+    """Runs a comparison; started again in the same folder it goes on.
+
+    Args:
+        comparison: Checked.
+
+    Raises:
+        ComparisonError: The folder holds another comparison, or another process works on it.
+    """
+
+    def __init__(self, comparison: Comparison) -> None:
+        self.comparison, self.out = comparison, Path(comparison.out).absolute()
+        self.base: dict[str, Any] = get_loader("yaml")(Path(comparison.recipe.absolute).read_text())
+        self.plans: dict[str, tuple[int, int]] = {}
+
+    def run(self) -> dict[str, int | None]:
+        """Everything; the number of the point chosen for each method, None where all points failed.
+
+        Raises:
+            ComparisonError: A recipe is refused, or the methods do not meet equal conditions.
+        """
+        with self._lock(), self._pool() as each:
+            rehearsals = self._known() or self._rehearse(each)
+            self.plans = {name: schedule(self.comparison, one.spent) for name, one in rehearsals.items()}
+            tuning, methods = self.comparison.tuning, self.comparison.methods
+            points = range(self.comparison.grid_size)
+            trials = [self.job(name, p, tuning.seed) for p in points for name in methods] if len(points) > 1 else []
+            chosen_runs = len(methods) * len(self.comparison.seeds)
+            with self._progress(len(trials) + chosen_runs) as advance:
+                self._run(each, trials, False, advance)
+                chosen = {name: self.choose(name) for name in methods}
+                found = [(name, point) for name, point in chosen.items() if point is not None]
+                for _ in range((len(methods) - len(found)) * len(self.comparison.seeds)):
+                    advance(None, None)
+                final = [self.job(name, point, seed) for seed in self.comparison.seeds for name, point in found]
+                self._run(each, final, bool(next(iter(rehearsals.values())).test), advance)
+        return chosen
+
+    def job(self, method: str, point: int, seed: int) -> Job:
+        """A run by what tells it from the others."""
+        return Job(method, point, seed, str(self.out / "runs"))
+
+    def choose(self, method: str) -> int | None:
+        """The point whose run ended best at the tuning seed, of equals the first; None where all failed."""
+        scores = [self.score(method, point) for point in range(self.comparison.grid_size)]
+        return 0 if len(scores) == 1 else None if min(scores) == inf else scores.index(min(scores))
+
+    def score(self, method: str, point: int) -> float:
+        """What a trial ended with; lower is better, and a failure is infinite."""
+        value = self.trial(self.job(method, point, self.comparison.tuning.seed))
+        sign = 1 if self.comparison.tuning.mode == "min" else -1
+        return inf if value is None else sign * value
+
+    def trial(self, job: Job) -> float | None:
+        """The tuning metric at the end of a run; None if it failed."""
+        if not (job.folder / CONDITIONS).is_file():
+            return None
+        summary = json.loads((job.folder / "summary.json").read_text())
+        value = summary["metrics_last"][self.comparison.tuning.metric]
+        return value if isfinite(value) else None
+
+    # ---- before the first run
+
+    def _known(self) -> dict[str, Rehearsal]:
+        """The rehearsals of a comparison that was begun here; none if there was none."""
+        path = self.out / "comparison.json"
+        if not path.is_file():
+            return {}
+        theirs = json.loads(path.read_text())
+        names = [*_differences(theirs["settings"], self._settings())]
+        if names:
+            raise ComparisonError(
+                f"out: {self.comparison.out} holds another comparison, which differs in {', '.join(names[:5])}; "
+                "give another folder"
+            )
+        return {name: Rehearsal(**one) for name, one in theirs["rehearsals"].items()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What a comparison that goes on must agree on."""
+        settings = {name: value for name, value in asdict(self.comparison).items() if name not in PLACES}
+        return json.loads(json.dumps(settings | {"recipe": self.base}))
+
+    def _rehearse(self, each: Callable[..., Iterator[tuple[Any, Any]]]) -> dict[str, Rehearsal]:
+        """One round of every method, so that what is refused is refused before the first run."""
+        root, seed = self.out / "rehearsal", self.comparison.tuning.seed
+        tasks: dict[str, tuple[list[Job]]] = {}
+        for name, method in self.comparison.methods.items():
+            jobs = [Job(name, point, seed, str(root)) for point in range(len(method.grid))]
+            for job in jobs:
+                write_config(job, self.comparison, self.base, 1, 1)
+            tasks[name] = (jobs,)
+        print(f"One round of each of {len(tasks)} methods, to see that all can run", flush=True)
+        found = dict(each(worker.rehearse, tasks))
+        rehearsals = {name: found[name] for name in tasks}
+        self.check(rehearsals)
+        _see_equal(jobs[0] for (jobs,) in tasks.values())
+        content = {"settings": self._settings(), "rehearsals": {name: asdict(one) for name, one in rehearsals.items()}}
+        write_whole(self.out / "comparison.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+        shutil.rmtree(root)
+        return rehearsals
+
+    def check(self, rehearsals: dict[str, Rehearsal]) -> None:
+        """Refuse what cannot be known before model and data are.
+
+        Raises:
+            ComparisonError: Names the setting and the fix.
+        """
+        comparison = self.comparison
+        for name, one in rehearsals.items():
+            if comparison.grid_size > 1 and not (one.validation and one.test):
+                missing = "test" if one.validation else "validation"
+                raise ComparisonError(
+                    f"methods: a grid of {comparison.grid_size} points is chosen from on a validation set and judged "
+                    f"on a test set, but the data has no {missing} set: set it for {one.data}, or give one point each"
+                )
+            wanted = {"tuning.metric": comparison.tuning.metric}
+            wanted |= {"metric": f"val/{comparison.metric}"} if comparison.metric else {}
+            wanted |= {"target.metric": f"val/{comparison.target.metric}"} if comparison.target else {}
+            for setting, metric in wanted.items():
+                if metric not in one.metrics:
+                    raise ComparisonError(f"{setting}: {name} logs no {metric}; it logs {', '.join(one.metrics)}")
+            if comparison.budget.rounds is None and not one.spent[comparison.budget.kind]:
+                raise ComparisonError(f"budget.{comparison.budget.kind}: {name} spends none; take another budget")
+
+    # ---- running
+
+    def _run(self, each: Callable[..., Iterator[Any]], jobs: Sequence[Job], test: bool, advance: Any) -> None:
+        done = [job for job in jobs if _done(job, test)]
+        for job in done:
+            advance(job, None)
+        left = [job for job in jobs if job not in done]
+        for job in left:
+            write_config(job, self.comparison, self.base, *self.plans[job.method])
+        _see_equal(done)
+        for job, failure in each(worker.run, {job: (job, test) for job in left}):
+            _see_equal([job, *done])
+            done.append(job)
+            advance(job, failure)
+
+    @contextmanager
+    def _pool(self) -> Iterator[Callable[..., Iterator[tuple[Any, Any]]]]:
+        """A function that calls another in the workers and yields what comes back, in whatever order."""
+        reader, writer = Pipe(duplex=False)
+        workers = ProcessPoolExecutor(self.comparison.jobs, get_context("spawn"), worker.begin, (reader,))
+
+        def each(function: Callable[..., T], tasks: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, T]]:
+            futures = {workers.submit(function, *args): key for key, args in tasks.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        again = "the same command goes on where it stopped"
+        try:
+            yield each
+        except KeyboardInterrupt:
+            writer.close()  # which ends the workers
+            raise KeyboardInterrupt(f"interrupted; {again}") from None
+        except BrokenProcessPool:
+            raise ComparisonError(
+                f"a worker process died, maybe for want of memory (--jobs=1 needs less); {again}"
+            ) from None
+        except BaseException:
+            writer.close()
+            raise
+        finally:
+            workers.shutdown(cancel_futures=True)
+            writer.close()
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ComparisonError(f"out: another process compares in {self.comparison.out}") from None
+            yield
+
+    @contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[Job | None, str | None], None]]:
+        """One bar over all runs, and a line for each that ends."""
+        bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*bar, console=Console(stderr=True)) as progress:
+            task = progress.add_task("runs", total=total)
+
+            def advance(job: Job | None, failure: str | None) -> None:
+                progress.advance(task)
+                if job is not None and failure is not None:
+                    point = self.comparison.methods[job.method].grid[job.point]
+                    progress.console.print(
+                        f"{job.method} {point} seed {job.seed} failed: {failure}", markup=False, soft_wrap=True
+                    )
+
+            yield advance
+
+
+def _see_equal(jobs: Iterable[Job]) -> None:
+    """Stop where runs of one seed had another start, other examples or another order of them."""
+    difference = unequal((job.method, job.seed, job.folder) for job in jobs)
+    if difference:
+        raise ComparisonError(f"{difference}, so they cannot be compared: set what both need in overrides")
+
+
+def _done(job: Job, test: bool) -> bool:
+    return job.failed.is_file() or (job.folder / (worker.TEST if test else CONDITIONS)).is_file()
+
+
+def _differences(theirs: Any, mine: Any, name: str = "") -> Iterator[str]:
+    """The dotted names of what is not equal."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for key in theirs | mine:
+            yield from _differences(theirs.get(key), mine.get(key), f"{name}.{key}" if name else key)
+    elif theirs != mine:
+        yield name

@@ -1,0 +1,120 @@
+"""Run folders, read: of a comparison or of ``hosfl fit``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hosfl_lightning.compare.settings import ComparisonError
+from hosfl_lightning.compare.worker import TEST
+
+#: The abscissae of a curve, and their columns in metrics.csv.
+ABSCISSAE = {"round": "round", "bytes": "comm/total_bytes", "client_forwards": "budget/client_forwards"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Args:
+        folder: With ``summary.json``, ``metrics.csv`` and ``config.yaml``; ``test.json`` if it was tested.
+
+    Raises:
+        ComparisonError: The folder is not that of a finished run.
+    """
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        for name in ("summary.json", "metrics.csv", "config.yaml"):
+            if not (self.folder / name).is_file():
+                raise ComparisonError(f"{self.folder} is not the folder of a finished run: there is no {name} in it")
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """What the run says of itself."""
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its recipe, every default written out."""
+        return yaml.safe_load((self.folder / "config.yaml").read_text())
+
+    @cached_property
+    def test(self) -> dict[str, float] | None:
+        """Test metrics without their prefix; None if the test set was not touched."""
+        path = self.folder / TEST
+        return _bare(json.loads(path.read_text()), "test/") if path.is_file() else None
+
+    @cached_property
+    def validation(self) -> dict[str, float]:
+        """Validation metrics at the end, without their prefix."""
+        return _bare(self.summary["metrics_last"], "val/")
+
+    @cached_property
+    def curve(self) -> list[dict[str, float]]:
+        """A row a validation: the abscissae that are known, and the metrics without their prefix."""
+        rows = csv.DictReader((self.folder / "metrics.csv").read_text().splitlines())
+        return [self._point(row) for row in rows if row["val/loss"]]
+
+    @cached_property
+    def costs(self) -> dict[str, float | None]:
+        """What the run cost its clients; bytes, seconds, plain forwards. None of what was not measured."""
+        summary = self.summary
+        answers = summary["rounds"] * summary["clients_per_round"]
+        up, down = summary.get("bytes_up"), summary.get("bytes_down")
+        forwards = summary.get("client_forwards_per_round")
+        return {
+            "rounds": summary["rounds"],
+            "client_peak_bytes": summary["client_peak_bytes"],
+            "client_inference_bytes": summary["client_forward_bytes"],
+            "bytes_up_per_client_round": None if up is None else up / answers,
+            "bytes_down_per_client_round": None if down is None else down / answers,
+            "bytes_up": up,
+            "bytes_down": down,
+            "client_seconds_per_round": summary.get("client_seconds_per_round"),
+            "client_forwards_per_round": forwards,
+            "client_forwards": None if forwards is None else forwards * answers,
+        }
+
+    def _point(self, row: dict[str, str]) -> dict[str, float]:
+        point = {name: float(value) for name, value in _bare(row, "val/").items() if value}
+        for name, column in ABSCISSAE.items():
+            if row.get(column):
+                point[name] = float(row[column])
+        spent = self.costs["client_forwards"]
+        if spent is not None and self.summary["rounds"]:  # of a run without the callback Budget
+            point.setdefault("client_forwards", spent * point["round"] / self.summary["rounds"])
+        return dict.fromkeys(ABSCISSAE, 0.0) | point if point["round"] == 0 else point
+
+
+@dataclass
+class Group:
+    """One row of the table: the runs of a method, one a seed.
+
+    Args:
+        name: In the table.
+        runs: Finished ones by seed.
+        failed: Why the others failed, by seed.
+        details: What else the results say of the method.
+    """
+
+    name: str
+    runs: dict[int, Run]
+    failed: dict[int, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def algorithm(self) -> str | None:
+        """The class of the method."""
+        return next((run.summary["algorithm"] for run in self.runs.values()), None)
+
+
+def _bare(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}

@@ -1,0 +1,218 @@
+"""Whole comparisons: what they leave, killed ones, failed ones, unequal ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hosfl_lightning.compare.command import parse
+from hosfl_lightning.compare.runner import Runner
+from hosfl_lightning.compare.settings import Comparison, ComparisonError
+from tests.compare.conftest import Compared, hosfl
+from tests.recipe_runs import ROOT
+
+NAMES = ["HO-SFL", "frozen", "first order", "wild"]
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    """Without times, the place and the command."""
+    methods = {
+        name: {key: value for key, value in row.items() if key != "client_seconds_per_round"}
+        for name, row in results["methods"].items()
+    }
+    return {**results, "made": None, "methods": methods}
+
+
+class TestDone:
+    def test_every_point_at_one_seed_and_the_chosen_one_at_all(self, compared: Compared) -> None:
+        for name in NAMES[:3]:
+            row = compared.results["methods"][name]
+            losses = [trial["val/loss"] for trial in row["trials"]]
+            chosen = losses.index(min(losses))
+            assert row["point"] == row["trials"][chosen]["point"]
+            done = {path.name for path in (compared.out / "runs" / name).iterdir() if path.is_dir()}
+            assert done == {"0-seed0", "1-seed0", f"{chosen}-seed1"}
+
+    def test_the_test_set_is_touched_by_the_chosen_runs_alone(self, compared: Compared) -> None:
+        tested = {path.parent for path in compared.out.glob("runs/*/*/test.json")}
+        chosen = set()
+        for name in NAMES[:3]:
+            row = compared.results["methods"][name]
+            number = [trial["point"] for trial in row["trials"]].index(row["point"])
+            chosen |= {compared.run(name, f"{number}-seed{seed}") for seed in (0, 1)}
+            for seed in (0, 1):
+                values = load(compared.run(name, f"{number}-seed{seed}") / "test.json")
+                assert row["loss"]["values"][str(seed)] == values["test/loss"]
+                assert row["perplexity"]["values"][str(seed)] == values["test/perplexity"]
+        assert tested == chosen
+        assert not any("test/" in (path / "metrics.csv").read_text() for path in tested)
+
+    def test_methods_of_a_seed_begin_alike_and_seeds_do_not(self, compared: Compared) -> None:
+        begins: dict[str, set[tuple[str, str]]] = {"seed0": set(), "seed1": set()}
+        for path in compared.out.glob("runs/*/*/conditions.json"):
+            start = load(path.parent / "run.json")["start"], load(path)["batches"]
+            begins[path.parent.name.partition("-")[2]].add(start)
+        ((start, batches),), ((other_start, other_batches),) = begins.values()
+        assert start != other_start
+        assert batches != other_batches
+
+    def test_curves_are_those_of_the_runs(self, compared: Compared) -> None:
+        row = compared.results["methods"]["HO-SFL"]
+        number = [trial["point"] for trial in row["trials"]].index(row["point"])
+        runs = [
+            list(
+                csv.DictReader(
+                    (compared.run("HO-SFL", f"{number}-seed{seed}") / "metrics.csv").read_text().splitlines()
+                )
+            )
+            for seed in (0, 1)
+        ]
+        assert [point["round"] for point in row["curve"]] == [0, 2, 4]
+        first, *later = row["curve"]
+        assert (first["bytes"], first["client_forwards"]) == (0, 0)
+        for point in later:
+            rows = [run[int(point["round"])] for run in runs]
+            losses = [float(one["val/loss"]) for one in rows]
+            assert point["loss"] == pytest.approx(
+                {"mean": sum(losses) / 2, "low": min(losses), "high": max(losses)}, abs=1e-12
+            )
+            assert point["bytes"] == sum(float(one["comm/total_bytes"]) for one in rows) / 2
+            assert point["client_forwards"] == 2 * point["round"] * row["client_forwards_per_round"]
+
+    def test_costs_are_those_of_the_wire(self, compared: Compared) -> None:
+        for name in NAMES[:3]:
+            row = compared.results["methods"][name]
+            assert row["bytes_up_per_client_round"] == row["bytes_up"] / (4 * 2)
+            assert row["bytes_up"] + row["bytes_down"] == row["curve"][-1]["bytes"]
+            assert row["client_forwards"] == row["curve"][-1]["client_forwards"]
+
+    def test_the_controls_are_found_by_their_class(self, compared: Compared) -> None:
+        methods, target = compared.results["methods"], compared.results["target"]
+        assert methods["frozen"]["below_frozen"] == {"mean": 0, "sd": 0}
+        assert target == {"metric": "loss", "value": methods["frozen"]["validation_loss"]["mean"]}
+        losses = {name: methods[name]["loss"]["values"] for name in NAMES[:3]}
+        below = [losses["frozen"][seed] - losses["HO-SFL"][seed] for seed in "01"]
+        assert methods["HO-SFL"]["below_frozen"]["mean"] == pytest.approx(sum(below) / 2)
+
+    def test_a_method_whose_points_all_diverge_is_shown_as_failed(self, compared: Compared) -> None:
+        row = compared.results["methods"]["wild"]
+        assert (row["point"], row["seeds"]) == (None, [])
+        assert [trial["val/loss"] for trial in row["trials"]] == [None, None]
+        assert all("0 valid answer(s)" in point["reason"] for point in row["failed_points"])
+        assert "| wild | failed |" in compared.table
+        assert "**Failed** at client_lr 1e+38" in compared.table
+
+    def test_the_table_says_how_it_was_made(self, compared: Compared) -> None:
+        made = compared.results["made"]
+        assert f"`hosfl compare --config={compared.config} --out={compared.out}`" in compared.table
+        assert made["date"] in compared.table and made["machine"] in compared.table
+        assert "4 rounds; seeds 0, 1; 2 grid point(s) a method, chosen by val/loss at seed 0" in compared.table
+        assert "†" in compared.table  # of two values one is always at the edge
+        assert "Unequally tuned servers" in compared.table
+
+    def test_pictures_are_there(self, compared: Compared) -> None:
+        for name in ("rounds", "bytes", "client_forwards", "memory"):
+            assert (compared.out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_a_finished_comparison_runs_nothing_again(self, compared: Compared, tmp_path: Path) -> None:
+        out = shutil.copytree(compared.out, tmp_path / "out")
+        times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
+        hosfl("compare", f"--config={compared.config}", f"--out={out}")
+        assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")} == times
+        assert comparable(load(out / "results.json")) == comparable(compared.results)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "words"), [("run.json", "start", "initial weights"), ("conditions.json", "batches", "batches")]
+)
+def test_unequal_conditions_stop_the_comparison(
+    compared: Compared, tmp_path: Path, name: str, key: str, words: str
+) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    path = out / "runs" / "frozen" / "1-seed0" / name
+    path.write_text(json.dumps({**load(path), key: "other"}))
+    comparison = parse(Comparison, "", [f"--config={compared.config}", f"--out={out}"])
+    with pytest.raises(ComparisonError, match=f"differ in their {words} under seed 0, so they cannot be compared"):
+        Runner(comparison).run()
+
+
+def test_an_interrupt_says_how_to_go_on(compared: Compared, tmp_path: Path) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    comparison = parse(Comparison, "", [f"--config={compared.config}", f"--out={out}"])
+
+    class Interrupted(Runner):
+        def choose(self, method: str) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt, match="interrupted; the same command goes on where it stopped"):
+        Interrupted(comparison).run()
+
+
+def test_killed_and_resumed_is_never_killed(compared: Compared, tmp_path: Path) -> None:
+    """SIGKILL while runs are under way; the workers end as well, and what was finished is not run again."""
+    out = tmp_path / "out"
+    arguments = ["compare", f"--config={compared.config}", f"--out={out}", "--jobs=1"]
+    code = "import sys; from hosfl_lightning.cli import main; main(sys.argv[1:])"
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    parent = subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=ROOT, env=environment)
+    try:
+        wait_for(lambda: len(under_way(out)) > 0 and len(finished(out)) > 1, parent)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    wait_for(lambda: not any(alive(child) for child in children))
+    before, left = finished(out), under_way(out)
+    assert left
+    assert not (out / "results.json").exists()
+    hosfl(*arguments)
+    assert finished(out).items() >= before.items()
+    assert comparable(load(out / "results.json")) == comparable(compared.results)
+
+
+def finished(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/conditions.json")}
+
+
+def under_way(out: Path) -> set[Path]:
+    return {path.parent for path in out.glob("runs/*/*/run.json")} - {path.parent for path in finished(out)}
+
+
+def wait_for(condition: Any, process: subprocess.Popen[bytes] | None = None) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.005)
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_rehearsal_is_remembered_with_the_settings(compared: Compared) -> None:
+    known = load(compared.out / "comparison.json")
+    assert known["settings"]["recipe"] == yaml.safe_load((compared.config.parent / "recipe.yaml").read_text())
+    for name in NAMES:
+        one = known["rehearsals"][name]
+        assert (one["validation"], one["spent"]["samples"]) == (8, 4)
+        assert one["test"] > 0
+        assert one["data"] == "TextData (data.init_args.test_files)"
+    assert not (compared.out / "rehearsal").exists()

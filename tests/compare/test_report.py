@@ -1,0 +1,134 @@
+"""The same tables from run folders that are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hosfl_lightning.compare import report
+from hosfl_lightning.compare.publish import publish
+from hosfl_lightning.compare.settings import ComparisonError, Publish
+from hosfl_lightning.compare.table import rows
+from tests.compare.conftest import Compared, hosfl
+from tests.test_wandb import Logged, offline, read_whole
+
+
+def chosen(compared: Compared) -> list[Path]:
+    return sorted(path.parent for path in compared.out.glob("runs/*/*/test.json"))
+
+
+@pytest.fixture(scope="module")
+def reported(compared: Compared, tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    out = tmp_path_factory.mktemp("report")
+    hosfl("report", "--runs", *map(str, chosen(compared)), "--metric=perplexity", "--mode=min", f"--out={out}")
+    return Compared(compared.config, out)
+
+
+def test_the_numbers_are_those_of_the_comparison(compared: Compared, reported: Compared) -> None:
+    algorithms = {"HO-SFL": "HOSFL", "frozen": "Frozen", "first order": "SplitFedSGD"}
+    own = ("point", "edge", "trials", "failed_points")  # which only a comparison knows
+    for name, algorithm in algorithms.items():
+        expected = {key: value for key, value in compared.results["methods"][name].items() if key not in own}
+        assert reported.results["methods"][algorithm] == expected
+    assert reported.results["target"] == compared.results["target"]
+    assert (reported.out / "memory.png").is_file()
+    assert "Not equal conditions" not in reported.table
+
+
+def test_rows_are_named_by_what_differs(compared: Compared) -> None:
+    runs = sorted(path.parent for path in compared.out.glob("runs/HO-SFL/*/summary.json"))
+    groups = report.group(map(str, runs))
+    assert [sorted(group.runs) for group in groups] in ([[0, 1], [0]], [[0], [0, 1]])
+    assert {group.name for group in groups} == {
+        "HOSFL (client_optimizer.lr 0.003)", "HOSFL (client_optimizer.lr 0.01)"
+    }  # fmt: skip
+
+
+def test_without_test_results_the_validation_set_is_shown_and_said(compared: Compared, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
+    (run / "test.json").unlink()
+    hosfl("report", f"--runs=[{run},{chosen(compared)[1]}]", f"--out={tmp_path}")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["evaluated_on"] == "validation"
+    summary = json.loads((run / "summary.json").read_text())
+    (row,) = results["methods"].values()
+    assert row["loss"]["values"]["0"] == summary["val_loss_last"]
+    table = (tmp_path / "table.md").read_text()
+    assert "**On the validation set**" in table
+    assert "No gap closed (needs exactly one finished row of" in table
+
+
+def test_a_loss_that_is_no_number_is_a_failure(compared: Compared, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
+    (bad / "test.json").write_text('{"test/loss": NaN, "test/perplexity": NaN}')
+    hosfl("report", f"--runs=[{bad},{chosen(compared)[1]}]", f"--out={tmp_path}")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["methods"].values()
+    assert (row["seeds"], [*row["failed"]]) == ([1], ["0"])
+
+
+def test_an_infinite_metric_is_null_and_drawn_over(compared: Compared, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
+    values = json.loads((run / "test.json").read_text())
+    (run / "test.json").write_text(json.dumps({**values, "test/perplexity": float("inf")}))
+    rows = (run / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("val/perplexity")
+    cells = rows[1].split(",")
+    (run / "metrics.csv").write_text(
+        "\n".join([rows[0], ",".join([*cells[:column], "inf", *cells[column + 1 :]]), *rows[2:]])
+    )
+    hosfl("report", f"--runs=[{run}]", "--metric=perplexity", f"--out={tmp_path}")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["methods"].values()
+    assert row["perplexity"] == {"mean": None, "sd": None, "values": {"0": None}}
+    assert row["curve"][0]["perplexity"]["mean"] is None
+    assert (tmp_path / "rounds.png").is_file()
+
+
+@pytest.mark.parametrize("what", ["data", "weights"])
+def test_unequal_runs_are_told_of(compared: Compared, tmp_path: Path, what: str) -> None:
+    copies = [Path(shutil.copytree(run, tmp_path / run.parent.name / run.name)) for run in chosen(compared)]
+    if what == "data":
+        config = yaml.safe_load((copies[0] / "config.yaml").read_text())
+        config["data"]["init_args"]["batch_size"] = 5
+        (copies[0] / "config.yaml").write_text(yaml.safe_dump(config))
+    else:
+        identity = json.loads((copies[0] / "run.json").read_text())
+        (copies[0] / "run.json").write_text(json.dumps({**identity, "start": "other"}))
+    hosfl("report", "--runs", *map(str, copies), f"--out={tmp_path}")
+    words = {"data": "the runs differ in data.init_args.batch_size", "weights": "differ in their initial weights"}
+    assert f"**Not equal conditions**: {words[what]}" in (tmp_path / "table.md").read_text().replace(
+        "HOSFL and SplitFedSGD ", ""
+    ).replace("HOSFL and Frozen ", "")
+
+
+def test_what_is_no_run_is_refused(compared: Compared, tmp_path: Path) -> None:
+    with pytest.raises(ComparisonError, match=r"is not the folder of a finished run: there is no summary\.json"):
+        report.group([str(tmp_path)])
+    with pytest.raises(ComparisonError, match="are the same method, settings and seed"):
+        report.group([str(chosen(compared)[0])] * 2)
+
+
+def test_an_unknown_metric_is_refused(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        hosfl("report", f"--runs=[{chosen(compared)[0]}]", "--metric=f1", f"--out={compared.out / 'no'}")
+    assert "has no 'f1' on the validation set; it has loss, " in capsys.readouterr().err
+
+
+def test_wandb_gets_the_table_the_curves_and_the_pictures(reported: Compared, tmp_path: Path) -> None:
+    results, pictures = reported.results, {"memory": reported.out / "memory.png"}
+    with offline(tmp_path):
+        publish(results, pictures, Publish("hosfl", "offline"), tmp_path)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    logged = Logged(read_whole(file), tmp_path)
+    for name, row in results["methods"].items():
+        curve = {one["round"]: one[f"curve/{name}"] for one in logged.rows if f"curve/{name}" in one}
+        assert curve == {point["round"]: pytest.approx(point["perplexity"]["mean"]) for point in row["curve"]}
+    last: dict[str, Any] = logged.rows[-1]
+    assert {"table", "memory"} <= {key.split(".")[0] for key in last}
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")
+    head, body = rows(results)
+    assert json.loads(table.read_text()) == {"columns": head, "data": body}
