@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass, fields
+from importlib import import_module
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
+
+from jsonargparse import get_loader
 
 from hosfl_lightning import cli
 from hosfl_lightning.compare import report as reports
@@ -141,6 +144,8 @@ def untuned(comparison: Comparison) -> list[str]:
     client, server = SHORT["client_lr"], SHORT["server_lr"]
     tried, wanted = {}, set()
     for name, method in comparison.methods.items():
+        if not trains_a_server(method):
+            continue
         points = [flat(method.overrides) | flat(point) for point in method.grid]
         tried[name] = {str(point.get(server, "the recipe's")) for point in points}
         wanted |= tried[name] if any(client in point for point in points) else set()
@@ -148,6 +153,13 @@ def untuned(comparison: Comparison) -> list[str]:
         return []
     shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in tried.items())
     return [f"**Unequally tuned servers** ({shown}): a server's learning rate can pass for a client's gain, or hide it"]
+
+
+def trains_a_server(method: Method) -> bool:
+    """Whether the server's optimizer has a part in it."""
+    assert method.algorithm is not None
+    module, _, name = method.algorithm["class_path"].rpartition(".")
+    return getattr(import_module(module or "hosfl_lightning.algorithms"), name).server_order == "first"
 
 
 def _reason(failed: Path) -> str:
@@ -168,6 +180,9 @@ def parse(settings: type, prog: str, args: list[str]) -> Any:
             given[name] = part(**given[name])
     if settings is Comparison:
         given |= {"recipe": config.recipe, "methods": {name: Method(**one) for name, one in given["methods"].items()}}
+        comparison, catalogue = Comparison(**given), config.catalogue
+        comparison.look_up(get_loader("yaml")(Path(catalogue.absolute).read_text()) if catalogue else {})
+        return comparison
     return settings(**given)
 
 

@@ -28,7 +28,7 @@ from hosfl_lightning.files import write_whole
 
 T = TypeVar("T")
 #: Not part of what a comparison is.
-PLACES = ("out", "jobs", "wandb")
+PLACES = ("out", "jobs", "wandb", "catalogue")
 
 
 class Runner:

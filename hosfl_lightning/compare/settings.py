@@ -32,13 +32,13 @@ class Method:
     """One row of the table.
 
     Args:
-        algorithm: ``class_path`` and ``init_args``, as ``trainer.algorithm`` in a recipe.
         grid: Points that are tried at the tuning seed: dotted keys of the recipe, or `SHORT` names, and their values.
+        algorithm: ``class_path`` and ``init_args``, as ``trainer.algorithm`` in a recipe; null: as the catalogue has it.
         overrides: Dotted keys and values at all points.
     """
 
-    algorithm: dict[str, Any]
     grid: list[dict[str, Any]]
+    algorithm: dict[str, Any] | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,6 +102,7 @@ class Comparison:
         out: The folder of all runs and results; a comparison that was killed goes on in it.
         recipe: What the methods share: ``trainer``, ``model`` and ``data`` as for ``hosfl fit``.
         methods: By the name in the table.
+        catalogue: A file of methods by name, ``algorithm`` and ``overrides``, for those that are only named here.
         budget: What one run may spend.
         overrides: Dotted keys of the recipe and values over it; on the command line ``--overrides.model.cut=2``.
         seeds: Of data, model and run; every method runs under each of them.
@@ -129,6 +130,23 @@ class Comparison:
     jobs: int = 2
     only: list[str] | None = None
     wandb: Publish | None = None
+    catalogue: Path_fr | None = None
+
+    def look_up(self, catalogue: dict[str, Any]) -> None:
+        """Complete the methods that are only named, by what ``catalogue`` says of them.
+
+        Raises:
+            ComparisonError: It knows one of them not.
+        """
+        for name, method in self.methods.items():
+            if method.algorithm is not None:
+                continue
+            if name not in catalogue:
+                known = f"; it has {', '.join(catalogue)}" if catalogue else ""
+                raise ComparisonError(f"methods.{name}: give its algorithm, or a catalogue that has it{known}")
+            entry = catalogue[name]
+            overrides = {**flat(entry.get("overrides", {})), **flat(method.overrides)}
+            self.methods[name] = Method(method.grid, entry["algorithm"], overrides)
 
     def check(self) -> None:
         """Keep the methods of ``only``, and refuse what can be refused without the recipe.

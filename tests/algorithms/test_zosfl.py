@@ -66,7 +66,7 @@ def test_equals_the_same_without_a_cut(tmp_path: Path) -> None:
 
 
 def halved(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda round: 0.5**round)
 
 
 def test_nobody_backpropagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,7 +172,7 @@ def test_servers_that_were_not_tuned_alike_are_told_of(folder: Path) -> None:
         one.grid = [{**point, "server_lr": 0.02} for point in one.grid]
     assert untuned(given) == []
     wider = copy.deepcopy(given.methods["frozen"])
-    given.methods["frozen"] = Method(wider.algorithm, [{"server_lr": 0.02}, {"server_lr": 0.5}])
+    given.methods["frozen"] = Method([{"server_lr": 0.02}, {"server_lr": 0.5}], wider.algorithm)
     assert untuned(given) == []
 
 
