@@ -33,7 +33,7 @@ class Method:
 
     Args:
         grid: Points that are tried at the tuning seed: dotted keys of the recipe, or `SHORT` names, and their values.
-        algorithm: ``class_path`` and ``init_args``, as ``trainer.algorithm`` in a recipe; null: as the catalogue has it.
+        algorithm: ``class_path`` and ``init_args``, as ``trainer.algorithm`` in a recipe; null: the catalogue's.
         overrides: Dotted keys and values at all points.
     """
 
