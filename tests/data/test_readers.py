@@ -65,7 +65,9 @@ def test_a_missing_file_names_the_setting(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"not gzip", gzip.compress(b"x" * 1000)[:-12], gzip.compress(b"")[:10] + b"\xff" * 20]
+    "content",
+    [b"not gzip", gzip.compress(b"x" * 1000)[:-12], gzip.compress(b"")[:10] + b"\xff" * 20],
+    ids=["other", "cut", "damaged"],
 )
 def test_broken_gzip(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl.gz"
@@ -117,6 +119,12 @@ def test_hub_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(ValueError, match=r"^hub='x', hub_config=None, split 'train': no such dataset$"):
+        read_hub("x", None, "train")
+
+
+def test_a_hub_split_must_have_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, split: FakeDataset()))
+    with pytest.raises(ValueError, match=r"^hub='x': split 'train' has no records$"):
         read_hub("x", None, "train")
 
 
