@@ -164,6 +164,10 @@ def test_stopped_and_resumed_is_never_stopped(kind: type[Algorithm], tmp_path: P
     assert rows[0] == rows[1]
 
 
+def costs(trainer: Orchestrator) -> dict[str, float]:
+    return {**trainer.summary["memory"], "client_forwards": trainer.summary["client_forwards_per_round"]}
+
+
 class TestMemory:
     @pytest.mark.parametrize("kind", [SplitFedV2, FedAvg])
     def test_checkpointing_halves_the_peak_and_changes_no_bit(
@@ -173,7 +177,7 @@ class TestMemory:
             model, data = make_model(cut=3, client_holds="whole"), RandomTokens([[40, 37], [33, 30]])
             trainer = orchestrator(method(kind, checkpointing=checkpointing), tmp_path, max_rounds=1, **everybody)
             trainer.fit(model, data)
-            return plain(model.trained_state()), trainer.summary["memory"]
+            return plain(model.trained_state()), costs(trainer)
 
         everybody: dict[str, Any] = {"clients_per_round": None}
         (with_graph, graph), (with_inputs, inputs) = run(False), run(True)
@@ -189,7 +193,7 @@ class TestMemory:
         def report(steps: int) -> dict[str, float]:
             trainer = orchestrator(method(kind, local_steps=steps), tmp_path, max_rounds=1)
             trainer.fit(two_layers(), Points())
-            return trainer.summary["memory"]
+            return costs(trainer)
 
         once, thrice = report(1), report(3)
         assert thrice["client_forwards"] == pytest.approx(3 * once["client_forwards"])
