@@ -27,8 +27,8 @@ class SplitFedV1(LocalSplitTraining):
     plain SGD and one local step both halves move as in `SplitFedSGD`. The server holds K copies of what it trains,
     where the memory report has one. Arguments as in `LocalTraining`; ``aggregation`` serves both halves.
 
-    As HERON-SFL reports it for ResNet-18 on CIFAR-10 and 5 clients (both SplitFed variants at the client: 710 MB peak,
-    59.5 GFLOP a step): 1216 GB of traffic, 391 GB for `SplitFedV2`.
+    As HERON-SFL reports it for ResNet-18 on CIFAR-10, 5 clients: 710 MB peak and 59.5 GFLOP a step at the client, 1216
+    GB of traffic.
 
     Reference: SplitFed, arXiv 2004.12088, SplitFedV1; HERON-SFL, arXiv 2601.09076.
     """

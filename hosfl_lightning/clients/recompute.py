@@ -16,7 +16,8 @@ def recomputing(half: nn.Module, active: bool = True) -> Iterator[None]:
     """While open, a forward keeps the input of each of ``half.layers``, which the backward runs again for its graph.
 
     The backward may come after it has closed; gradients have the bits that they have without it. The library's own
-    switch (``gradient_checkpointing_enable``) works in train mode only, and a client half is in eval mode.
+    switch (``gradient_checkpointing_enable``) works in train mode only, and a client half is in eval mode. Of a layer
+    that overwrites its input there is nothing left to run again: the backward says so.
 
     Args:
         half: With ``layers``, its layers by number.

@@ -62,7 +62,7 @@ class Moments:
         self.held = {
             client: (
                 steps,
-                {i: {name: t.to(device, copy=True) for name, t in held.items()} for i, held in slots.items()},
+                {i: {name: t.to(device) for name, t in held.items()} for i, held in slots.items()},
             )
             for client, (steps, slots) in state.items()
         }

@@ -17,6 +17,7 @@ from hosfl_lightning.algorithms import Algorithm, FedAvg, SplitFedV1, SplitFedV2
 from hosfl_lightning.algorithms.local_training import LocalTraining
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.checkpoint import collect
+from hosfl_lightning.transport import InProcess
 from hosfl_lightning.wire import Weights, encode
 from tests.algorithms.plain_rounds import METHODS, method, two_layers
 from tests.algorithms.two_layers import Points, TwoLayers, orchestrator
@@ -36,6 +37,7 @@ def trained(kind: type[Algorithm], folder: Path, data: Points | None = None, **s
 def held(trainer: Orchestrator) -> Any:
     """All that a run hands on to its next round, but for counters and callbacks."""
     kept = collect(trainer)
+    kept["state_dict"] = trainer.lightning_module.trained_state()
     return plain({key: kept[key] for key in ("state_dict", "method", "optimizer_states", "lr_schedulers")})
 
 
@@ -204,18 +206,20 @@ class TestMemory:
         assert (once["client_waiting_bytes"] == 0) == (kind is FedAvg)
 
 
-def test_a_relay_is_one_client_after_the_other(tmp_path: Path) -> None:
-    """Not so for the others: what a client begins with shows in what the server sends it."""
-
-    def begins(kind: type[Algorithm]) -> int:
+def test_only_in_a_relay_a_client_begins_where_another_has_stopped(tmp_path: Path) -> None:
+    def begins(kind: type[Algorithm], patch: pytest.MonkeyPatch) -> int:
+        """With how many different weights the clients of a round begin."""
         seen: list[Any] = []
+        down = InProcess.down
 
-        class Watches(Callback):
-            def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-                down = trainer.transport.down
-                trainer.transport.down = lambda message: down(seen.__iadd__([message])[-1])
+        def watching(self: InProcess, message: Any, receivers: int = 1) -> Any:
+            seen.append(message)
+            return down(self, message, receivers)
 
-        orchestrator(method(kind), tmp_path, max_rounds=1, callbacks=[Watches()]).fit(two_layers(), Points())
+        patch.setattr(InProcess, "down", watching)
+        orchestrator(method(kind), tmp_path, max_rounds=1).fit(two_layers(), Points())
         return len({repr(plain(message.tensors)) for message in seen if isinstance(message, Weights)})
 
-    assert [begins(kind) for kind in METHODS] == [3 if kind is SplitLearning else 1 for kind in METHODS]
+    for kind in METHODS:
+        with pytest.MonkeyPatch.context() as patch:
+            assert begins(kind, patch) == (3 if kind is SplitLearning else 1)
