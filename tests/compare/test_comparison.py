@@ -177,11 +177,12 @@ def test_killed_and_resumed_is_never_killed(compared: Compared, tmp_path: Path) 
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_for(lambda: not any(alive(child) for child in children))
-    before, left = finished(out), under_way(out)
+    before, left = finished(out), {path: path.stat().st_ino for path in under_way(out)}
     assert left
     assert not (out / "results.json").exists()
     hosfl(*arguments)
     assert finished(out).items() >= before.items()
+    assert {path: path.stat().st_ino for path in left} == left  # they went on in their folders
     assert comparable(load(out / "results.json")) == comparable(compared.results)
 
 

@@ -78,9 +78,8 @@ def test_an_infinite_metric_is_null_and_drawn_over(compared: Compared, tmp_path:
     rows = (run / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("val/perplexity")
     cells = rows[1].split(",")
-    (run / "metrics.csv").write_text(
-        "\n".join([rows[0], ",".join([*cells[:column], "inf", *cells[column + 1 :]]), *rows[2:]])
-    )
+    cells[column] = "inf"
+    (run / "metrics.csv").write_text("\n".join([rows[0], ",".join(cells), *rows[2:]]))
     hosfl("report", f"--runs=[{run}]", "--metric=perplexity", f"--out={tmp_path}")
     (row,) = json.loads((tmp_path / "results.json").read_text())["methods"].values()
     assert row["perplexity"] == {"mean": None, "sd": None, "values": {"0": None}}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from hosfl_lightning.compare import worker
 from hosfl_lightning.compare.command import parse, untuned
@@ -173,10 +174,25 @@ def test_servers_that_were_not_tuned_alike_are_told_of(folder: Path) -> None:
     assert untuned(given) == []
     wider = copy.deepcopy(given.methods["frozen"])
     given.methods["frozen"] = Method([{"server_lr": 0.02}, {"server_lr": 0.5}], wider.algorithm)
+    given.methods["FedAvg"] = Method([{}], {"class_path": "hosfl_lightning.algorithms.FedAvg"})
     assert untuned(given) == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "compare").glob("*.yaml")), ids=name_of)
+def test_a_catalogue_knows_methods(folder: Path) -> None:
+    known = {"algorithm": {"class_path": "hosfl_lightning.algorithms.Frozen"}, "overrides": {"a": 1, "b": 1}}
+    (folder / "methods.yaml").write_text(yaml.safe_dump({"known": known, "other": known}))
+    rows = {"known": {"grid": [{}], "overrides": {"b": 2}}, "frozen": {**METHODS["frozen"], "grid": [{}]}}
+    given = comparison(folder, catalogue="methods.yaml", methods=rows)
+    assert given.methods["known"] == Method([{}], known["algorithm"], {"a": 1, "b": 2})
+    assert given.methods["frozen"].algorithm["class_path"] == METHODS["frozen"]["algorithm"]["class_path"]
+    with pytest.raises(ComparisonError, match=r"methods\.nobody: give its algorithm, .*; it has known, other"):
+        comparison(folder, catalogue="methods.yaml", methods={"nobody": {"grid": [{}]}})
+
+
+SHIPPED = [path for path in sorted((ROOT / "recipes" / "compare").glob("*.yaml")) if path.stem != "methods"]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=name_of)
 def test_the_shipped_comparisons_are_sound(path: Path, tmp_path: Path) -> None:
     command, kind, *words = header_commands(path)[0]
     assert (command, kind) == ("hosfl", "compare")
@@ -184,5 +200,6 @@ def test_the_shipped_comparisons_are_sound(path: Path, tmp_path: Path) -> None:
     with command_line():
         given = parse(Comparison, "", [*words, f"--out={tmp_path}"])
     given.check()
+    assert given.grid_size > 1
     assert {"Frozen", "SplitFedSGD"} <= {m.algorithm["class_path"].rpartition(".")[2] for m in given.methods.values()}
     assert untuned(given) == []
