@@ -21,7 +21,7 @@ from hosfl_lightning.clients import run
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
-from hosfl_lightning.split import Lora, add_lora, export_adapter, split
+from hosfl_lightning.split import Lora, ServerHalf, add_lora, copied_head, export_adapter, split
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.wire import SmashedData
 
@@ -108,6 +108,25 @@ class SplitModule(L.LightningModule, ABC):
     def prepare(self, batch: Batch) -> Batch:
         """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""
         return batch
+
+    def auxiliary_head(self, blocks: int) -> nn.Module:
+        """A head over z for a client that has a loss of its own, from ``z (B, S, h)`` and ``attention_mask`` to logits.
+
+        Args:
+            blocks: Server layers in it.
+
+        Returns:
+            A new one; what asks for a gradient in it is its own, everything else may be shared with the server.
+
+        Raises:
+            SplitError: There is none, or not with so many layers.
+        """
+        if not isinstance(self.server_half, ServerHalf):
+            raise SplitError(
+                f"{type(self).__name__} has no auxiliary head, which trainer.algorithm needs: take a method without "
+                "one (HOSFL, SplitFedV2), or override auxiliary_head"
+            )
+        return copied_head(self.server_half, blocks)
 
     # ---- what a subclass says about its task
 

@@ -1,6 +1,7 @@
 """Cutting a Hugging Face model into a client half and a server half, and LoRA on both."""
 
 from hosfl_lightning.split.adapters import Lora, LoraHalf, add_lora
+from hosfl_lightning.split.auxiliary import LinearHead, copied_head, linear_head
 from hosfl_lightning.split.build import load_client_half, load_server_half
 from hosfl_lightning.split.cut import check_tied_head, split
 from hosfl_lightning.split.errors import SplitError
@@ -15,14 +16,17 @@ __all__ = [
     "ImageClientHalf",
     "ImageServerHalf",
     "LayerPath",
+    "LinearHead",
     "Lora",
     "LoraHalf",
     "ServerHalf",
     "SplitError",
     "add_lora",
     "check_tied_head",
+    "copied_head",
     "export_adapter",
     "find_layers",
+    "linear_head",
     "load_client_half",
     "load_server_half",
     "split",
