@@ -49,13 +49,13 @@ class ConvBlock(nn.Sequential):
 
     Args:
         in_channels: Of ``x``.
-        out_channels: In groups of which eight share their statistics, or fewer where eight does not divide them.
+        out_channels: Normed in groups of eight, or of the largest smaller power of two that divides them.
         stride: 1 or 2.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
-        norm = nn.GroupNorm(gcd(8, out_channels), out_channels)
+        norm = nn.GroupNorm(out_channels // gcd(8, out_channels), out_channels)
         super().__init__(OrderedDict(conv=conv, norm=norm, activation=nn.ReLU()))
 
 

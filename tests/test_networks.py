@@ -23,7 +23,7 @@ def test_a_block_is_the_formula_and_the_head_the_mean() -> None:
     network = ConvNet(channels=1, widths=(16,), num_labels=3)
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = torch.nn.functional.conv2d(x, network.get_parameter("0.conv.weight"), padding=1)
-    groups = y.unflatten(1, (8, 2))
+    groups = y.unflatten(1, (2, 8))
     mean, variance = groups.mean((2, 3, 4), keepdim=True), groups.var((2, 3, 4), keepdim=True, unbiased=False)
     y = ((groups - mean) / (variance + 1e-5).sqrt()).flatten(1, 2).relu()
     head = network.get_submodule("1.linear")

@@ -157,7 +157,7 @@ def _task_type(model: PreTrainedModel, head: bool) -> str | None:
     """PEFT's name of the task. It trains every classifier's head, so one with a frozen head gets no name."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS" if head else None
-    return "CAUSAL_LM"
+    return None if type(model).__name__.endswith("ForImageClassification") else "CAUSAL_LM"
 
 
 def _check_injected(peft_model: PeftModel, targets: list[str]) -> None:

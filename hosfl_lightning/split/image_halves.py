@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import Entry, Exit, Stub
+from hosfl_lightning.split.structure import Skip
 
 
 class Hollow(Stub):
@@ -35,13 +37,22 @@ class ImageHalf(nn.Module):
         door: where the smashed data leave or enter.
         cut: number of layers the client holds.
         shape: of one image's features at the cut: ``(C, H', W')``, ``(S, h)`` or ``(h,)``.
+        names: dotted names of all layers of the whole model.
     """
 
-    def __init__(self, module: nn.Module, run: nn.Module, door: Exit | Entry, cut: int, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        run: nn.Module,
+        door: Exit | Entry,
+        cut: int,
+        shape: tuple[int, ...],
+        names: Sequence[str],
+    ) -> None:
         super().__init__()
         self._parameters, self._buffers, self._modules = module._parameters, module._buffers, module._modules
         self.__dict__.update(_run=run, _door=door)  # they are inside already, under their own names
-        self.cut, self.shape = cut, shape
+        self.cut, self.shape, self.names = cut, shape, tuple(names)
         self.architecture = type(module).__name__
         self.eval()
 
@@ -54,6 +65,13 @@ class ImageHalf(nn.Module):
     def positions(self) -> int:
         """``S``: pixels of a feature map, tokens, or 1."""
         return prod(self.shape[1:] if len(self.shape) == 3 else self.shape[:-1])
+
+    @property
+    def layers(self) -> dict[int, nn.Module]:
+        """The layers of this half only, by their number in the whole model."""
+        held = dict(self.named_modules())
+        numbered = {i: held[name] for i, name in enumerate(self.names) if name in held}
+        return {i: layer for i, layer in numbered.items() if not isinstance(layer, Skip)}
 
     def train(self, mode: bool = True) -> ImageHalf:
         """Stay in eval mode, whatever is asked."""
@@ -69,7 +87,8 @@ class ImageHalf(nn.Module):
 class ImageClientHalf(ImageHalf):
     """z = f_c(x; θ_c): what comes before the layers, and the first ``cut`` of them. Arguments as in `ImageHalf`."""
 
-    inputs = ("pixel_values",)
+    #: What it takes of a batch.
+    inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Images to smashed data.

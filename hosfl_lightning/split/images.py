@@ -78,8 +78,8 @@ def _cut_pretrained(model: PreTrainedModel, cut: int, recording: Recording) -> H
     shape = _shape(model, recording, names[cut])
     leave, enter = client.get_submodule(names[cut]), server.get_submodule(names[cut - 1])
     return (
-        ImageClientHalf(client, client.get_submodule(layers.backbone), cast(Exit, leave), cut, shape),
-        ImageServerHalf(server, server, cast(Entry, enter), cut, shape),
+        ImageClientHalf(client, client.get_submodule(layers.backbone), cast(Exit, leave), cut, shape, names),
+        ImageServerHalf(server, server, cast(Entry, enter), cut, shape, names),
     )
 
 
@@ -95,7 +95,9 @@ def _cut_sequential(model: nn.Sequential, cut: int, recording: Recording) -> Hal
         del client._modules[name]
     server._modules.update({name: Skip(tuples=False) for name in names[: cut - 1]} | {names[cut - 1]: enter})
     shape = _shape(model, recording, names[cut])
-    return ImageClientHalf(client, client, leave, cut, shape), ImageServerHalf(server, server, enter, cut, shape)
+    return ImageClientHalf(client, client, leave, cut, shape, names), ImageServerHalf(
+        server, server, enter, cut, shape, names
+    )
 
 
 def _shape(model: nn.Module, recording: Recording, name: str) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PoolFormerConfig, PoolFormerForImageClassification, ResNetModel, ViTModel
 
+from hosfl_lightning.clients.recompute import recomputing
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.split import ImageClientHalf, ImageServerHalf, SplitError, split_images
 from tests.split.tiny_images import CLASSES, MODELS, PRETRAINED, images, tiny_image_model
@@ -145,6 +146,44 @@ def test_the_random_state_the_hooks_and_the_whole_stay() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
     assert [n for n, _ in model.named_modules()] == names
+
+
+class Draws(nn.Identity):
+    """Draws random numbers."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        torch.rand(2)
+        return value
+
+
+def test_a_forward_that_draws_leaves_the_random_state() -> None:
+    network = nn.Sequential(nn.Flatten(), Draws(), nn.Linear(3072, 2))
+    state = torch.get_rng_state()
+    split_images(network, 1, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layers_are_numbered_as_in_the_whole() -> None:
+    model = get("ResNet")
+    client, server = split_images(model, 1, 32)
+    assert client.layers == {0: model.resnet.encoder.stages[0]}
+    assert server.layers == {i: model.resnet.encoder.stages[i] for i in (1, 2, 3)}
+    network = get("ConvNet")
+    client, server = split_images(network, 2, 32)
+    assert client.layers == {0: network[0], 1: network[1]}
+    assert server.layers == {2: network[2], 3: network[3]}
+
+
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2", "ViT", "ConvNet"])
+def test_gradients_through_recomputed_layers_are_the_same(name: str) -> None:
+    client, _ = split_images(get(name), 2, 32)
+    gradients = []
+    for active in (False, True):
+        with recomputing(client, active):
+            z = client(images())
+        gradients.append(torch.autograd.grad(z.square().sum(), list(client.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert not any("forward" in vars(layer) for layer in client.layers.values())
 
 
 @pytest.mark.parametrize("name", ["ResNet", "ViT", "ConvNet"])

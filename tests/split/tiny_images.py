@@ -44,17 +44,18 @@ SEQUENTIAL: dict[str, Callable[[], nn.Sequential]] = {
 MODELS = [*PRETRAINED, *SEQUENTIAL]
 
 
-def tiny_image_model(name: str) -> Any:
+def tiny_image_model(name: str, noise: float = 0.2) -> Any:
     """A classifier of images (3, 32, 32) in eval mode; norms and their statistics are random too, or none would show.
 
     Args:
         name: One of ``MODELS``.
+        noise: How random; 0 leaves a model that can be trained.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         model = SEQUENTIAL[name]() if name in SEQUENTIAL else _pretrained(name)
         for tensor in [p.detach() for p in model.parameters()] + [b for b in model.buffers() if b.is_floating_point()]:
-            tensor.add_(torch.rand_like(tensor), alpha=0.2)
+            tensor.add_(torch.rand_like(tensor), alpha=noise)
     return model.eval()
 
 
