@@ -117,7 +117,7 @@ class Comparison:
     """
 
     out: str
-    recipe: Path_fr
+    recipe: Path_fr  # type: ignore[valid-type]  # made at run time
     methods: dict[str, Method]
     budget: Limits
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Comparison:
     jobs: int = 2
     only: list[str] | None = None
     wandb: Publish | None = None
-    catalogue: Path_fr | None = None
+    catalogue: Path_fr | None = None  # type: ignore[valid-type]
 
     def look_up(self, catalogue: dict[str, Any]) -> None:
         """Complete the methods that are only named, by what ``catalogue`` says of them.

@@ -74,7 +74,7 @@ class SplitModule(L.LightningModule, ABC):
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.pretrained, self.cut, self.lora = pretrained, cut, lora
+        self.pretrained, self.cut, self.lora, self.seed = pretrained, cut, lora, seed
         self.client_holds = client_holds
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         whole = self.load_whole(dtype, seed, **model_kwargs)

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 from hosfl_lightning.servers.base import Batch, default_optimizer
 from hosfl_lightning.servers.classification import SplitClassifier
 from hosfl_lightning.servers.pretrained import PretrainedError, load_model, seeded
-from hosfl_lightning.split import ImageClientHalf, ImageServerHalf, Lora, SplitError, split_images
+from hosfl_lightning.split import ImageClientHalf, ImageServerHalf, Lora, SplitError, linear_head, split_images
 from hosfl_lightning.wire import SmashedData
 
 
@@ -132,6 +132,11 @@ class SplitImageClassifier(SplitClassifier):
             )
         mask = torch.ones(len(images), self.client_half.positions, dtype=torch.long, device=images.device)
         return {**batch, "attention_mask": mask}
+
+    def auxiliary_head(self, blocks: int) -> nn.Module:
+        """One linear layer on the mean over positions, drawn under the model's seed; it has no blocks to copy."""
+        head = linear_head(self.client_half.hidden_size, self.num_labels, blocks, self.seed)
+        return head.to(next(self.client_half.parameters()).device)
 
     def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """Logits through both halves, equal to the uncut model's bit for bit."""
