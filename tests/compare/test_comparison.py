@@ -215,5 +215,5 @@ def test_the_rehearsal_is_remembered_with_the_settings(compared: Compared) -> No
         one = known["rehearsals"][name]
         assert (one["validation"], one["spent"]["samples"]) == (8, 4)
         assert one["test"] > 0
-        assert one["data"] == "TextData (data.init_args.test_files)"
+        assert one["data"].startswith("TextData (data.init_args.test_files")
     assert not (compared.out / "rehearsal").exists()

@@ -71,6 +71,16 @@ def test_a_loss_that_is_no_number_is_a_failure(compared: Compared, tmp_path: Pat
     assert (row["seeds"], [*row["failed"]]) == ([1], ["0"])
 
 
+def test_of_two_frozen_rows_neither_is_the_control(compared: Compared, tmp_path: Path) -> None:
+    runs = sorted(path.parent for path in compared.out.glob("runs/f*/*/summary.json"))
+    hosfl("report", "--runs", *map(str, runs), f"--out={tmp_path}")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["methods"]) == 4  # two points of each control
+    assert results["target"] is None
+    assert all(row["below_frozen"] is None for row in results["methods"].values())
+    assert "needs exactly one finished row of Frozen and one of SplitFedSGD" in (tmp_path / "table.md").read_text()
+
+
 def test_an_infinite_metric_is_null_and_drawn_over(compared: Compared, tmp_path: Path) -> None:
     run = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
     values = json.loads((run / "test.json").read_text())
