@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from hosfl_lightning import HOSFL, Orchestrator, SplitImageClassifier
+from hosfl_lightning import HOSFL, Orchestrator, SplitImageClassifier, algorithms
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.networks import ConvNet
@@ -116,6 +116,29 @@ def test_training_lowers_the_loss_and_moves_both_halves(
     # A step of the clients costs one forward and one a probe; backprop costs a forward and its two products.
     forwards = trainer.summary["client_forwards_per_round"]
     assert forwards == (9 if algorithm is not SplitFedSGD else pytest.approx(2.0, abs=1.0))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in algorithms.__all__ if name not in ("Algorithm", "TooFewClientsError")]
+)
+def test_every_method_trains_on_images(name: str, make_orchestrator: Callable[..., Orchestrator]) -> None:
+    method = getattr(algorithms, name)
+    model = classifier(optimizer=sgd(0.05), client_holds=method.client_holds)
+    trainer = make_orchestrator(method(client_optimizer=SGD(lr=0.01)))
+    trainer.fit(model, RandomImages())
+    assert trainer.summary["metrics_last"]["val/loss"] < trainer.summary["metrics_first"]["val/loss"]
+
+
+def test_the_auxiliary_head_is_one_linear_layer() -> None:
+    model = classifier(seed=3)
+    head, again = model.auxiliary_head(0), classifier(seed=3).auxiliary_head(0)
+    assert [p.shape for p in head.parameters()] == [(2, 4), (2,)]
+    assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters()))
+    assert not torch.equal(
+        head.get_parameter("linear.weight"), classifier().auxiliary_head(0).get_parameter("linear.weight")
+    )
+    with pytest.raises(SplitError, match=r"auxiliary_blocks=1, .* set it to 0"):
+        model.auxiliary_head(1)
 
 
 def test_split_first_order_training_is_plain_sgd_on_the_whole(make_orchestrator: Callable[..., Orchestrator]) -> None:
