@@ -167,13 +167,13 @@ class Orchestrator(TrainerFace):
                 if it had never stopped. A checkpoint from elsewhere goes on in a new folder, without an update log.
         """
         _check_model(model)
-        if not self.replay_log and not isinstance(self.availability, Always):
+        if self.algorithm.records and not self.replay_log and not isinstance(self.availability, Always):
             raise ValueError(
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         resumed = run_folder.find(ckpt_path) if ckpt_path else None
         self.algorithm.check(model)
-        self._check_place()
+        self._check_method()
         self.announces = True
         try:
             self._fit(model, datamodule, resumed)
@@ -353,8 +353,14 @@ class Orchestrator(TrainerFace):
         model.check_examples(data.validation_set, "validation")
         model.check_examples(data.test_set, "test")
 
-    def _check_place(self) -> None:
-        """Whether the method can run where the settings say."""
+    def _check_method(self) -> None:
+        """Whether the method can run where, and beside what, the settings say."""
+        method = self.algorithm
+        if self.controls and (method.local_steps > 1 or not method.joint or method.server_order != "first"):
+            raise ValueError(
+                f"trainer.controls: a round of {method.name} is not a round of theirs (one minibatch a client, one "
+                "step of a server that backpropagates); set it to [], and compare with hosfl compare"
+            )
         if self.devices > 1 and not self.algorithm.joint:
             raise ValueError(
                 f"trainer.devices: the clients of {self.algorithm.name} run one after the other; set it to 1"

@@ -11,6 +11,8 @@ from hosfl_lightning.servers import SplitModule
 class Frozen(SplitRound):
     """The same rounds with a client that does not move: what the server reaches alone."""
 
+    records = False
+
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
         """A `FrozenClient`."""
         return FrozenClient(module.client_half, ZerothOrder(module.client_parameters.items(), self.client_optimizer))

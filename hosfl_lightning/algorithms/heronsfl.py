@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hosfl_lightning.aggregation import AggregationRule, combine
 from hosfl_lightning.algorithms.auxiliary_training import AuxiliaryTraining
-from hosfl_lightning.algorithms.base import Runner, TooFewClientsError
+from hosfl_lightning.algorithms.base import Runner
 from hosfl_lightning.algorithms.crossing import conclude, mean_loss, taken
 from hosfl_lightning.clients import AuxiliaryClient, AuxiliaryHalf, Cohort
 from hosfl_lightning.optim import Basis, LocalWalk, SharedDirections, UpdateRule, ZerothOrder, check_linear
@@ -89,7 +89,7 @@ class HERONSFL(AuxiliaryTraining):
             )
         if scalars:
             check_linear(self.client_optimizer, "HERONSFL with scalars=true")
-        self.probes, self.mu, self.scalars = probes, mu, scalars
+        self.probes, self.mu, self.scalars, self.records = probes, mu, scalars, scalars
         self._walk: LocalWalk | None = None
 
     def make_client(self, module: SplitModule, seed: int) -> AuxiliaryClient:
@@ -151,7 +151,7 @@ class HERONSFL(AuxiliaryTraining):
         try:
             own = [answer for cohort in cohorts for answer in self.walk(runner, round, cohort, losses)]
             update = conclude(runner, round, basis, own, self.aggregate)
-        except TooFewClientsError:
+        except BaseException:
             runner.server.put(*server)
             raise
         self.client.apply(update)

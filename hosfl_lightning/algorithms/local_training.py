@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.aggregation import AggregationRule
 from hosfl_lightning.aggregation.weights import weights
-from hosfl_lightning.algorithms.base import Algorithm, Runner, TooFewClientsError
+from hosfl_lightning.algorithms.base import Algorithm, Runner
 from hosfl_lightning.algorithms.crossing import download, taken, upload
 from hosfl_lightning.clients import Cohort, FirstOrderClient
 from hosfl_lightning.optim import Dense, Moments, UpdateRule, ZerothOrder
@@ -40,6 +40,7 @@ class LocalTraining(Algorithm):
     """
 
     joint = False
+    records = False
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class LocalTraining(Algorithm):
                 answers += answer
                 shared = self.hand_on(shared, answer)
             runner.check_attendance(sum(answer.num_terms > 0 for answer in answers))
-        except TooFewClientsError:
+        except BaseException:
             self.load(before)
             self.moments.commit([])
             runner.server.put(*server)
