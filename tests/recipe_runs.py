@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -11,15 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
 import yaml
+from PIL import Image
 from transformers import AutoTokenizer
 
 from hosfl_lightning import cli
 from hosfl_lightning.servers.pretrained import TINY_LM, resolve
+from tests.split.tiny_images import tiny_image_model
 from tests.split.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -29,15 +33,20 @@ QUICKSTART = ROOT / "recipes" / "quickstart.yaml"
 #: A recipe's folder: the architecture of its model. A recipe in a new folder needs a line here.
 ARCHITECTURES = {
     "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
     "llama3_2": "llama",
     "minilm": "bert",
     "opt": "opt",
     "qwen3": "qwen3",
     "recipes": "llama",
+    "resnet18": "ResNet",
     "stories260k": "llama",
     "tiny_lm": "llama",
+    "vision": "MobileNetV2",
 }
 VOCAB = 260  # of the byte tokenizer
+#: Image sets as they lie on the hub: the number of classes in each label field, beside the field "img".
+HUB = {"uoft-cs/cifar10": {"label": 10}, "uoft-cs/cifar100": {"fine_label": 100, "coarse_label": 20}}
 
 
 def name_of(path: Path) -> str:
@@ -84,21 +93,55 @@ def hosfl(*args: str) -> cli.HOSFLCommand:
     return kept[0]
 
 
+class HubSet(list[dict[str, Any]]):
+    """What ``load_dataset`` returns, as far as it is read."""
+
+    features: dict[str, Any]
+
+
+def load_dataset(name: str, config: str | None, split: str) -> HubSet:
+    """200 small images of one colour in the fields of the real set; the colour tells the class."""
+    rows = HubSet({"img": Image.new("RGB", (8, 8), (i, 0, 0))} for i in range(200))
+    for row, i in zip(rows, range(200)):
+        row.update({field: i % classes for field, classes in HUB[name].items()})
+    names = {field: SimpleNamespace(names=list(map(str, range(n)))) for field, n in HUB[name].items()}
+    rows.features = {"img": SimpleNamespace(), **names}
+    return rows
+
+
+@contextmanager
+def stand_in_hub() -> Iterator[None]:
+    """`HUB` in place of the hub's data sets, whether or not ``datasets`` is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+        yield
+
+
 def small(recipe: Path, folder: Path) -> list[str]:
     """Arguments that shrink a recipe: two rounds, a tiny model of its architecture, local data, little of it."""
     settings = load(recipe)
-    classifier = settings["model"]["class_path"].endswith("Classifier")
-    architecture, layers = ARCHITECTURES[recipe.parent.name], settings["model"]["init_args"]["cut"] + 1
-    model = tiny_pretrained(folder / f"tiny_{architecture}_{layers}", architecture, layers, classifier)
+    model = small_model(settings["model"], ARCHITECTURES[recipe.parent.name], folder)
     data = {"batch_size": 2, **small_data(settings["data"], folder)}
     return [
         "--trainer.max_rounds=2",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
         f"--trainer.default_root_dir={folder / 'runs'}",
-        f"--model.init_args.pretrained={model}",
+        *(f"--model.init_args.{name}={value}" for name, value in model.items()),
         *(f"--data.init_args.{name}={value}" for name, value in data.items()),
     ]
+
+
+def small_model(model: dict[str, Any], architecture: str, folder: Path) -> dict[str, Any]:
+    """A tiny pretrained model in place of a recipe's; a network to train from scratch is small."""
+    kind, init_args = model["class_path"].rpartition(".")[2], model["init_args"]
+    if "network" in init_args:
+        return {}
+    if kind == "SplitImageClassifier":
+        return {"pretrained": tiny_pretrained_images(folder / architecture, architecture)}
+    layers = init_args["cut"] + 1
+    path = folder / f"tiny_{architecture}_{layers}"
+    return {"pretrained": tiny_pretrained(path, architecture, layers, kind.endswith("Classifier"))}
 
 
 def tiny_pretrained(folder: Path, architecture: str, layers: int, classifier: bool = False) -> Path:
@@ -111,13 +154,29 @@ def tiny_pretrained(folder: Path, architecture: str, layers: int, classifier: bo
     return folder
 
 
+def tiny_pretrained_images(folder: Path, architecture: str) -> Path:
+    """A folder as a user's: random weights of that architecture, its convolutions of gain 1 or nothing would arrive."""
+    model = tiny_image_model(architecture, noise=0)
+    for weight in (p.detach() for p in model.parameters() if p.ndim == 4):
+        weight.mul_((2 / weight[0].numel()) ** 0.5 / weight.std())
+    model.save_pretrained(folder)
+    return folder
+
+
 def small_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Generated files in place of a recipe's data, by the kind of data it names."""
     kind, init_args = data["class_path"].rpartition(".")[2], data["init_args"]
     if kind == "DocstringData":
         return {"max_bytes_per_client": 9000, "validation_bytes_per_client": 1500, "test_bytes_per_client": 1500}
     if kind == "TextData":
-        return {"files": f"[{text_file(folder / 'text.txt')}]"}
+        text = f"[{text_file(folder / 'text.txt')}]"
+        return {"files": text, "validation_files": text}
+    if kind == "DigitsData":
+        return {}
+    if kind == "FashionMNISTData":
+        return {"folder": idx_files(folder / "images"), "max_validation_examples": 8}
+    if kind == "HubImageData":
+        return {"max_validation_examples": 8}
     names = [word.strip() for word in init_args.get("label_words", map(str, range(77)))]
     labels = folder / "labels.json"
     labels.write_text(json.dumps(names))
@@ -137,6 +196,17 @@ def labelled_file(path: Path, init_args: dict[str, Any], classes: int) -> Path:
     rows = [{text: f"number {i % classes} of {i}", label: i % classes} for i in range(200)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def idx_files(folder: Path) -> Path:
+    """200 images of 2x2 pixels to train on and 20 to test on, in the files of Fashion-MNIST."""
+    folder.mkdir()
+    for prefix, count in (("train", 200), ("t10k", 20)):
+        for name, shape in (("images-idx3", (count, 2, 2)), ("labels-idx1", (count,))):
+            header = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+            values = bytes(i % 10 + 60 * j for i in range(count) for j in range(math.prod(shape[1:])))
+            (folder / f"{prefix}-{name}-ubyte").write_bytes(header + values)
+    return folder
 
 
 @dataclass
