@@ -130,7 +130,7 @@ class TestAServerThatCameBackElsewhere:
         )
         assert trainer.summary["catch_up"] == {"replay": 3, "snapshot": 3}
 
-        optimizer = rebuild(make_model(), log, 7, AdamW())
+        optimizer = rebuild(make_model(), log, 7, HOSFL(client_optimizer=AdamW()))
         assert same_state(client_state(optimizer), client_state(trainer.algorithm.client.optimizer))
 
     def test_knows_who_has_come_back_since(
