@@ -74,7 +74,8 @@ def write_client(
     blob = save({name: p.detach().to("cpu").contiguous() for name, p in parameters.items()})
     addresses = {p.data_ptr() for p in parameters.values()}
     mine = {name: t for name, t in module.trained_state().items() if t.data_ptr() in addresses}
-    same = {path.name: _equal(held, mine) for path, held in _checkpoints(run, to)}
+    heads: dict[str, Tensor] = {name: p for name, p in parameters.items() if name.startswith("auxiliary.")}
+    same = {path.name: _equal(held, mine, heads) for path, held in _checkpoints(run, to)}
     report = {
         "run_id": log.starts[0]["run_id"],
         "round": to,
@@ -102,10 +103,14 @@ def _check(module: SplitModule, parameters: Mapping[str, Tensor], log: ReplayLog
         raise RebuildError(f"--to must be between 0 and {log.rounds}, the rounds on record in {log.path}; got {to}")
 
 
-def _checkpoints(run: Path, round: int) -> list[tuple[Path, dict[str, Tensor]]]:
-    """The trained tensors of the run's checkpoints of that round."""
-    return [(path, held["state_dict"]) for path, held in checkpoints.whole(run) if held["global_step"] == round]
+def _checkpoints(run: Path, round: int) -> list[tuple[Path, dict[str, Any]]]:
+    """The run's checkpoints of that round."""
+    return [(path, held) for path, held in checkpoints.whole(run) if held["global_step"] == round]
 
 
-def _equal(held: dict[str, Tensor], mine: dict[str, Tensor]) -> bool:
+def _equal(checkpoint: dict[str, Any], mine: dict[str, Tensor], auxiliary: dict[str, Tensor]) -> bool:
+    """In the model's tensors and, unless the checkpoint holds weights only, in the auxiliary head's."""
+    held = checkpoint["state_dict"]
+    if "method" in checkpoint:
+        held, mine = held | checkpoint["method"].get("auxiliary", {}), mine | auxiliary
     return same_state({name: held[name] for name in mine if name in held}, mine)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
-from hosfl_lightning.algorithms import HOSL, ZOFL, ZOSFL, Algorithm
+from hosfl_lightning.algorithms import HERONSFL, HOSL, ZOFL, ZOSFL, Algorithm
 from hosfl_lightning.catch_up import client_state
 from hosfl_lightning.checkpoint import load, save
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.rebuild import RebuildError, rebuild
 from hosfl_lightning.replay import ReplayLog
+from tests.algorithms.auxiliary import WithHead
 from tests.algorithms.two_layers import Points, TwoLayers, orchestrator
 from tests.conftest import RandomTokens
 from tests.recipe_runs import ROOT, Finished, command_line, hosfl, small
@@ -158,6 +161,25 @@ def test_a_whole_model_that_the_log_does_not_lead_to(half: str, tmp_path: Path) 
     save(checkpoint, path)
     with pytest.raises(RebuildError, match=r"the client whole that the log of .* gives differs from last.ckpt"):
         trainer.replay(TwoLayers(client_holds="whole"), None, trainer.log_dir, str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_an_auxiliary_head_that_the_log_does_not_lead_to(weights_only: bool, tmp_path: Path) -> None:
+    """It is in no checkpoint of weights alone, which is compared without."""
+    algorithm = HERONSFL(client_optimizer=SGD(lr=0.1), scalars=True)
+    trainer = orchestrator(algorithm, tmp_path / "runs", logger=True, enable_checkpointing=True)
+    trainer.fit(WithHead(), Points())
+    replay = partial(trainer.replay, datamodule=None, run=trainer.log_dir, out=str(tmp_path / "out"))
+    replay(WithHead())
+    assert json.loads((tmp_path / "out" / "replay.json").read_text())["equal_to"] == ["last.ckpt"]
+    path = Path(trainer.log_dir) / "checkpoints" / "last.ckpt"
+    checkpoint = load(path)
+    checkpoint["method"]["auxiliary"]["auxiliary.linear.weight"][0, 0] += 1e-3
+    if weights_only:
+        del checkpoint["method"]
+    save(checkpoint, path)
+    with nullcontext() if weights_only else pytest.raises(RebuildError, match=r"differs from last.ckpt"):
+        replay(WithHead())
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
+from hosfl_lightning.callbacks.peak_memory_monitor import Rehearse
 from hosfl_lightning.clients import Client, Cohort
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
 from hosfl_lightning.servers import SplitModule
@@ -170,6 +171,10 @@ class Algorithm(ABC):
         Returns:
             What ``waiting`` said; 0 where a client never waits.
         """
+
+    def rehearsals(self) -> list[tuple[Rehearse, float]]:
+        """`rehearse` for every kind of round the method has, with its share of the rounds; the shares add up to 1."""
+        return [(self.rehearse, 1.0)]
 
     def give_up(self) -> None:  # noqa: B027  # most methods have nothing to forget
         """The round has failed and will be tried again, or not at all: nothing of it is reported."""

@@ -50,9 +50,9 @@ class CSEFSL(AuxiliaryTraining):
         """
         self.client.backward(loss)
 
-    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-        """The local steps of round 0, with a made-up λ where one comes down; nobody is waited for."""
+    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int], round: int = 0) -> int:
+        """The local steps of a round, with a made-up λ where one comes down; nobody is waited for."""
         for step in range(self.local_steps):
             z, loss = self.client.forward(batch)
-            self.descend(batch, z, loss, [torch.full_like(z, 1e-3)] if self.answered(0, step) else [])
+            self.descend(batch, z, loss, [torch.full_like(z, 1e-3)] if self.answered(round, step) else [])
         return 0

@@ -102,6 +102,7 @@ class AuxiliaryClient(ObjectiveClient):
                 with torch.no_grad():
                     for parameter, gradient in zip(trained, gradients):
                         parameter.copy_(parameter.float() - lr * gradient.float())
+                torch.clear_autocast_cache()  # it keeps casts of the weights before the step
 
     def misalignment(self, batch: Batch, z: Tensor, multiplier: Tensor) -> Tensor:
         """``‖∇_z ℓ(f_a(z; θ_a), y) − λ‖²``, 0-d, fp32, with a graph; arguments as in `align`."""

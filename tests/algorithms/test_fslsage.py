@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosfl_lightning.algorithms import FSLSAGE
+from hosfl_lightning.algorithms import CSEFSL, FSLSAGE
 from hosfl_lightning.optim import SGD
 from tests.algorithms.auxiliary import Reference, WithHead, exact
 from tests.algorithms.two_layers import Points, orchestrator
@@ -74,6 +74,43 @@ def test_alignment_brings_the_heads_gradient_to_the_servers(make_model: MakeMode
     assert all(torch.equal(p, kept[name]) for name, p in model.trained_state().items())
 
 
+def test_every_step_of_an_alignment_sees_the_one_before() -> None:
+    """Within one autocast, which keeps casts of the weights, as in as many."""
+    generator = torch.Generator().manual_seed(0)
+    z, multiplier = (torch.randn(4, 1, 6, generator=generator) for _ in range(2))
+    batch = {"attention_mask": torch.ones(4, 1), "labels": torch.tensor([0, 1, 2, 1])}
+    heads = []
+    for calls, steps in ((1, 3), (3, 1)):
+        model, algorithm = WithHead(), FSLSAGE()
+        algorithm.setup(model, 0, [])
+        for _ in range(calls):
+            with torch.autocast("cpu", torch.bfloat16):
+                algorithm.client.align(batch, z, multiplier, steps, lr=2.0)
+        heads.append(algorithm.head(model)[0].state_dict())
+    together, apart = heads
+    assert all(torch.equal(together[name], apart[name]) for name in together)
+
+
+@pytest.mark.parametrize("local_steps", [1, 3])
+def test_the_cost_of_a_round_is_the_mean_over_those_that_align_and_those_that_do_not(
+    tmp_path: Path, local_steps: int
+) -> None:
+    """Memory is that of alignment."""
+
+    def costs(algorithm: CSEFSL) -> tuple[float, dict[str, int]]:
+        trainer = orchestrator(algorithm, tmp_path, max_rounds=1)
+        trainer.fit(WithHead(), Points())
+        return trainer.summary["client_forwards_per_round"], trainer.summary["memory"]
+
+    plain, without = costs(CSEFSL(local_steps=local_steps))
+    every, most = costs(FSLSAGE(local_steps=local_steps, align_every=1, align_steps=4))
+    fifth, memory = costs(FSLSAGE(local_steps=local_steps, align_every=5, align_steps=4))
+    assert every > plain
+    assert fifth == pytest.approx((every + 4 * plain) / 5)
+    assert memory == most
+    assert memory["client_peak_bytes"] >= without["client_peak_bytes"]
+
+
 def test_a_head_of_which_nothing_is_trained_is_refused(make_model: MakeModel, tmp_path: Path) -> None:
     trainer = orchestrator(FSLSAGE(auxiliary_blocks=0), tmp_path / "runs", logger=True)
     with pytest.raises(
@@ -87,3 +124,20 @@ def test_a_head_of_which_nothing_is_trained_is_refused(make_model: MakeModel, tm
 def test_settings_out_of_range_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"trainer.algorithm: {name} must be"):
         FSLSAGE(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("local_steps", "upload_every", "align_every", "sound"),
+    [(1, 2, 5, False), (1, 2, 4, True), (2, 3, 1, False), (2, 3, 3, True), (3, 4, 2, True), (3, 2, 1, True)],
+)
+def test_rounds_of_alignment_without_a_z_are_refused(
+    local_steps: int, upload_every: int, align_every: int, sound: bool
+) -> None:
+    settings = {"local_steps": local_steps, "upload_every": upload_every, "align_every": align_every}
+    if sound:
+        algorithm = FSLSAGE(**settings)  # type: ignore[arg-type]
+        rounds = [r for r in range(40) if any(algorithm.answered(r, step) for step in range(local_steps))]
+        assert rounds == [*range(0, 40, align_every)]
+        return
+    with pytest.raises(ValueError, match=f"local_steps={local_steps} and upload_every={upload_every} .*align_every"):
+        FSLSAGE(**settings)  # type: ignore[arg-type]

@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedSGD
-from hosfl_lightning.callbacks import PeakMemoryMonitor
-from hosfl_lightning.callbacks.peak_memory_monitor import storage_bytes
-from hosfl_lightning.optim import SGD, AdamW
+from hosfl_lightning.callbacks import PeakMemoryMonitor, peak_memory_monitor
+from hosfl_lightning.callbacks.peak_memory_monitor import measure_compute, storage_bytes
+from hosfl_lightning.clients import Cohort, ForwardOnlyClient
+from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
 from tests.conftest import RandomTokens
 
 
@@ -85,3 +88,34 @@ def test_a_measured_run_is_the_unmeasured_run(
     monkeypatch.setattr(PeakMemoryMonitor, "on_train_start", lambda self, *_: self.report.update(nothing))
     unmeasured = train()
     assert all(torch.equal(measured[n], unmeasured[n]) for n in measured)
+
+
+class Attention(nn.Module):
+    """Nothing but attention of the tokens to each other."""
+
+    inputs = ("tokens",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(self.scale * tokens, tokens, tokens)
+
+
+def test_attention_counts_and_rounds_that_differ_count_by_their_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forward in a quarter of the rounds, five in the others, by a clock that goes with the forwards."""
+    half, clock = Attention(), [0.0]
+    monkeypatch.setattr(peak_memory_monitor.time, "perf_counter", lambda: clock[0])
+    client = ForwardOnlyClient(half, ZerothOrder(half.parameters(), module=half))
+    batch = {"tokens": torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))}
+
+    def rehearse(forwards: int) -> int:
+        for _ in range(forwards):
+            client.half(batch["tokens"])
+            clock[0] += 1.0
+        return 0
+
+    rehearsals = [(lambda *_, n=n: rehearse(n), share) for n, share in ((1, 0.25), (5, 0.75))]
+    cohort = Cohort([0], batch, [slice(0, 2)], [6], [1])
+    assert measure_compute(client, rehearsals, half, batch, cohort) == {"client_forwards": 4.0, "client_seconds": 4.0}
