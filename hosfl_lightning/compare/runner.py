@@ -43,7 +43,7 @@ class Runner:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.out = comparison, Path(comparison.out).absolute()
-        self.base: dict[str, Any] = get_loader("yaml")(Path(comparison.recipe.absolute).read_text())  # type: ignore[attr-defined]
+        self.base: dict[str, Any] = get_loader("yaml")(Path(comparison.recipe.absolute).read_text())
         self.plans: dict[str, tuple[int, int]] = {}
 
     def run(self) -> dict[str, int | None]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from jsonargparse.typing import Path_fr
+if TYPE_CHECKING:
+    Path_fr: TypeAlias = Any  # made at run time, by a function
+else:
+    from jsonargparse.typing import Path_fr
 
 #: Keys by which a grid may name the two learning rates.
 SHORT = {
@@ -117,7 +120,7 @@ class Comparison:
     """
 
     out: str
-    recipe: Path_fr  # type: ignore[valid-type]  # made at run time
+    recipe: Path_fr
     methods: dict[str, Method]
     budget: Limits
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -130,7 +133,7 @@ class Comparison:
     jobs: int = 2
     only: list[str] | None = None
     wandb: Publish | None = None
-    catalogue: Path_fr | None = None  # type: ignore[valid-type]
+    catalogue: Path_fr | None = None
 
     def look_up(self, catalogue: dict[str, Any]) -> None:
         """Complete the methods that are only named, by what ``catalogue`` says of them.
