@@ -70,6 +70,7 @@ def summarize(trainer: Orchestrator, result: RunResult, controls: dict[str, RunR
         "client_seconds_per_round": memory.get("client_seconds"),
         "local_steps": trainer.algorithm.local_steps,
         "bytes_per_client_round": communication.per_client_round,
+        "client_rounds": communication.client_rounds,
         "bytes_up": communication.up_bytes,
         "bytes_down": communication.down_bytes,
         "seconds_per_round": median(result.seconds) if result.seconds else None,

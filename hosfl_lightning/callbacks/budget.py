@@ -20,7 +20,8 @@ class Budget(Callback):
     | ``budget/samples`` | examples of the rounds' batches × the method's local steps | examples |
     | ``budget/client_forwards`` | matrix FLOPs over those of one plain forward of the client half | forwards |
 
-    The bytes are those of ``comm/total_bytes``.
+    The bytes are those of ``comm/total_bytes``. Of a round that was repeated (``on_too_few: repeat``) the bytes of all
+    attempts count, but the samples and forwards of the one that succeeded alone.
 
     Args:
         samples, bytes, client_forwards: The limits; None: counted only.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hosfl_lightning.compare.runs import Group, Run
-from hosfl_lightning.compare.settings import ComparisonError
+from hosfl_lightning.compare.settings import SHARED, ComparisonError, within
 
 #: What differs between runs of one row.
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
@@ -43,10 +44,36 @@ def group(folders: Iterable[str]) -> list[Group]:
 
 
 def notes(groups: list[Group]) -> list[str]:
-    """What was not equal among the runs, as far as their recipes say."""
-    data = [_settings({"data": run.config["data"]}) for one in groups for run in one.runs.values()]
-    keys = sorted({key for own in data for key in own if any(other.get(key) != own[key] for other in data)})
-    return [f"**Not equal conditions**: the runs differ in {', '.join(keys)}"] if keys else []
+    """What was not equal among the runs, with its values, as far as their folders say."""
+    runs = [_conditions(run) for one in groups for run in one.runs.values()]
+    keys = sorted({key for own in runs for key in own if any(other.get(key) != own[key] for other in runs)})
+    named = [f"{key} ({', '.join(dict.fromkeys(str(own.get(key)) for own in runs))})" for key in keys]
+    return [f"**Not equal conditions**: the runs differ in {', '.join(named)}"] if named else []
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    """What is to be the same for all runs, as it took effect where null stands for a default."""
+    trainer, summary = run.config["trainer"], run.summary
+    shared = {key: value for key, value in _settings(run.config).items() if within(key, SHARED)}
+    in_effect = {
+        "trainer.clients_per_round": summary["clients_per_round"],
+        **{f"trainer.codec.{name}": codec for name, codec in summary["codec"].items()},
+        "trainer.simulation": trainer["simulation"] or ("batched" if trainer["devices"] == 1 else "per_client"),
+    }
+    return shared | in_effect | _limits(run)
+
+
+def _limits(run: Run) -> dict[str, Any]:
+    """What ended the run: the limits of its budget, under which methods may take unlike numbers of rounds, or these."""
+    trainer, rounds = run.config["trainer"], run.summary["rounds"]
+    callbacks = trainer["callbacks"] or []
+    budgets = [
+        {f"Budget.{name}": limit for name, limit in one["init_args"].items() if limit is not None}
+        for one in (callbacks if isinstance(callbacks, list) else [callbacks])
+        if one["class_path"].endswith(".Budget")
+    ]
+    limits = dict(ChainMap(*budgets))
+    return limits if limits and rounds < trainer["max_rounds"] else {"rounds": rounds}
 
 
 def _settings(config: Any, name: str = "") -> dict[str, Any]:

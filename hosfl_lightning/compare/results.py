@@ -23,6 +23,9 @@ FROZEN, FIRST_ORDER = "Frozen", "SplitFedSGD"
 def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | None, command: str) -> dict[str, Any]:
     """``results.json``: losses in nats, sizes in bytes, times in seconds.
 
+    ``gap_closed`` of a method is what `gap_closed` gives and the ``split`` whose losses it was given: ``test`` where
+    every run has a test loss, else ``validation``. (In ``summary.json`` it is one run's, in validation loss.)
+
     Args:
         groups: The rows.
         metric: Beside the loss; None: the loss alone.
@@ -59,7 +62,7 @@ def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | 
             **group.details,
             **{name: _row(group, split, name) for name in metrics},
             "validation_loss": spread(_values(group, "validation", "loss").values()),
-            "gap_closed": found,
+            "gap_closed": {**found, "split": split} if found else None,
             "no_gap_closed": reason,
             "below_frozen": _difference(losses[frozen.name], losses[group.name]) if frozen else None,
             "rounds_to_target": _reached(group, target, mode),

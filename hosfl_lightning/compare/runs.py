@@ -14,8 +14,9 @@ import yaml
 from hosfl_lightning.compare.settings import ComparisonError
 from hosfl_lightning.compare.worker import TEST
 
+FORWARDS = "budget/client_forwards"
 #: The abscissae of a curve, and their columns in metrics.csv.
-ABSCISSAE = {"round": "round", "bytes": "comm/total_bytes", "client_forwards": "budget/client_forwards"}
+ABSCISSAE = {"round": "round", "bytes": "comm/total_bytes", "client_forwards": FORWARDS}
 
 
 @dataclass(frozen=True)
@@ -60,28 +61,41 @@ class Run:
     @cached_property
     def curve(self) -> list[dict[str, float]]:
         """A row a validation: the abscissae that are known, and the metrics without their prefix."""
-        rows = csv.DictReader((self.folder / "metrics.csv").read_text().splitlines())
-        return [self._point(row) for row in rows if row["val/loss"]]
+        return [self._point(row) for row in self._rows if row["val/loss"]]
 
     @cached_property
     def costs(self) -> dict[str, float | None]:
-        """What the run cost its clients; bytes, seconds, plain forwards. None of what was not measured."""
-        summary = self.summary
-        answers = summary["rounds"] * summary["clients_per_round"]
+        """What the run cost its clients; bytes, seconds, plain forwards. None of what was not measured.
+
+        A client-round is one client's part in one round; those that were away had none.
+        """
+        summary, client_rounds = self.summary, self.summary.get("client_rounds")
         up, down = summary.get("bytes_up"), summary.get("bytes_down")
-        forwards = summary.get("client_forwards_per_round")
         return {
             "rounds": summary["rounds"],
             "client_peak_bytes": summary["client_peak_bytes"],
             "client_inference_bytes": summary["client_forward_bytes"],
-            "bytes_up_per_client_round": None if up is None else up / answers,
-            "bytes_down_per_client_round": None if down is None else down / answers,
+            "bytes_up_per_client_round": _ratio(up, client_rounds),
+            "bytes_down_per_client_round": _ratio(down, client_rounds),
             "bytes_up": up,
             "bytes_down": down,
             "client_seconds_per_round": summary.get("client_seconds_per_round"),
-            "client_forwards_per_round": forwards,
-            "client_forwards": None if forwards is None else forwards * answers,
+            "client_forwards_per_round": summary.get("client_forwards_per_round"),
+            "client_forwards": self._client_forwards,
         }
+
+    @cached_property
+    def _rows(self) -> list[dict[str, str]]:
+        return list(csv.DictReader((self.folder / "metrics.csv").read_text().splitlines()))
+
+    @property
+    def _client_forwards(self) -> float | None:
+        """Of all clients: as the callback Budget counted them, else the client-rounds at what one of them takes."""
+        counted = [row[FORWARDS] for row in self._rows if row.get(FORWARDS)]
+        if counted:
+            return float(counted[-1])
+        each, client_rounds = self.summary.get("client_forwards_per_round"), self.summary.get("client_rounds")
+        return None if each is None or client_rounds is None else each * client_rounds
 
     def _point(self, row: dict[str, str]) -> dict[str, float]:
         point = {name: float(value) for name, value in _bare(row, "val/").items() if value}
@@ -114,6 +128,10 @@ class Group:
     def algorithm(self) -> str | None:
         """The class of the method."""
         return next((run.summary["algorithm"] for run in self.runs.values()), None)
+
+
+def _ratio(total: float | None, parts: int | None) -> float | None:
+    return total / parts if total is not None and parts else None
 
 
 def _bare(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:

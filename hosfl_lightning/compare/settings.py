@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -23,7 +23,10 @@ OWNED = (
     "trainer.enable_checkpointing", "trainer.seed", "model.init_args.seed", "data.init_args.seed",
 )  # fmt: skip
 #: What makes a comparison one; a method may not change it.
-SHARED = ("data", "trainer.clients_per_round", "trainer.availability", "model.init_args.pretrained")
+SHARED = (
+    "data", "trainer.clients_per_round", "trainer.availability", "trainer.min_clients", "trainer.precision",
+    "trainer.gradient_clip_val", "model.init_args.pretrained",
+)  # fmt: skip
 
 
 class ComparisonError(ValueError):
@@ -193,9 +196,9 @@ class Comparison:
 
     def _check_keys(self) -> None:
         for setting, key, own in self._keys():
-            if any(key == name or key.startswith(f"{name}.") for name in OWNED):
+            if within(key, OWNED):
                 raise ComparisonError(f"{setting}: {key} is set by the comparison itself; leave it out")
-            if own and any(key == name or key.startswith(f"{name}.") for name in SHARED):
+            if own and within(key, SHARED):
                 raise ComparisonError(
                     f"{setting}: {key} is the same for all methods; set it in the comparison's overrides"
                 )
@@ -210,6 +213,11 @@ class Comparison:
             yield from ((f"methods.{name}.overrides", key, True) for key in flat(method.overrides))
             for point in method.grid:
                 yield from ((f"methods.{name}.grid", key, True) for key in flat(point))
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of ``names``, or a part of one."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:

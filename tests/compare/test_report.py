@@ -12,6 +12,7 @@ import yaml
 
 from hosfl_lightning.compare import report
 from hosfl_lightning.compare.publish import publish
+from hosfl_lightning.compare.results import reckon
 from hosfl_lightning.compare.settings import ComparisonError, Publish
 from hosfl_lightning.compare.table import rows
 from tests.compare.conftest import Compared, hosfl
@@ -112,6 +113,78 @@ def test_unequal_runs_are_told_of(compared: Compared, tmp_path: Path, what: str)
     assert f"**Not equal conditions**: {words[what]}" in (tmp_path / "table.md").read_text().replace(
         "HOSFL and SplitFedSGD ", ""
     ).replace("HOSFL and Frozen ", "")
+
+
+def budget(**limits: int) -> list[dict[str, Any]]:
+    return [{"class_path": "hosfl_lightning.callbacks.Budget", "init_args": {"bytes": None, **limits}}]
+
+
+PROBABILITY = {"class_path": "hosfl_lightning.availability.Probability", "init_args": {"p": 0.5}}
+INT8 = {"smashed_data": "int8", "multiplier": "fp32"}
+#: Settings and summary of the first run, of the second, and the note.
+UNEQUAL: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
+    ({"precision": "bf16-mixed"}, {}, {}, {}, "trainer.precision (bf16-mixed, 32-true)"),
+    ({"gradient_clip_val": 1.0}, {}, {}, {}, "trainer.gradient_clip_val (1.0, None)"),
+    ({"min_clients": 2}, {}, {}, {}, "trainer.min_clients (2, 1)"),
+    ({"simulation": "per_client"}, {}, {}, {}, "trainer.simulation (per_client, batched)"),
+    ({"availability": PROBABILITY}, {}, {}, {}, f"trainer.availability.class_path ({PROBABILITY['class_path']}, None), "
+     "trainer.availability.init_args.p (0.5, None)"),
+    ({}, {"clients_per_round": 3}, {}, {}, "trainer.clients_per_round (3, 2)"),
+    ({}, {"codec": INT8}, {}, {}, "trainer.codec.smashed_data (int8, fp32)"),
+    ({}, {"rounds": 3}, {}, {}, "rounds (3, 4)"),
+    ({"callbacks": budget(samples=8)}, {"rounds": 3}, {"callbacks": budget(samples=9)}, {"rounds": 3},
+     "Budget.samples (8, 9)"),
+    ({"callbacks": budget(samples=9)}, {"rounds": 3}, {}, {}, "Budget.samples (9, None), rounds (None, 4)"),
+    ({"callbacks": budget(samples=99)}, {"rounds": 3}, {"callbacks": budget(samples=99)}, {},
+     "Budget.samples (99, None), rounds (None, 4)"),
+]  # fmt: skip
+#: The same, of runs that were equal all the same.
+EQUAL: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ({"simulation": "batched", "clients_per_round": None}, {}, {}, {}),
+    ({"callbacks": budget(samples=8)}, {"rounds": 3}, {"callbacks": budget(samples=8)}, {"rounds": 2}),
+    ({"callbacks": budget(samples=8)[0]}, {"rounds": 3}, {"callbacks": budget(samples=8)}, {"rounds": 2}),
+    ({"log_every_n_steps": 7, "callbacks": None}, {}, {}, {}),
+]  # fmt: skip
+
+
+def notes(compared: Compared, folder: Path, *changes: dict[str, Any]) -> list[str]:
+    """Of two runs of different methods, after changes to the trainer's settings and the summary of each."""
+    first, second = (next(run for run in chosen(compared) if run.parent.name == name) for name in ("HO-SFL", "frozen"))
+    for number, run in enumerate((first, second)):
+        copy = Path(shutil.copytree(run, folder / str(number)))
+        config = yaml.safe_load((copy / "config.yaml").read_text())
+        summary = json.loads((copy / "summary.json").read_text())
+        config["trainer"] |= changes[2 * number]
+        (copy / "config.yaml").write_text(yaml.safe_dump(config))
+        (copy / "summary.json").write_text(json.dumps({**summary, **changes[2 * number + 1]}))
+    return report.notes(report.group([str(folder / "0"), str(folder / "1")]))
+
+
+@pytest.mark.parametrize("case", UNEQUAL, ids=lambda case: case[-1])
+def test_unequal_settings_are_named_with_their_values(compared: Compared, tmp_path: Path, case: Any) -> None:
+    *changes, words = case
+    assert notes(compared, tmp_path, *changes) == [f"**Not equal conditions**: the runs differ in {words}"]
+
+
+@pytest.mark.parametrize("changes", EQUAL, ids=lambda case: " ".join(case[0]))
+def test_what_makes_no_difference_is_not_told(compared: Compared, tmp_path: Path, changes: Any) -> None:
+    assert notes(compared, tmp_path, *changes) == []
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_gap_closed_names_its_split(compared: Compared, tmp_path: Path, split: str) -> None:
+    losses = {"HO-SFL": 2.5, "frozen": 3.0, "first order": 2.0}
+    folders = [Path(shutil.copytree(run, tmp_path / run.parent.name / run.name)) for run in chosen(compared)]
+    for folder in folders:
+        summary = json.loads((folder / "summary.json").read_text())
+        loss = losses[folder.parent.name] + summary["seed"] / 10
+        summary["metrics_last"]["val/loss"] = loss if split == "validation" else 1.0
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "test.json").write_text(json.dumps({"test/loss": loss if split == "test" else 1.0}))
+    if split == "validation":
+        (folders[0] / "test.json").unlink()
+    gap = reckon(report.group(map(str, folders)), None, "min", None, "")["methods"]["HOSFL"]["gap_closed"]
+    assert (gap["split"], gap["value"]) == (split, pytest.approx(0.5))
 
 
 def test_what_is_no_run_is_refused(compared: Compared, tmp_path: Path) -> None:
