@@ -43,7 +43,8 @@ class Runner:
 
     def __init__(self, comparison: Comparison) -> None:
         self.comparison, self.out = comparison, Path(comparison.out).absolute()
-        self.base: dict[str, Any] = get_loader("yaml")(Path(comparison.recipe.absolute).read_text())
+        recipe: Any = comparison.recipe
+        self.base: dict[str, Any] = get_loader("yaml")(Path(recipe.absolute).read_text())
         self.plans: dict[str, tuple[int, int]] = {}
 
     def run(self) -> dict[str, int | None]:

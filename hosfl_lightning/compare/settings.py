@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    Path_fr: TypeAlias = Any  # made at run time, by a function
-else:
-    from jsonargparse.typing import Path_fr
+from jsonargparse.typing import Path_fr
 
 #: Keys by which a grid may name the two learning rates.
 SHORT = {
@@ -123,7 +120,7 @@ class Comparison:
     """
 
     out: str
-    recipe: Path_fr
+    recipe: Path_fr  # type: ignore[valid-type]  # a class made at run time
     methods: dict[str, Method]
     budget: Limits
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -136,7 +133,7 @@ class Comparison:
     jobs: int = 2
     only: list[str] | None = None
     wandb: Publish | None = None
-    catalogue: Path_fr | None = None
+    catalogue: Path_fr | None = None  # type: ignore[valid-type]
 
     def look_up(self, catalogue: dict[str, Any]) -> None:
         """Complete the methods that are only named, by what ``catalogue`` says of them.
