@@ -79,6 +79,7 @@ def test_a_round_that_breaks_off_leaves_both_halves_as_they_were(kind: type[Any]
     assert plain(diverging.trained_state()) == start
 
 
-def test_a_method_without_an_auxiliary_head_for_the_model_is_refused(tmp_path: Path) -> None:
+def test_a_method_without_an_auxiliary_head_for_the_model_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="auxiliary_head"):
-        orchestrator(CSEFSL(), tmp_path).fit(model(), Points())
+        orchestrator(CSEFSL(), tmp_path, logger=True).fit(model(), Points())
+    assert not list(tmp_path.iterdir())
