@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from typing import Any
+
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
@@ -11,8 +14,9 @@ from hosfl_lightning.algorithms.shared_scalars import SharedScalars, missing
 from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, SplitClient
-from hosfl_lightning.optim import Basis, UpdateRule
+from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, LocalGradientClient, SplitClient
+from hosfl_lightning.clients.local_gradient import Taps
+from hosfl_lightning.optim import Basis, Compression, UpdateRule
 from hosfl_lightning.servers import SplitModule
 
 
@@ -27,21 +31,30 @@ class HOSFL(SharedScalars, SplitRound):
 
     Step 4 is `LagrangianUpdate`, steps 5 and 6 are `DimensionFreeAggregation`; each is added when the recipe has none.
 
+    With a side adapter (``model.init_args.side``) and ``estimator: local`` the client knows its gradient ``g_k``, at two
+    forwards, and ``v_kp = ⟨g_k, u_p⟩``, or what ``compression`` says, is what travels of it.
+
     Args:
         probes: ``P``, directions a round; the client runs ``P + 1`` forwards (``2P + 1`` when central).
         mu: ``μ``, smoothing length.
-        estimator: ``forward`` (the paper's) or ``central``.
+        estimator: ``forward`` (the paper's), ``central``, ``jvp`` (dual numbers: exact along each direction, at 2.4
+            times a forward's activations), or ``local`` (the side adapter's exact gradient).
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         client_optimizer: Update rule on θ_c.
         first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.
         client_scheduler: As in `Algorithm`; the first-order control has it too.
         aggregation: As in `Algorithm`: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
+        compression: What travels of a gradient that ``estimator: local`` knows: ``Uncompressed``, ``RandomProjections``
+            or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
+        taps: Of a client with ``estimator: local``, as in `LocalGradientClient`.
 
     Raises:
-        ValueError: For a setting out of range.
+        ValueError: For a setting out of range, or compression of what is not known.
 
     Reference: HO-SFL, arXiv 2603.14773, algorithm 1.
     """
+
+    estimators = ("forward", "central", "jvp", "local")
 
     def __init__(
         self,
@@ -53,9 +66,48 @@ class HOSFL(SharedScalars, SplitRound):
         first_order_optimizer: UpdateRule | None = None,
         client_scheduler: LRSchedulerCallable | None = None,
         aggregation: AggregationRule | None = None,
+        compression: Compression | None = None,
+        taps: Taps = "recompute",
     ) -> None:
         super().__init__(probes, mu, estimator, distribution, client_optimizer, client_scheduler, aggregation)
-        self.first_order_optimizer = first_order_optimizer
+        self.first_order_optimizer, self.compression, self.taps = first_order_optimizer, compression, taps
+        if compression is not None and estimator != "local":
+            raise ValueError(f"compression={type(compression).__name__} is for a gradient that the client knows, with "
+                             f"estimator: local; estimator: {estimator} measures scalars already")  # fmt: skip
+
+    def check(self, module: SplitModule) -> None:
+        """As in `Algorithm`; an exact gradient needs a side adapter, and one basis must serve all that is trained."""
+        super().check(module)
+        if self.estimator != "local":
+            return
+        if module.side is None or not module.side.client:
+            raise ValueError(
+                "estimator: local is the exact gradient of a side adapter, the one part of a client whose path to the "
+                "smashed data is direct; set model.init_args.side, or estimator: central"
+            )
+        beside = [name for name in module.client_parameters if "lora_side" not in name]
+        if beside and self.compression is not None:
+            raise ValueError(
+                f"estimator: local knows no gradient of {beside[0]}, which is below the backbone, so that "
+                f"compression={type(self.compression).__name__} could not carry it; set lora.client: null, or "
+                "compression: null, which probes it along the directions that carry the rest"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """The compression's as well; the taps change no number."""
+        chosen = {} if self.compression is None else {
+            "compression": type(self.compression).__name__,
+            **{f"compression.{k}": v for k, v in asdict(self.compression).items()},
+        }  # fmt: skip
+        return {**super().settings(), **chosen}
+
+    def basis(self, round: int) -> Basis:
+        """Of the round: directions, or the compression's."""
+        if self.compression is None:
+            return super().basis(round)
+        optimizer = self.client.optimizer
+        sizes = [p.numel() for p in optimizer.parameters]
+        return self.compression.basis(optimizer.param_groups[0]["seed"], round, sizes)
 
     def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
         """The two steps that are callbacks.
@@ -71,9 +123,11 @@ class HOSFL(SharedScalars, SplitRound):
         self.lagrangian_update = next(c for c in callbacks if isinstance(c, LagrangianUpdate))
 
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
-        """A `ForwardOnlyClient` with layer-wise probes."""
-        half = module.client_half
-        return ForwardOnlyClient(half, self.zeroth_order(module.client_parameters, self.client_optimizer, half, seed))
+        """A `ForwardOnlyClient` with layer-wise probes, or a `LocalGradientClient`."""
+        optimizer = self.zeroth_order(module.client_parameters, self.client_optimizer, module.client_half, seed)
+        if self.estimator == "local":
+            return LocalGradientClient(module.client_half, optimizer, self.taps)
+        return ForwardOnlyClient(module.client_half, optimizer)
 
     def answer(
         self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis

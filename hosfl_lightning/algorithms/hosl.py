@@ -37,7 +37,7 @@ class HOSL(TwoPoint):
         self, runner: Runner, round: int, visit: Visit, multipliers: list[Multiplier], basis: Basis
     ) -> list[ProjectedGradients]:
         """Steps 3 and 4: λ stays at the server, which evaluates the probes at the θ_s that it was made with."""
-        directions = self.basis(round)
+        directions = self.directions(round)
         return self.answers(runner, visit, self.losses(runner, visit, directions), directions)
 
     def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:

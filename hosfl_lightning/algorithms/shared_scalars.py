@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
@@ -11,7 +11,7 @@ from torch import nn
 from hosfl_lightning.aggregation import AggregationRule
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
-from hosfl_lightning.optim import SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim import Basis, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.wire import ProjectedGradients, Update
@@ -35,6 +35,9 @@ class SharedScalars(Algorithm):
         ValueError: For a setting out of range.
     """
 
+    #: What a method can measure ``v_kp`` with.
+    estimators: ClassVar[tuple[str, ...]] = ("forward", "central")
+
     def __init__(
         self,
         probes: int,
@@ -47,7 +50,7 @@ class SharedScalars(Algorithm):
     ) -> None:
         super().__init__(client_optimizer, client_scheduler, aggregation)
         self.probes, self.mu, self.estimator, self.distribution = probes, mu, estimator, distribution
-        check_probe_settings(probes, mu, estimator, distribution)
+        check_probe_settings(probes, mu, estimator, distribution, self.estimators)
 
     def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
         """The step that is a callback.
@@ -72,14 +75,19 @@ class SharedScalars(Algorithm):
         self, named: dict[str, nn.Parameter], rule: UpdateRule, module: nn.Module, seed: int, first_tensor: int = 0
     ) -> ZerothOrder:
         """An optimizer of ``named``, probed layer by layer in ``module``, with the settings of the method."""
+        estimator = "forward" if self.estimator == "local" else self.estimator  # of what else is trained
         return ZerothOrder(
-            named.items(), rule, module=module, probes=self.probes, mu=self.mu, estimator=self.estimator,
+            named.items(), rule, module=module, probes=self.probes, mu=self.mu, estimator=estimator,
             distribution=self.distribution, seed=seed, first_tensor=first_tensor,
         )  # fmt: skip
 
-    def basis(self, round: int) -> SharedDirections:
+    def directions(self, round: int) -> SharedDirections:
         """Of the round."""
         return self.client.optimizer.basis(round)
+
+    def basis(self, round: int) -> Basis:
+        """The round's directions."""
+        return self.directions(round)
 
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5 is the callback."""

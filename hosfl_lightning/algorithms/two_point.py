@@ -110,7 +110,7 @@ class TwoPoint(SharedScalars, SplitRound):
 
     def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
         """Both sides of every probe, then the update, for which the client waits with nothing in its hands."""
-        optimizer, basis = self.client.optimizer, self.basis(0)
+        optimizer, basis = self.client.optimizer, self.directions(0)
         for probe, sign in product(range(basis.size), SIDES):
             self.client.probe(batch, basis, probe, sign * optimizer.mu)
         held = waiting()

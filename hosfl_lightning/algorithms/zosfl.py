@@ -85,7 +85,7 @@ class ZOSFL(TwoPoint):
 
     @override
     def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        basis = self.basis(round)
+        basis = self.directions(round)
         visits = self.gather(runner, round, cohorts)
         losses = [self.losses(runner, visit, basis) for visit in visits]
         own = [answer for visit, at in zip(visits, losses) if at for answer in self.answers(runner, visit, at, basis)]
@@ -99,7 +99,7 @@ class ZOSFL(TwoPoint):
     @override
     def visit(self, runner: Runner, round: int, cohort: Cohort) -> Visit:
         """Step 2: the first side of the first probe goes up with the labels and the mask."""
-        batch, basis = runner.to_device(cohort.batch), self.basis(round)
+        batch, basis = runner.to_device(cohort.batch), self.directions(round)
         with runner.autocast():
             z = self.client.probe(batch, basis, 0, SIDES[0] * self.client.optimizer.mu)
         return Visit(cohort, batch, Anchor(z), upload(runner, round, cohort, z))

@@ -5,6 +5,7 @@ from hosfl_lightning.clients.base import Anchor, Client, Cohort, SplitClient, la
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
+from hosfl_lightning.clients.local_gradient import LocalGradientClient
 from hosfl_lightning.clients.objective import ObjectiveClient, WholeModel
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FirstOrderClient",
     "ForwardOnlyClient",
     "FrozenClient",
+    "LocalGradientClient",
     "ObjectiveClient",
     "SplitClient",
     "WholeModel",

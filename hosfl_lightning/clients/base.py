@@ -62,10 +62,12 @@ class Anchor:
     Args:
         z: Smashed data ``(B, S, h)`` at θ, in compute dtype, without a graph; gone after `release`.
         graphs: A first-order client's smashed data with their graphs, one a client; empty for forward-only ones.
+        kept: What else is held, a module and its input each: the taps of a side adapter that are not computed again.
     """
 
     z: Tensor
     graphs: Sequence[Tensor] = ()
+    kept: Sequence[tuple[Any, Tensor]] = ()
     _base: Tensor | None = field(default=None, init=False)
 
     def release(self, multiplier: Tensor, rows: list[slice]) -> Tensor:

@@ -40,12 +40,16 @@ class ForwardOnlyClient(SplitClient):
         """``(K, P)`` projected gradients, fp32, of ``SharedDirections``; releases the anchor's z."""
         if not isinstance(basis, SharedDirections):
             raise TypeError(f"ForwardOnlyClient answers in SharedDirections, got {type(basis).__name__}")
+        return self.projected(batch, multiplier, rows, basis, anchor.release(multiplier, rows)).float()
+
+    def projected(
+        self, batch: Batch, multiplier: Tensor, rows: list[slice], basis: SharedDirections, base: Tensor
+    ) -> Tensor:
+        """``(K, P)`` projected gradients of the Lagrangian terms by forwards, fp64; ``base`` are the terms at θ_c."""
         values = self.optimizer.project(
-            lambda: lagrangian_term(self.evaluate(batch), multiplier, rows),
-            basis=basis,
-            base=anchor.release(multiplier, rows),
+            lambda: lagrangian_term(self.evaluate(batch), multiplier, rows), basis=basis, base=base
         )
-        return values.T.float()
+        return values.T
 
     @torch.no_grad()
     def probe(self, batch: Batch, basis: SharedDirections, probe: int, scale: float) -> Tensor:
@@ -61,6 +65,8 @@ class ForwardOnlyClient(SplitClient):
         ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the changes ``t±`` of the Lagrangian term at ``θ ± μu``; zero
         where ``f_c`` is linear. A single direction may lie almost across the gradient and would cry wolf.
         """
+        if self.optimizer.estimator == "jvp":  # which has no μ
+            return
         mu, everything = self.optimizer.mu, [slice(0, len(z))]
         basis = self.optimizer.basis(round, probes=4)
         base = lagrangian_term(z, multiplier, everything)

@@ -1,7 +1,16 @@
 """Zeroth-order optimization: bases, estimators, update rules, and the optimizer made of them."""
 
-from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections, basis_of
-from hosfl_lightning.optim.estimators import ESTIMATORS, central_difference, forward_difference
+from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.basis_of import basis_of
+from hosfl_lightning.optim.compression import Compression, RandomProjections, RandomSubset, Uncompressed
+from hosfl_lightning.optim.coordinates import Coordinates
+from hosfl_lightning.optim.estimators import (
+    ESTIMATORS,
+    EstimatorError,
+    central_difference,
+    forward_derivative,
+    forward_difference,
+)
 from hosfl_lightning.optim.local_walk import LocalWalk, check_linear
 from hosfl_lightning.optim.moments import Moments
 from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
@@ -12,14 +21,21 @@ __all__ = [
     "SGD",
     "AdamW",
     "Basis",
+    "Compression",
+    "Coordinates",
     "Dense",
+    "EstimatorError",
     "LocalWalk",
     "Moments",
+    "RandomProjections",
+    "RandomSubset",
     "SharedDirections",
+    "Uncompressed",
     "UpdateRule",
     "ZerothOrder",
     "basis_of",
     "central_difference",
     "check_linear",
+    "forward_derivative",
     "forward_difference",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import accumulate
 from typing import Any
@@ -186,33 +186,6 @@ class Dense(Basis):
     @override
     def project(self, gradient: Sequence[Tensor]) -> Tensor:
         return torch.cat([g.reshape(-1).float() for g in gradient])
-
-
-def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int]) -> Basis:
-    """The basis whose `Basis.describe` gave ``description``.
-
-    Args:
-        description: ``kind`` and that kind's settings, as a message carries them.
-        seed: The run's seed; it does not travel.
-        round: In which the coefficients were measured.
-        sizes: Elements of each tensor, in manifest order.
-
-    Raises:
-        ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
-    """
-    settings = {name: value for name, value in description.items() if name != "kind"}
-    match description.get("kind"), sorted(settings):
-        case "shared_directions", ["distribution", "probes"]:
-            for name, kind in (("probes", int), ("distribution", str)):
-                if type(settings[name]) is not kind:
-                    raise ValueError(f"basis.{name} must be of type {kind.__name__}, got {settings[name]!r:.80}")
-            return SharedDirections(seed, round, **settings)
-        case "dense", []:
-            return Dense(sizes)
-    raise ValueError(
-        f"no basis is described by {dict(description)}: kind must be shared_directions (with probes, distribution) or "
-        "dense; a later version of the package may know it"
-    )
 
 
 def add_pieces_(out: Sequence[Tensor], alpha: Tensor, stream: Stream, pieces: Sequence[Piece]) -> None:

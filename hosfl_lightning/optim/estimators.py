@@ -4,26 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Objective = Callable[[], Tensor]
-Perturbed = Callable[[int, float], AbstractContextManager[None]]
-"""``perturbed(p, scale)``: while it is open the parameters are ``θ + scale · u_p``; then they are θ's saved bits."""
-Estimator = Callable[[Objective, Perturbed, int, float, Tensor | None], Tensor]
 
 
-def forward_difference(
-    objective: Objective, perturbed: Perturbed, probes: int, mu: float, base: Tensor | None = None
-) -> Tensor:
+class EstimatorError(ValueError):
+    """The estimator cannot serve this model; the message names the setting and what to take."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """How an estimator moves the parameters; afterwards they have θ's saved bits.
+
+    Args:
+        count: ``P``.
+        mu: ``μ > 0``, as rounded for the distribution.
+        shifted: ``shifted(p, scale)``: while it is open the parameters are ``θ + scale · u_p``.
+        dual: ``dual(p)``: while it is open they are the dual numbers ``θ + ε u_p``.
+    """
+
+    count: int
+    mu: float
+    shifted: Callable[[int, float], AbstractContextManager[None]]
+    dual: Callable[[int], AbstractContextManager[None]]
+
+
+Estimator = Callable[[Objective, Probes, Tensor | None], Tensor]
+
+
+def forward_difference(objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
     r"""``v_p = (f(θ + μ u_p) − f(θ)) / μ``: ``P + 1`` evaluations, or ``P`` when ``f(θ)`` is known.
 
     Args:
         objective: ``f`` at the current parameters: a scalar or one value a client, ``(K,)``.
-        perturbed: Opens ``θ + scale · u_p``.
-        probes: ``P``.
-        mu: ``μ > 0``, as rounded for the distribution.
+        probes: The directions and ``μ``.
         base: ``f(θ)``, when the caller has it.
 
     Returns:
@@ -32,24 +52,55 @@ def forward_difference(
     Reference: HO-SFL, arXiv 2603.14773 (its estimator); MeZO, arXiv 2305.17333.
     """
     base = objective() if base is None else base
-    return torch.stack([(_at(objective, perturbed, p, mu) - base.double()) / mu for p in range(probes)])
+    return torch.stack(
+        [(_at(objective, probes, p, probes.mu) - base.double()) / probes.mu for p in range(probes.count)]
+    )
 
 
-def central_difference(
-    objective: Objective, perturbed: Perturbed, probes: int, mu: float, base: Tensor | None = None
-) -> Tensor:
+def central_difference(objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
     r"""``v_p = (f(θ + μ u_p) − f(θ − μ u_p)) / 2μ``: ``2P`` evaluations, ``base`` is not needed; bias ``O(μ²)``.
 
     Arguments and result as in `forward_difference`. Reference: SPSA, Spall 1992; MeZO, arXiv 2305.17333.
     """
-    return torch.stack(
-        [(_at(objective, perturbed, p, mu) - _at(objective, perturbed, p, -mu)) / (2 * mu) for p in range(probes)]
-    )
+    mu = probes.mu
+    sides = [(_at(objective, probes, p, mu), _at(objective, probes, p, -mu)) for p in range(probes.count)]
+    return torch.stack([(plus - minus) / (2 * mu) for plus, minus in sides])
 
 
-def _at(objective: Objective, perturbed: Perturbed, probe: int, scale: float) -> Tensor:
-    with perturbed(probe, scale):
+def forward_derivative(objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
+    r"""``v_p = d/dε f(θ + ε u_p) at ε = 0``, by dual numbers: ``P`` evaluations, exact, no ``μ``; no graph is kept.
+
+    A dual forward computes value and derivative of every activation: about three times a plain forward's time and 2.4
+    times its activations. Attention runs in its plain kernel, the only one with forward derivatives.
+
+    Arguments and result as in `forward_difference`; ``base`` is not needed.
+
+    Raises:
+        EstimatorError: The model has an operation without a forward derivative.
+
+    Reference: Baydin et al., Gradients without backpropagation, arXiv 2202.08587.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            return torch.stack([_derivative(objective, probes, p) for p in range(probes.count)])
+    except NotImplementedError as error:
+        raise EstimatorError(
+            f"estimator: jvp needs a forward derivative of every operation of the client half, and one has none "
+            f"({str(error).splitlines()[0]}); load the model with attn_implementation: eager, or set estimator: central"
+        ) from error
+
+
+def _at(objective: Objective, probes: Probes, probe: int, scale: float) -> Tensor:
+    with probes.shifted(probe, scale):
         return objective().double()
 
 
-ESTIMATORS: dict[str, Estimator] = {"forward": forward_difference, "central": central_difference}
+def _derivative(objective: Objective, probes: Probes, probe: int) -> Tensor:
+    with forward_ad.dual_level(), probes.dual(probe):
+        value, tangent = forward_ad.unpack_dual(objective())
+        return torch.zeros_like(value, dtype=torch.float64) if tangent is None else tangent.double()
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "forward": forward_difference, "central": central_difference, "jvp": forward_derivative,
+}  # fmt: skip

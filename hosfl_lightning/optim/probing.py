@@ -1,13 +1,14 @@
-"""Layer-wise probes: ``θ + μ u`` exists for one leaf module at a time, while its forward runs."""
+"""Layer-wise probes: ``θ + μ u`` and ``θ + ε u`` exist for one leaf module at a time, while its forward runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from hosfl_lightning.optim.basis import CHUNK
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, direction_rows
@@ -23,7 +24,11 @@ Saved = dict[int, tuple[Tensor | None, Tensor]]
 
 @contextmanager
 def perturbed_layerwise(
-    module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    stream: Stream,
+    scale: Tensor,
+    only: Set[int] | None = None,
 ) -> Iterator[None]:
     r"""While open, every forward through ``module`` sees ``θ' = cast(fp32(θ) + μ u)``; then θ has its saved bits again.
 
@@ -37,15 +42,12 @@ def perturbed_layerwise(
         parameters: The perturbed tensors; their position is the ``tensor`` of the direction.
         stream: Which direction ``u``.
         scale: 0-d fp32 tensor ``±μ``, rounded for the distribution.
+        only: Numbers of the tensors that move; None: all.
     """
-    index = {id(p): i for i, p in enumerate(parameters)}
     probe = _Probe(parameters, stream, scale)
     saved: Saved = {}
     layers, handles = [], []
-    for leaf in module.modules():
-        owned = [(index[id(p)], p) for p in _read_by(leaf) if id(p) in index]
-        if not owned:
-            continue
+    for leaf, owned in _readers(module, parameters, only):
         layer = (_Rows if _looks_up_rows(leaf) else _Layer)(owned, probe, saved)
         layers.append(layer)
         handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
@@ -72,6 +74,36 @@ def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale
             yield
         finally:
             everything.restore()
+
+
+@contextmanager
+def dual_layerwise(
+    module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream, only: Set[int] | None = None
+) -> Iterator[None]:
+    r"""While open, every forward through ``module`` sees the dual numbers ``θ + ε u``; then its parameters again.
+
+    The tangent ``u`` of one submodule lives while that submodule runs, and of an embedding only the rows looked up.
+
+    Args:
+        module: As in `perturbed_layerwise`; inside a level of `torch.autograd.forward_ad`.
+        parameters: As there.
+        stream: As there.
+        only: As there.
+    """
+    layers, handles = [], []
+    for leaf, owned in _readers(module, parameters, only):
+        layer = (_DualRows if _looks_up_rows(leaf) else _DualLayer)(leaf, owned, stream)
+        layers.append(layer)
+        handles.append(leaf.register_forward_pre_hook(layer.enter))
+        handles.append(leaf.register_forward_hook(layer.leave))
+    with _fresh_autocast():
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in layers:
+                layer.restore()
 
 
 @contextmanager
@@ -161,6 +193,60 @@ class _Rows(_Layer):
         _write(parameter, rows, torch.addcmul(bits.float(), u, self.probe.scale).to(parameter.dtype))
 
 
+class _DualLayer:
+    """Put dual numbers in the place of one submodule's parameters while its forward runs.
+
+    Args:
+        leaf: The submodule.
+        owned: Which of its parameters, by number in the directions.
+        stream: Which direction ``u``.
+    """
+
+    def __init__(self, leaf: nn.Module, owned: Owned, stream: Stream) -> None:
+        self.leaf, self.owned, self.stream = leaf, owned, stream
+        self.depth = 0
+        numbers = {id(p): tensor for tensor, p in owned}
+        self.slots = [
+            (holder, name, p, numbers[id(p)])
+            for holder in leaf.modules()
+            for name, p in holder._parameters.items()
+            if p is not None and id(p) in numbers
+        ]
+
+    def enter(self, *_: Any) -> None:
+        self.depth += 1
+        if self.depth > 1:  # a forward inside a forward
+            return
+        for holder, name, parameter, tensor in self.slots:
+            u = torch.zeros(parameter.numel(), device=parameter.device)
+            for start in range(0, u.numel(), CHUNK):
+                add_direction_(u[start : start + CHUNK], 1.0, self.stream, tensor, start)
+            dual = forward_ad.make_dual(parameter.detach(), u.view_as(parameter).to(parameter.dtype))
+            holder._parameters[name] = dual  # type: ignore[assignment]
+
+    def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
+        self.depth -= 1
+        if not self.depth:
+            self.restore()
+        return output
+
+    def restore(self) -> None:
+        self.depth = 0
+        for holder, name, parameter, _ in self.slots:
+            holder._parameters[name] = parameter
+
+
+class _DualRows(_DualLayer):
+    """An embedding: the tangent of its output are the looked-up rows of ``u``."""
+
+    def enter(self, *_: Any) -> None: ...
+
+    def leave(self, _module: nn.Module, args: Any, output: Any) -> Any:
+        ((_, _, parameter, tensor),) = self.slots
+        u = direction_rows(self.stream, tensor, args[0].reshape(-1).long(), parameter.shape[1])
+        return forward_ad.make_dual(output, u.view_as(output).to(output.dtype))
+
+
 def _write(parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
     if rows is None:
         parameter.copy_(bits)
@@ -171,6 +257,17 @@ def _write(parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
 def _looks_up_rows(leaf: nn.Module) -> bool:
     # A subclass with a forward of its own may compute other indices (OPT's positions) or use the whole weight.
     return isinstance(leaf, nn.Embedding) and type(leaf).forward is nn.Embedding.forward and leaf.max_norm is None
+
+
+def _readers(
+    module: nn.Module, parameters: Sequence[nn.Parameter], only: Set[int] | None
+) -> Iterator[tuple[nn.Module, Owned]]:
+    """The submodules that read some of ``parameters`` in their own forward, with which."""
+    index = {id(p): i for i, p in enumerate(parameters) if only is None or i in only}
+    for leaf in module.modules():
+        owned = [(index[id(p)], p) for p in _read_by(leaf) if id(p) in index]
+        if owned:
+            yield leaf, owned
 
 
 def _read_by(module: nn.Module) -> Iterator[nn.Parameter]:

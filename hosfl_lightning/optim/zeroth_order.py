@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.optim.basis import Basis, SharedDirections
-from hosfl_lightning.optim.estimators import ESTIMATORS
-from hosfl_lightning.optim.probing import perturbed_in_place, perturbed_layerwise
+from hosfl_lightning.optim.estimators import ESTIMATORS, EstimatorError, Probes
+from hosfl_lightning.optim.probing import dual_layerwise, perturbed_in_place, perturbed_layerwise
 from hosfl_lightning.optim.randomness import SameRandomness
 from hosfl_lightning.optim.rules import SGD, UpdateRule
 from hosfl_lightning.rng import DISTRIBUTIONS, round_coefficient
@@ -50,12 +50,14 @@ class ZerothOrder(torch.optim.Optimizer):
             beside a copy of their bits.
         probes: ``P``, directions a step.
         mu: ``μ``, smoothing length; rounded once to what the distribution multiplies exactly.
-        estimator: ``forward`` (``P + 1`` evaluations, the paper's) or ``central`` (``2P``).
+        estimator: ``forward`` (``P + 1`` evaluations, the paper's), ``central`` (``2P``) or ``jvp`` (``P`` with dual
+            numbers, exact, ``μ`` unused; needs ``module``).
         distribution: ``rademacher`` or ``gauss16``.
         seed: 64-bit seed of the directions.
         first_tensor: As in `SharedDirections`.
 
     Raises:
+        EstimatorError: ``jvp`` without a module.
         ValueError: For a setting out of range; the message names it.
 
     Reference: HO-SFL, arXiv 2603.14773; MeZO, arXiv 2305.17333.
@@ -74,11 +76,16 @@ class ZerothOrder(torch.optim.Optimizer):
         seed: int = 0,
         first_tensor: int = 0,
     ) -> None:
-        check_probe_settings(probes, mu, estimator, distribution)
+        check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
+        if estimator == "jvp" and module is None:
+            raise EstimatorError("estimator: jvp puts dual numbers in the place of parameters: pass module=, whose "
+                                 "forward the objective runs, or take central")  # fmt: skip
         self.rule = rule if rule is not None else SGD()
         self.module, self.estimator, self.first_tensor = module, estimator, first_tensor
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
+        #: Numbers of the tensors that probes move; None: all of them. The gradient of the others is known.
+        self.probed: set[int] | None = None
         super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
         self.param_groups[0].update(probes=probes, mu=mu, distribution=distribution, seed=seed)
         self.basis(0)  # refuses a seed out of range
@@ -134,7 +141,12 @@ class ZerothOrder(torch.optim.Optimizer):
         alpha = torch.tensor(scale, dtype=torch.float32, device=self.device)
         if self.module is None:
             return perturbed_in_place(self.parameters, basis.streams[probe], alpha)
-        return perturbed_layerwise(self.module, self.parameters, basis.streams[probe], alpha)
+        return perturbed_layerwise(self.module, self.parameters, basis.streams[probe], alpha, self.probed)
+
+    def dual(self, basis: SharedDirections, probe: int) -> AbstractContextManager[None]:
+        """While it is open, the objective sees the dual numbers ``θ + ε u_probe``."""
+        assert self.module is not None  # as __init__ asks
+        return dual_layerwise(self.module, self.parameters, basis.streams[probe], self.probed)
 
     @torch.no_grad()
     def project(
@@ -191,7 +203,8 @@ class ZerothOrder(torch.optim.Optimizer):
         return loss
 
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
-        return ESTIMATORS[self.estimator](objective, partial(self.perturbed, basis), basis.size, self.mu, base)
+        probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
+        return ESTIMATORS[self.estimator](objective, probes, base)
 
     @override
     @torch.no_grad()
@@ -226,8 +239,10 @@ class ZerothOrder(torch.optim.Optimizer):
             flat.copy_(wide)
 
 
-def check_probe_settings(probes: int, mu: float, estimator: str, distribution: str) -> None:
-    """Refuse what no step could use.
+def check_probe_settings(
+    probes: int, mu: float, estimator: str, distribution: str, estimators: Iterable[str] = ("forward", "central")
+) -> None:
+    """Refuse what no step could use; ``estimators`` are those that the caller can serve.
 
     Raises:
         ValueError: Names the setting and what it may be.
@@ -236,5 +251,5 @@ def check_probe_settings(probes: int, mu: float, estimator: str, distribution: s
     fp32 = torch.finfo(torch.float32)
     if not fp32.tiny <= mu <= fp32.max:
         raise ValueError(f"mu must be > 0 and finite in fp32, got {mu}")
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}")
+    if estimator not in estimators:
+        raise ValueError(f"estimator must be one of {', '.join(estimators)}, got {estimator!r}")

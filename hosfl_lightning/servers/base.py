@@ -21,7 +21,7 @@ from hosfl_lightning.clients import run
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
-from hosfl_lightning.split import Lora, ServerHalf, add_lora, copied_head, export_adapter, split
+from hosfl_lightning.split import Lora, ServerHalf, Side, add_lora, add_side, copied_head, export_adapter, split
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.wire import SmashedData
 
@@ -50,6 +50,8 @@ class SplitModule(L.LightningModule, ABC):
         seed: Of the adapters' start and of a fresh head.
         client_holds: ``half``: a client never holds more than the layers before the cut. ``whole``: the server's half
             may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
+        side: A side adapter from the client's layers to the cut. Then nothing else of the client is trained but the
+            LoRA that ``lora.client`` asks for.
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -71,10 +73,11 @@ class SplitModule(L.LightningModule, ABC):
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
+        side: Side | None = None,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
-        self.pretrained, self.cut, self.lora, self.seed = pretrained, cut, lora, seed
+        self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
         self.client_holds = client_holds
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         whole = self.load_whole(dtype, seed, **model_kwargs)
@@ -84,9 +87,14 @@ class SplitModule(L.LightningModule, ABC):
                 whole, cut, lora, head=self.trains_head, base_model_name_or_path=resolve(pretrained), seed=seed
             ).eval()
             whole = peft_model.get_base_model()
+        if side is not None:
+            self.add_side(whole, side)
         # In a tuple: Lightning must see each parameter once, in its half.
         self._whole = (peft_model if lora is not None else whole,)
         self.client_half, self.server_half = self.split_whole(whole)
+        if side is not None and side.client and lora is None:
+            for name, parameter in self.client_half.named_parameters():
+                parameter.requires_grad_("lora_" in name)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
         self._server_trainable = tuple(n for n, p in self.server_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
@@ -104,6 +112,10 @@ class SplitModule(L.LightningModule, ABC):
     def split_whole(self, whole: Any) -> tuple[Any, Any]:
         """Its two halves. The client's names what it takes of a batch (``inputs``) and its ``layers``."""
         return split(whole, self.cut)
+
+    def add_side(self, whole: Any, side: Side) -> None:
+        """Bottlenecks on the layers of the uncut model, in place."""
+        add_side(whole, self.cut, side, self.seed)
 
     def prepare(self, batch: Batch) -> Batch:
         """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.servers.base import default_optimizer
 from hosfl_lightning.servers.classification import SplitClassifier
-from hosfl_lightning.split import Lora
+from hosfl_lightning.split import Lora, Side
 
 
 class SplitSequenceClassifier(SplitClassifier):
@@ -35,10 +35,11 @@ class SplitSequenceClassifier(SplitClassifier):
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
+        side: Side | None = None,
     ) -> None:
         self.num_labels = num_labels
         super().__init__(
-            pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, num_labels=num_labels
+            pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, num_labels=num_labels
         )
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:

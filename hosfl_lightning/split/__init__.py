@@ -9,6 +9,7 @@ from hosfl_lightning.split.export import export_adapter
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
 from hosfl_lightning.split.image_halves import ImageClientHalf, ImageServerHalf
 from hosfl_lightning.split.images import split_images
+from hosfl_lightning.split.side import Side, add_side
 from hosfl_lightning.split.structure import LayerPath, find_layers
 
 __all__ = [
@@ -20,8 +21,10 @@ __all__ = [
     "Lora",
     "LoraHalf",
     "ServerHalf",
+    "Side",
     "SplitError",
     "add_lora",
+    "add_side",
     "check_tied_head",
     "copied_head",
     "export_adapter",

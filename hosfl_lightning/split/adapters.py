@@ -56,11 +56,11 @@ class Lora:
     """LoRA on a split model (Hu et al., arXiv:2106.09685).
 
     Attributes:
-        client: on the layers below the cut.
+        client: on the layers below the cut; ``None``: none, the client trains a side adapter alone.
         server: on the layers from the cut on.
     """
 
-    client: LoraHalf = field(default_factory=LoraHalf)
+    client: LoraHalf | None = field(default_factory=LoraHalf)
     server: LoraHalf = field(default_factory=LoraHalf)
 
 
@@ -89,18 +89,19 @@ def add_lora(
     """
     layers = find_layers(model)
     check_cut(cut, layers, type(model).__name__)
-    if lora.client.dropout:
+    if lora.client is not None and lora.client.dropout:
         raise SplitError(
             f"lora.client.dropout={lora.client.dropout}: probes of a client would see different masks; set it to 0."
         )
     numbers = range(layers.num_layers)
-    targets = _targets(model, layers, numbers[:cut], lora.client, "client")
+    targets = [] if lora.client is None else _targets(model, layers, numbers[:cut], lora.client, "client")
     targets += _targets(model, layers, numbers[cut:], lora.server, "server")
+    first = lora.client or lora.server
     on_server = rf"{re.escape(layers.path)}\.(?:{'|'.join(map(str, numbers[cut:]))})\..*"
     config = LoraConfig(
         task_type=_task_type(model, head),
-        r=lora.client.r,
-        lora_alpha=lora.client.alpha,
+        r=first.r,
+        lora_alpha=first.alpha,
         lora_dropout=lora.server.dropout,
         # Whole names, not a regular expression: of a mixture of experts PEFT forgets in which layers one matched.
         target_modules=targets,

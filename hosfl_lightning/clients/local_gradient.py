@@ -1,0 +1,89 @@
+"""The client that knows the gradient of its side adapter, and never backpropagates through its half."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from hosfl_lightning.clients.base import Anchor, Batch
+from hosfl_lightning.clients.forward_only import ForwardOnlyClient
+from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
+from hosfl_lightning.optim.local_gradient import add_local_gradient_
+from hosfl_lightning.split.side import Bottleneck, ladder
+
+Taps = Literal["recompute", "keep"]
+
+
+class LocalGradientClient(ForwardOnlyClient):
+    r"""``g_k = ∂⟨λ_k, z_k⟩/∂θ`` for the bottlenecks ``q_l`` of ``z = h_cut + Σ_l q_l(h_l; θ)``, exactly.
+
+    The path from ``q_l`` to ``⟨λ, z⟩`` is direct: the gradient is a vjp of the bottleneck alone, and no graph enters
+    the backbone. LoRA beside the side adapter is probed as by a forward-only client, along the same directions::
+
+        c_kp = ⟨g_k, u_p⟩ + (1/μ) ⟨λ_k, f_c(x_k; LoRA + μ u_p) − z_k⟩
+
+    Args:
+        half: ``f_c``, with a side adapter.
+        optimizer: Over θ_c with ``module=half``.
+        taps: ``recompute``: when λ comes one more forward, each bottleneck's vjp as its layer passes; what waits for λ
+            is z. ``keep``: the layers' outputs wait too, one tensor of z's size each, and nothing runs again.
+
+    Raises:
+        ValueError: The half has no side adapter.
+
+    Reference: Ladder Side-Tuning, Sung et al., arXiv 2206.06522; the multiplier: HO-SFL, arXiv 2603.14773.
+    """
+
+    def __init__(self, half: nn.Module, optimizer: ZerothOrder, taps: Taps = "recompute") -> None:
+        super().__init__(half, optimizer)
+        found = ladder(half)
+        if found is None:
+            raise ValueError("estimator: local needs a side adapter at the client, the one part whose path to the "
+                             "smashed data is direct; set model.init_args.side")  # fmt: skip
+        self.ladder, self.taps = found, taps
+        self.numbers = {id(p): i for i, p in enumerate(optimizer.parameters)}
+        side = {id(p) for m in half.modules() if isinstance(m, Bottleneck) for p in m.parameters()}
+        optimizer.probed = {i for key, i in self.numbers.items() if key not in side}
+
+    @torch.no_grad()
+    def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
+        """``z = f_c(x; θ_c)``, no graph."""
+        if self.taps == "recompute":
+            return super().forward(batch, rows)
+        with self.ladder.keeping() as kept:
+            return Anchor(self.evaluate(batch), kept=kept)
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+        """``(K, basis.size)`` fp32: the known gradients in the basis, and in directions those of the LoRA beside."""
+        base = anchor.release(multiplier, rows)
+        gradients = self.gradients(batch, anchor, multiplier, rows)
+        answers = torch.stack([basis.project(gradient) for gradient in gradients])
+        if self.optimizer.probed and isinstance(basis, SharedDirections):
+            answers += self.projected(batch, multiplier, rows, basis, base).float()
+        return answers
+
+    def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, round: int = 0) -> None:
+        """As of a forward-only client, where anything is probed."""
+        if self.optimizer.probed:
+            super().check_probe(batch, z, multiplier, round)
+
+    def gradients(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice]) -> list[list[Tensor]]:
+        """Each client's gradient, tensor by tensor in manifest order; empty for what is probed."""
+        parameters = self.optimizer.parameters
+        sizes = [p.shape if i not in self.optimizer.probed else (0,) for i, p in enumerate(parameters)]
+        totals = [[torch.zeros(s, device=self.optimizer.device) for s in sizes] for _ in rows]
+
+        def vjp(bottleneck: Bottleneck, h: Tensor) -> None:
+            own = [self.numbers[id(p)] for p in bottleneck.parameters()]
+            for total, r in zip(totals, rows):
+                add_local_gradient_([total[i] for i in own], bottleneck, h[r], multiplier[r])
+
+        if self.taps == "recompute":
+            with self.ladder.watching(vjp):
+                self.evaluate(batch)
+        for bottleneck, h in anchor.kept:
+            vjp(bottleneck, h)
+        return totals
