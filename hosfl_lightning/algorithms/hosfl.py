@@ -31,8 +31,8 @@ class HOSFL(SharedScalars, SplitRound):
 
     Step 4 is `LagrangianUpdate`, steps 5 and 6 are `DimensionFreeAggregation`; each is added when the recipe has none.
 
-    With a side adapter (``model.init_args.side``) and ``estimator: local`` the client knows its gradient ``g_k``, at two
-    forwards, and ``v_kp = ⟨g_k, u_p⟩``, or what ``compression`` says, is what travels of it.
+    With a side adapter (``model.init_args.side``) and ``estimator: local`` the client knows its gradient ``g_k``, at
+    two forwards, and ``v_kp = ⟨g_k, u_p⟩``, or what ``compression`` says, is what travels of it.
 
     Args:
         probes: ``P``, directions a round; the client runs ``P + 1`` forwards (``2P + 1`` when central).
