@@ -52,9 +52,8 @@ def forward_difference(objective: Objective, probes: Probes, base: Tensor | None
     Reference: HO-SFL, arXiv 2603.14773 (its estimator); MeZO, arXiv 2305.17333.
     """
     base = objective() if base is None else base
-    return torch.stack(
-        [(_at(objective, probes, p, probes.mu) - base.double()) / probes.mu for p in range(probes.count)]
-    )
+    moved = torch.stack([_at(objective, probes, p, probes.mu) for p in range(probes.count)])
+    return (moved - base.double()) / probes.mu
 
 
 def central_difference(objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
