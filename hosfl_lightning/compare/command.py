@@ -171,6 +171,7 @@ def parse(settings: type, prog: str, args: list[str]) -> Any:
     parser = cli.Parser(prog=prog, description=(settings.__doc__ or "").splitlines()[0])
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")
     parser.add_class_arguments(settings)
+    args, overrides = _dotted(args, "--overrides.") if settings is Comparison else (args, {})
     config = parser.parse_args(args)
     # Plain, not instantiated: the classes that it names are those of the runs.
     values = json.loads(parser.dump(config, skip_unset=False, format="json"))
@@ -179,11 +180,27 @@ def parse(settings: type, prog: str, args: list[str]) -> Any:
         if given.get(name) is not None:
             given[name] = part(**given[name])
     if settings is Comparison:
-        given |= {"recipe": config.recipe, "methods": {name: Method(**one) for name, one in given["methods"].items()}}
+        methods = {name: Method(**one) for name, one in given["methods"].items()}
+        given |= {"recipe": config.recipe, "methods": methods, "overrides": flat(given["overrides"]) | overrides}
         comparison, catalogue = Comparison(**given), config.catalogue
         comparison.look_up(get_loader("yaml")(Path(catalogue.absolute).read_text()) if catalogue else {})
         return comparison
     return settings(**given)
+
+
+def _dotted(args: list[str], prefix: str) -> tuple[list[str], dict[str, Any]]:
+    """The other arguments, and those of ``--overrides.a.b=1`` as ``{"a.b": 1}``.
+
+    The parser would take ``a`` for a key of the dict, and of two arguments below one ``a`` it would keep the last.
+    """
+    rest, found, left = list[str](), dict[str, Any](), iter(args)
+    for arg in left:
+        if not arg.startswith(prefix):
+            rest.append(arg)
+            continue
+        key, equals, value = arg.removeprefix(prefix).partition("=")
+        found[key] = get_loader("yaml")(value if equals else next(left, ""))
+    return rest, found
 
 
 def _as_list(args: list[str], option: str) -> list[str]:

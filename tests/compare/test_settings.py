@@ -162,6 +162,17 @@ def test_settings_on_the_command_line(folder: Path) -> None:
     assert flat(given.overrides) == {"model.init_args.cut": 1}
 
 
+def test_overrides_on_the_command_line_stand_beside_each_other_and_over_the_file(folder: Path) -> None:
+    own = {"data.init_args.num_clients": 2, "model": {"init_args": {"cut": 2}}}
+    args = ["--overrides.data.init_args.train=[a, b]", "--overrides.data.init_args.test", "e",
+            "--overrides.model.init_args.cut=1"]  # fmt: skip
+    given = parse(Comparison, "", [f"--config={write(folder, overrides=own)}", f"--out={folder}/out", *args])
+    assert given.overrides == {
+        "data.init_args.num_clients": 2, "data.init_args.train": ["a", "b"], "data.init_args.test": "e",
+        "model.init_args.cut": 1,
+    }  # fmt: skip
+
+
 def test_flat_keys() -> None:
     rule = {"class_path": "SGD", "init_args": {"lr": 1}}
     nested = {"server_lr": 1, "a": {"b.c": {"d": 2}, "e": rule}, "f": {}}
