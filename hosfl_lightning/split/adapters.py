@@ -18,6 +18,9 @@ from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import has_parameters
 
+#: Added to the seed of what the server draws.
+SERVER_SEED = 1 << 32
+
 
 @dataclass
 class LoraHalf:
@@ -80,7 +83,8 @@ def add_lora(
         cut: number of layers the client holds.
         lora: targets, rank and scale of each half.
         head: train the head as well, whole, at the server (a fresh classification head needs it).
-        seed: of A's random values; the global random state is left alone.
+        seed: of A's random values, drawn for each half apart, so that the server starts the same whatever LoRA its
+            clients have; the global random state is left alone.
         base_model_name_or_path: what the exported adapter names as its base; the model's own name by default.
 
     Raises:
@@ -114,6 +118,11 @@ def add_lora(
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
         torch.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
+        torch.default_generator.manual_seed(seed + SERVER_SEED)
+        for i in numbers[cut:]:
+            for module in model.get_submodule(f"{layers.path}.{i}").modules():
+                if isinstance(module, LoraLayer):
+                    module.reset_lora_parameters("default", init_lora_weights=True)
     config.target_modules = sorted(config.target_modules or [])
     if config.modules_to_save:
         config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds names that are there already

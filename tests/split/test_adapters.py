@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from hosfl_lightning.split import Lora, LoraHalf, SplitError, add_lora, split
+from hosfl_lightning.split import Lora, LoraHalf, SplitError, add_lora, find_layers, split
 from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 
 LLAMA = Lora(
@@ -74,6 +74,19 @@ def test_seed_fixes_the_start_and_the_global_state_is_left_alone() -> None:
     again, other = start(0), start(1)
     assert all(torch.equal(first[n], again[n]) for n in first)
     assert all(torch.equal(first[n], other[n]) == ("lora_B" in n) for n in first)
+
+
+@pytest.mark.parametrize("client", [LoraHalf(r=3, target_modules="all-linear"), None])
+def test_the_server_starts_the_same_whatever_the_client_has(client: LoraHalf | None) -> None:
+    def server(lora: Lora) -> list[torch.Tensor]:
+        model = tiny_causal_lm("llama")
+        add_lora(model, 1, lora, head=False)
+        layers = [model.get_submodule(f"model.layers.{i}") for i in range(1, find_layers(model).num_layers)]
+        return [p for layer in layers for n, p in layer.named_parameters() if "lora_" in n]
+
+    ours, theirs = server(LLAMA), server(Lora(client=client, server=LLAMA.server))
+    assert len(ours) == len(theirs) > 0
+    assert all(map(torch.equal, ours, theirs))
 
 
 def test_lora_is_fp32_on_a_bfloat16_base() -> None:
