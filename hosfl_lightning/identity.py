@@ -50,6 +50,21 @@ def digest(parameters: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def starts(state: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Of each half: which tensors it trains, and their values, as digests.
+
+    Runs that train other adapters on a half can agree on the other half only.
+
+    Args:
+        state: `SplitModule.trained_state` before the first round.
+    """
+    found = {}
+    for half in ("client_half", "server_half"):
+        own = {name: tensor for name, tensor in state.items() if name.startswith(f"{half}.")}
+        found[half] = {"tensors": sha256(json.dumps(manifest(own)).encode()).hexdigest(), "weights": digest(own)}
+    return found
+
+
 def hardware(device: torch.device) -> str:
     """Whatever may change the bits of a forward: library, processor, device and number of threads."""
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()

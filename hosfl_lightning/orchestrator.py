@@ -30,7 +30,7 @@ from hosfl_lightning.evaluation import Evaluation, Loop, RunResult, run_evaluati
 from hosfl_lightning.files import discard
 from hosfl_lightning.history import History
 from hosfl_lightning.hooks import check_hooks, fire
-from hosfl_lightning.identity import digest
+from hosfl_lightning.identity import digest, starts
 from hosfl_lightning.rebuild import RebuildError, rebuild, write_client
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.rng import Domain, permutation
@@ -184,6 +184,7 @@ class Orchestrator(TrainerFace):
     def _fit(self, model: SplitModule, datamodule: FederatedDataModule, resumed: run_folder.Resumption | None) -> None:
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
         self._initial = digest(start)
+        self._starts = starts(start)
         result = self._run(model, datamodule, resumed, None)
         if self.is_global_zero and model.lora is not None:
             model.export(str(Path(self.log_dir) / "adapter"))
@@ -447,7 +448,7 @@ class Orchestrator(TrainerFace):
             print(self.lightning_module.labels_notice, flush=True)
         self.call("on_fit_start")
         if self.announces and self.is_global_zero:
-            run_folder.remember(self.log_dir, self.transport.run_id, self._initial, self.loggers)
+            run_folder.remember(self.log_dir, self.transport.run_id, self._initial, self._starts, self.loggers)
         self.call("on_train_start")
         if self.global_step:
             self._row = {}  # what is measured at a start stands in the run's first row

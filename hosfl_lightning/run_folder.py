@@ -177,14 +177,15 @@ def open_loggers(loggers: Sequence[Logger]) -> None:
             experiment.define_metric("*", step_metric="round", step_sync=True)
 
 
-def remember(folder: str, run_id: bytes, start: str, loggers: Sequence[Logger]) -> None:
+def remember(folder: str, run_id: bytes, start: str, starts: dict[str, Any], loggers: Sequence[Logger]) -> None:
     """Write what the run needs to find itself again: its id, W&B's, and where it started.
 
     A folder without it is no run's. What is known of a run that goes on stays.
     """
     known = _identity(Path(folder)) if (Path(folder) / IDENTITY).is_file() else {}
     ids = [logger.version for logger in loggers if isinstance(logger, WandbLogger)]
-    identity = {"run_id": run_id.hex(), "start": start, **known, **({"wandb": ids[-1]} if ids else {})}
+    own = {"run_id": run_id.hex(), "start": start, "starts": starts}
+    identity = {**own, **known, **({"wandb": ids[-1]} if ids else {})}
     write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
 
 

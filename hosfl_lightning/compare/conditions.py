@@ -32,19 +32,23 @@ def unequal(runs: Iterable[tuple[str, int, Path]]) -> str | None:
     Args:
         runs: Method, seed and folder of each; of what a folder does not tell nothing is said.
     """
-    first: dict[tuple[int, str], tuple[str, Any]] = {}
+    first: dict[tuple[int, str, str], tuple[str, Any]] = {}
     for method, seed, folder in runs:
-        for name, value in _known(folder).items():
-            other, known = first.setdefault((seed, name), (method, value))
+        for (name, kind), value in _known(folder).items():
+            other, known = first.setdefault((seed, name, kind), (method, value))
             if known != value:
                 return f"{other} and {method} differ in their {name} under seed {seed}"
     return None
 
 
-def _known(folder: Path) -> dict[str, Any]:
-    known: dict[str, Any] = {}
+def _known(folder: Path) -> dict[tuple[str, str], Any]:
+    """Values by name and kind: only those of one kind must be equal."""
+    known: dict[tuple[str, str], Any] = {}
     if (folder / IDENTITY).is_file():
-        known["initial weights"] = json.loads((folder / IDENTITY).read_text())["start"]
+        # Rows may differ in the adapter of their clients; the server is the same for all of them.
+        for half, start in json.loads((folder / IDENTITY).read_text()).get("starts", {}).items():
+            kind = start["tensors"] if half == "client_half" else ""
+            known[f"initial weights of the {half.removesuffix('_half')}", kind] = start["weights"]
     if (folder / CONDITIONS).is_file():
-        known |= json.loads((folder / CONDITIONS).read_text())
+        known |= {(name, ""): value for name, value in json.loads((folder / CONDITIONS).read_text()).items()}
     return known

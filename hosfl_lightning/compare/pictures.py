@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -79,24 +80,25 @@ def _curves(axes: Axes, results: dict[str, Any], styles: dict[str, dict[str, Any
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axes.set_xscale("log")
-    if not ends:
-        return
-    low, high = _limits(results, metric)
-    axes.set_ylim(low, high)
-    for line, end in ends.items():
-        if not low <= end <= high:
-            line.set_label(f"{line.get_label()} (off the axis)")
+    limits = _limits(results, metric)
+    if limits is not None:
+        axes.set_ylim(*limits)
+        for line, end in ends.items():
+            if not limits[0] <= end <= limits[1]:
+                line.set_label(f"{line.get_label()} (off the axis)")
     handles = sorted(ends, key=lambda line: -ends[line])
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
     axes.grid(alpha=0.25)
 
 
-def _limits(results: dict[str, Any], metric: str) -> tuple[float, float]:
+def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
     """Of the axis: no row is followed far beyond where the rows started, or one that diverged would hide all others."""
     curves = [[p[metric] for p in row["curve"] if metric in p] for row in results["methods"].values()]
-    sign, furthest = (-1, min) if results["mode"] == "max" else (1, max)
-    worst = furthest(c[0]["mean"] for c in curves if c)
-    ends = [value for c in curves for p in c for value in p.values() if sign * (value - worst) <= 0]
+    begins = [c[0]["mean"] for c in curves if c and isfinite(c[0]["mean"])]
+    if not begins:
+        return None
+    sign, worst = (-1, min(begins)) if results["mode"] == "max" else (1, max(begins))
+    ends = [value for c in curves for p in c for value in p.values() if isfinite(value) and sign * (value - worst) <= 0]
     low, high = min([worst, *ends]), max([worst, *ends])
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin

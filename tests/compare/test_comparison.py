@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from hosfl_lightning.compare.command import parse
+from hosfl_lightning.compare.conditions import unequal
 from hosfl_lightning.compare.runner import Runner
 from hosfl_lightning.compare.settings import Comparison, ComparisonError
 from tests.compare.conftest import Compared, hosfl
@@ -138,17 +139,35 @@ class TestDone:
 
 
 @pytest.mark.parametrize(
-    ("name", "key", "words"), [("run.json", "start", "initial weights"), ("conditions.json", "batches", "batches")]
+    ("name", "change", "words"),
+    [
+        ("run.json", {"starts": {"server_half": {"weights": "other"}}}, "initial weights of the server"),
+        ("run.json", {"starts": {"client_half": {"weights": "other"}}}, "initial weights of the client"),
+        ("conditions.json", {"batches": "other"}, "batches"),
+    ],
 )
 def test_unequal_conditions_stop_the_comparison(
-    compared: Compared, tmp_path: Path, name: str, key: str, words: str
+    compared: Compared, tmp_path: Path, name: str, change: dict[str, Any], words: str
 ) -> None:
     out = shutil.copytree(compared.out, tmp_path / "out")
     path = out / "runs" / "frozen" / "1-seed0" / name
-    path.write_text(json.dumps({**load(path), key: "other"}))
+    path.write_text(json.dumps(merged(load(path), change)))
     comparison = parse(Comparison, "", [f"--config={compared.config}", f"--out={out}"])
     with pytest.raises(ComparisonError, match=f"differ in their {words} under seed 0, so they cannot be compared"):
         Runner(comparison).run()
+
+
+def test_rows_may_differ_in_the_adapter_of_their_clients(compared: Compared, tmp_path: Path) -> None:
+    folders = [Path(shutil.copytree(compared.out / "runs" / name / "0-seed0", tmp_path / name)) for name in NAMES[:2]]
+    path = folders[0] / "run.json"
+    path.write_text(json.dumps(merged(load(path), {"starts": {"client_half": {"tensors": "others", "weights": "x"}}})))
+    assert unequal((folder.name, 0, folder) for folder in folders) is None
+
+
+def merged(values: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with some of them changed, at any depth."""
+    nested = {key: merged(values[key], value) for key, value in change.items() if isinstance(value, dict)}
+    return {**values, **change, **nested}
 
 
 def test_an_interrupt_says_how_to_go_on(compared: Compared, tmp_path: Path) -> None:

@@ -107,9 +107,13 @@ def test_unequal_runs_are_told_of(compared: Compared, tmp_path: Path, what: str)
         (copies[0] / "config.yaml").write_text(yaml.safe_dump(config))
     else:
         identity = json.loads((copies[0] / "run.json").read_text())
-        (copies[0] / "run.json").write_text(json.dumps({**identity, "start": "other"}))
+        identity["starts"]["server_half"]["weights"] = "other"
+        (copies[0] / "run.json").write_text(json.dumps(identity))
     hosfl("report", "--runs", *map(str, copies), f"--out={tmp_path}")
-    words = {"data": "the runs differ in data.init_args.batch_size", "weights": "differ in their initial weights"}
+    words = {
+        "data": "the runs differ in data.init_args.batch_size",
+        "weights": "differ in their initial weights of the server",
+    }
     assert f"**Not equal conditions**: {words[what]}" in (tmp_path / "table.md").read_text().replace(
         "HOSFL and SplitFedSGD ", ""
     ).replace("HOSFL and Frozen ", "")
