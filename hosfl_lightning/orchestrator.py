@@ -71,8 +71,8 @@ class Orchestrator(TrainerFace):
         accelerator: As Trainer's: ``cpu``, ``gpu``, ``auto``.
         devices: Processes over which the clients of a round are spread, each on a device of its own (on ``cpu``, each
             with a share of the cores). Run it as a script or from the command line: the others run the same command.
-        codec: In what z and λ travel: ``fp32`` (as computed), ``bf16``, ``fp16``, ``int8`` or ``int4``; the client
-            keeps its own z as computed.
+        codec: In what z, λ and a client's gradient travel: ``fp32`` (as computed), ``bf16``, ``fp16``, ``int8`` or
+            ``int4``; the client keeps its own z as computed.
         availability: Which clients are online in a round; None: all. One that was away replays what it missed.
         catch_up: When a returning client replays records and when it is sent a snapshot.
         min_clients: Valid answers, of clients that have a loss term, that a round needs.
@@ -365,6 +365,11 @@ class Orchestrator(TrainerFace):
         if self.devices > 1 and not self.algorithm.joint:
             raise ValueError(
                 f"trainer.devices: the clients of {self.algorithm.name} run one after the other; set it to 1"
+            )
+        if self.codec.gradient != "fp32" and not method.codes_gradient:
+            raise ValueError(
+                f"trainer.codec.gradient: what the clients of {method.name} send is no gradient in coefficients that "
+                "a codec could make smaller; leave it out"
             )
         if self.algorithm.client_holds == "whole" and self.codec != Codecs():
             raise ValueError(

@@ -71,6 +71,8 @@ class Algorithm(ABC):
     server_order: ClassVar[Literal["first", "zeroth", "none"]] = "first"
     #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
     joint: ClassVar[bool] = True
+    #: Whether `Codecs.gradient` applies to what a client sends.
+    codes_gradient: ClassVar[bool] = False
     #: Whether a round makes an update record, which a client that was away replays.
     records: bool = True
     #: Minibatches, and steps, of a client in a round.

@@ -16,9 +16,18 @@ from hosfl_lightning.aggregation import screen
 from hosfl_lightning.algorithms.base import Runner
 from hosfl_lightning.clients import Cohort
 from hosfl_lightning.optim import Basis
-from hosfl_lightning.wire import Multiplier, ProbedData, ProjectedGradients, SmashedData, Update, Weights, WireError
+from hosfl_lightning.wire import (
+    CodedGradient,
+    Multiplier,
+    ProbedData,
+    ProjectedGradients,
+    SmashedData,
+    Update,
+    Weights,
+    WireError,
+)
 
-M = TypeVar("M", SmashedData, ProbedData, ProjectedGradients, Weights)
+M = TypeVar("M", SmashedData, ProbedData, ProjectedGradients, CodedGradient, Weights)
 
 
 def taken(runner: Runner, message: M) -> list[M]:
@@ -29,6 +38,17 @@ def taken(runner: Runner, message: M) -> list[M]:
         assert message.client is not None  # it came from one
         runner.refuse(message.client, str(error))
         return []
+
+
+def answered(runner: Runner, answer: ProjectedGradients) -> list[ProjectedGradients]:
+    """A client's answer goes up, in the codec of gradients; as the server knows it, or nothing."""
+    if runner.codec.gradient == "fp32":
+        return taken(runner, answer)
+    packed = CodedGradient.pack(
+        answer.round, answer.client, answer.basis, answer.coefficients, answer.num_terms, runner.codec.gradient,
+        runner.seed,
+    )  # fmt: skip
+    return [ProjectedGradients(m.round, m.client, m.basis, m.unpack(), m.num_terms) for m in taken(runner, packed)]
 
 
 def upload(runner: Runner, round: int, cohort: Cohort, z: Tensor, step: int = 0) -> list[SmashedData]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.base import Algorithm, Runner
-from hosfl_lightning.algorithms.crossing import conclude, download, taken, upload
+from hosfl_lightning.algorithms.crossing import answered, conclude, download, upload
 from hosfl_lightning.clients import Anchor, Cohort, SplitClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers import SplitModule
@@ -22,6 +22,7 @@ class SplitRound(Algorithm):
     """z up, λ down, coefficients up, one update to everybody: all clients stay bit-identical."""
 
     client: SplitClient
+    codes_gradient = True
 
     @abstractmethod
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
@@ -80,7 +81,7 @@ class SplitRound(Algorithm):
         answers: list[ProjectedGradients] = []
         for k, v, n in zip(cohort.clients, values.cpu(), cohort.num_terms):
             if k in heard:
-                answers += taken(runner, ProjectedGradients(round, k, basis.describe(), v, n))
+                answers += answered(runner, ProjectedGradients(round, k, basis.describe(), v, n))
         return [answer for answer in answers if self._honest(runner, answer, visit.inbox)]
 
     def _honest(self, runner: Runner, answer: ProjectedGradients, inbox: list[SmashedData]) -> bool:

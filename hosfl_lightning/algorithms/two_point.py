@@ -43,6 +43,7 @@ class TwoPoint(SharedScalars, SplitRound):
     """
 
     client: ForwardOnlyClient
+    codes_gradient = False
 
     def __init__(
         self,

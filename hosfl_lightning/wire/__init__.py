@@ -2,6 +2,7 @@
 
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.codecs import CODECS, Codecs, Coded
+from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
 from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, peek
 from hosfl_lightning.wire.errors import (
@@ -33,6 +34,7 @@ __all__ = [
     "ChecksumError",
     "Codecs",
     "Coded",
+    "CodedGradient",
     "DtypeError",
     "DuplicateKeyError",
     "Envelope",

@@ -1,4 +1,4 @@
-"""How z and λ travel: as they are, or rounded to fewer bits.
+"""How z, λ and a client's gradient travel: as they are, or rounded to fewer bits.
 
     codec   an (n, h) tensor x travels as                      what comes back
     fp32    x, bit for bit in the dtype it has                 x
@@ -36,7 +36,9 @@ CODECS = ("fp32", *_FORMS)
 
 @dataclass(frozen=True)
 class Codecs:
-    """In what z and λ travel, each one of `CODECS`.
+    """In what z, λ and the coefficients of a client's gradient travel, each one of `CODECS`.
+
+    The gradient's codec is for clients that send many coefficients; a few scalars are smaller as they are.
 
     Raises:
         ValueError: An unknown codec.
@@ -44,6 +46,7 @@ class Codecs:
 
     smashed_data: str = "fp32"
     multiplier: str = "fp32"
+    gradient: str = "fp32"
 
     def __post_init__(self) -> None:
         for name, codec in vars(self).items():
@@ -77,7 +80,8 @@ class Coded:
             x: (n, h), any floating dtype. What is infinite or NaN stays so, or has a scale that is.
             codec: One of `CODECS`.
             stream: Of the rounding of int8 and int4.
-            tensor: Index in that stream: 0 for z, 1 for λ, 2 + 2p and 3 + 2p for the z of probe p.
+            tensor: Index in that stream: 0 for z, 1 for λ, 2 + 2p and 3 + 2p for the z of probe p, 65,535 for a
+                gradient.
 
         Raises:
             FieldError: An unknown codec, or ``x`` of another shape or dtype.

@@ -26,7 +26,7 @@ from hosfl_lightning.wire.errors import (
     ShapeError,
     TooLargeError,
 )
-from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProbedData, SmashedData
+from hosfl_lightning.wire.messages import MESSAGES, CodedGradient, Message, Multiplier, ProbedData, SmashedData
 from hosfl_lightning.wire.payload import MAX_DIMS, Form, layout, parse
 
 _IN_ENVELOPE = {"round", "client"}
@@ -108,7 +108,7 @@ def _read(envelope: Envelope, payload: memoryview, limit: int) -> Message:
     message = _put_together(envelope, plain["fields"], _unpack_all_bits(tensors, plain["bits"], limit))
     check_finite(message)
     message.check()
-    if isinstance(message, SmashedData | Multiplier | ProbedData) and message.unpacked_bytes() > limit:
+    if isinstance(message, SmashedData | Multiplier | ProbedData | CodedGradient) and message.unpacked_bytes() > limit:
         raise TooLargeError(f"{message.kind}: it would unpack to more than the limit of {limit} bytes")
     return message
 

@@ -14,6 +14,7 @@ Other methods send, beside or in place of these:
 
              either way           Weights              full vectors, which the server averages
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
+             client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
 
 Padding never travels: per-token tensors hold the n valid tokens only, row-major over the (B, S) positions where the
 mask is True. A message holds what travels, rounded by its codec already, so that it means the same whether it is
@@ -32,6 +33,7 @@ from torch import Tensor
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.checks import check_clients, check_counts, check_settings, check_strings, check_tensor
 from hosfl_lightning.wire.codecs import Coded
+from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.errors import FieldError, ShapeError
 from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
 from hosfl_lightning.wire.probed_data import ProbedData
@@ -259,7 +261,15 @@ class Update:
 
 
 Message: TypeAlias = (
-    SmashedData | Multiplier | ProjectedGradients | Update | CatchUpRequest | Snapshot | Weights | ProbedData
+    SmashedData
+    | Multiplier
+    | ProjectedGradients
+    | Update
+    | CatchUpRequest
+    | Snapshot
+    | Weights
+    | ProbedData
+    | CodedGradient
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind; the number of a kind in a frame is its place here, from 1 on."""
