@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import Rehearse
 from hosfl_lightning.clients import Client, Cohort
@@ -102,7 +103,7 @@ class Algorithm(ABC):
             ValueError: A callback is a step that the method does not have.
         """
         for callback in given:
-            if isinstance(callback, LagrangianUpdate | DimensionFreeAggregation):
+            if isinstance(callback, LagrangianUpdate | DimensionFreeAggregation | GradientAlignment):
                 raise ValueError(f"trainer.callbacks: {self.name} has no step for {type(callback).__name__}; remove it")
         return []
 

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
+from torch.nn import functional as F
 
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.base import Algorithm, Runner
 from hosfl_lightning.algorithms.crossing import answered, conclude, download, upload
+from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment, Term
 from hosfl_lightning.clients import Anchor, Cohort, SplitClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers import SplitModule
@@ -28,6 +31,16 @@ class SplitRound(Algorithm):
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
         """The client of this method, over ``module.client_half`` and ``module.client_parameters``."""
 
+    def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
+        """As in `Algorithm`; where the server has a λ, the clients' gradients can be measured."""
+        measured = self.server_order == "first"
+        return super().configure_callbacks([c for c in given if not (measured and isinstance(c, GradientAlignment))])
+
+    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
+        """As in `Algorithm`."""
+        super().setup(module, seed, callbacks)
+        self.alignments = [c for c in callbacks if isinstance(c, GradientAlignment)]
+
     def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
         """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d.
 
@@ -40,11 +53,13 @@ class SplitRound(Algorithm):
         loss, multipliers = runner.server.backward([visit.inbox for visit in visits])
         basis = self.basis(round)
         if basis is None:
+            self.measure(runner, round, visits, multipliers, None)
             runner.server.step()
             runner.server.end_round()
             return loss
         own = [a for visit, group in zip(visits, multipliers) for a in self.respond(runner, round, visit, group, basis)]
         update = conclude(runner, round, basis, own, self.aggregate)
+        self.measure(runner, round, visits, multipliers, (basis, update.coefficients))
         runner.server.step()
         self.client.apply(update)
         self.end_round(runner)
@@ -98,6 +113,21 @@ class SplitRound(Algorithm):
         """Step 4: ``(K, basis.size)`` coefficients."""
         return self.client.answer(batch, anchor, multiplier, cohort.rows, basis)
 
+    def measure(
+        self,
+        runner: Runner,
+        round: int,
+        visits: list[Visit],
+        multipliers: list[list[Multiplier]],
+        update: tuple[Basis, Tensor] | None,
+    ) -> None:
+        """What `GradientAlignment` asks to see before either half moves; nothing of it is sent."""
+        for alignment in self.alignments:
+            if alignment.due(round):
+                terms = [term for visit, group in zip(visits, multipliers) for term in visit.terms(group)]
+                with runner.autocast():
+                    alignment.measure(self.client, terms, [*runner.server.module.server_parameters.values()], update)
+
     def aggregate(self, answers: list[ProjectedGradients]) -> Update:
         """Step 5: ``v̄`` and everything needed to apply it."""
         return combine(answers, self.client.optimizer, self.aggregation)
@@ -123,3 +153,16 @@ class Visit:
     batch: dict[str, Tensor]
     anchor: Anchor
     inbox: list[SmashedData]
+
+    def terms(self, multipliers: list[Multiplier]) -> list[Term]:
+        """The Lagrangian terms of the clients that have a λ."""
+        cohort, masks = self.cohort, {message.client: message.mask for message in self.inbox}
+        parts = dict(zip(cohort.clients, zip(cohort.rows, cohort.num_terms)))
+        found = []
+        for message in multipliers:
+            rows, num_terms = parts[message.client]
+            batch = {name: tensor[rows] for name, tensor in self.batch.items()}
+            multiplier = message.unpack(masks[message.client])
+            padding = batch["attention_mask"].shape[1] - multiplier.shape[1]
+            found.append((batch, F.pad(multiplier, (0, 0, 0, padding)), num_terms))
+        return found

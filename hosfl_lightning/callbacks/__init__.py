@@ -3,17 +3,21 @@
 from hosfl_lightning.callbacks.budget import Budget
 from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
+from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
+from hosfl_lightning.callbacks.random_signs import RandomSigns
 
 __all__ = [
     "Budget",
     "CommunicationMonitor",
     "DimensionFreeAggregation",
+    "GradientAlignment",
     "HybridOrder",
     "LagrangianUpdate",
     "PeakMemoryMonitor",
+    "RandomSigns",
     "RoundProgressBar",
 ]

@@ -12,6 +12,8 @@ from hosfl_lightning.compare.settings import SHARED, ComparisonError, within
 
 #: What differs between runs of one row.
 SEEDS = ("trainer.seed", "model.init_args.seed", "data.init_args.seed")
+#: The callback that makes a run its own control.
+CONTROL = "RandomSigns"
 #: Where and how a run was made, which no result depends on.
 PLACES = (
     "seed_everything", "trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "trainer.controls",
@@ -26,7 +28,7 @@ def group(folders: Iterable[str]) -> list[Group]:
         ComparisonError: A folder is not that of a finished run, or two runs of a row have one seed.
     """
     runs = [Run(Path(folder)) for folder in folders]
-    settings = [_settings(run.config) for run in runs]
+    settings = [_settings(run.config) | _control(run) for run in runs]
     groups: dict[str, Group] = {}
     for run, own in zip(runs, settings):
         algorithm = run.summary["algorithm"]
@@ -66,14 +68,24 @@ def _conditions(run: Run) -> dict[str, Any]:
 def _limits(run: Run) -> dict[str, Any]:
     """What ended the run: the limits of its budget, under which methods may take unlike numbers of rounds, or these."""
     trainer, rounds = run.config["trainer"], run.summary["rounds"]
-    callbacks = trainer["callbacks"] or []
     budgets = [
         {f"Budget.{name}": limit for name, limit in one["init_args"].items() if limit is not None}
-        for one in (callbacks if isinstance(callbacks, list) else [callbacks])
+        for one in _callbacks(run)
         if one["class_path"].endswith(".Budget")
     ]
     limits = dict(ChainMap(*budgets))
     return limits if limits and rounds < trainer["max_rounds"] else {"rounds": rounds}
+
+
+def _control(run: Run) -> dict[str, str]:
+    """The one callback on which results depend, as a setting."""
+    names = [one["class_path"].rpartition(".")[2] for one in _callbacks(run)]
+    return {"trainer.callbacks": CONTROL} if CONTROL in names else {}
+
+
+def _callbacks(run: Run) -> list[dict[str, Any]]:
+    callbacks = run.config["trainer"]["callbacks"] or []
+    return callbacks if isinstance(callbacks, list) else [callbacks]
 
 
 def _settings(config: Any, name: str = "") -> dict[str, Any]:

@@ -25,6 +25,8 @@ def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | 
 
     ``gap_closed`` of a method is what `gap_closed` gives and the ``split`` whose losses it was given: ``test`` where
     every run has a test loss, else ``validation``. (In ``summary.json`` it is one run's, in validation loss.)
+    ``client_put_back`` is the test loss with the server as trained and the client half as before the first round; None
+    of a method that leaves it there, or whose clients hold the whole model.
 
     Args:
         groups: The rows.
@@ -65,6 +67,7 @@ def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | 
             "gap_closed": {**found, "split": split} if found else None,
             "no_gap_closed": reason,
             "below_frozen": _difference(losses[frozen.name], losses[group.name]) if frozen else None,
+            "client_put_back": _put_back(group),
             "rounds_to_target": _reached(group, target, mode),
             **_costs(group),
             "curve": _curve(group),
@@ -113,6 +116,13 @@ def _values(group: Group, split: str, metric: str) -> dict[int, float]:
 def _row(group: Group, split: str, metric: str) -> dict[str, Any]:
     values = _values(group, split, metric)
     return {**spread(values.values()), "values": {str(seed): value for seed, value in values.items()}}
+
+
+def _put_back(group: Group) -> dict[str, Any] | None:
+    losses = {seed: run.put_back["loss"] for seed, run in sorted(group.runs.items()) if "loss" in run.put_back}
+    if not losses or len(losses) < len(group.runs):
+        return None
+    return {**spread(losses.values()), "values": {str(seed): loss for seed, loss in losses.items()}}
 
 
 def _only(groups: list[Group], algorithm: str) -> Group | None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hosfl_lightning.compare.settings import ComparisonError
-from hosfl_lightning.compare.worker import TEST
+from hosfl_lightning.compare.worker import PUT_BACK, TEST
 
 FORWARDS = "budget/client_forwards"
 #: The abscissae of a curve, and their columns in metrics.csv.
@@ -50,8 +50,17 @@ class Run:
     @cached_property
     def test(self) -> dict[str, float] | None:
         """Test metrics without their prefix; None if the test set was not touched."""
+        return None if self._tested is None else _bare(self._tested, "test/")
+
+    @cached_property
+    def put_back(self) -> dict[str, float]:
+        """The same with the client half put back to its start; none where it never left it, or was not tested so."""
+        return _bare(self._tested or {}, PUT_BACK)
+
+    @cached_property
+    def _tested(self) -> dict[str, float] | None:
         path = self.folder / TEST
-        return _bare(json.loads(path.read_text()), "test/") if path.is_file() else None
+        return json.loads(path.read_text()) if path.is_file() else None
 
     @cached_property
     def validation(self) -> dict[str, float]:

@@ -8,18 +8,21 @@ from typing import Any
 from hosfl_lightning.summary import size
 
 NONE = "–"
+PUT_BACK = "test loss, client put back"
 
 
 def columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
     """What a table says of a method, by its head."""
     split, metric, target = results["evaluated_on"], results["metric"], results["target"]
     extra = {f"{split} {metric}": lambda row: pm(row[metric])} if metric else {}
+    put_back = {PUT_BACK: lambda row: pm(row["client_put_back"])} if _put_back(results) else {}
     reached = f"rounds to {target['metric']} {target['value']:.4f}" if target else "rounds to target"
     return {
         f"{split} loss": lambda row: pm(row["loss"]),
         **extra,
         "gap closed": lambda row: share(row["gap_closed"]),
         "frozen − this": lambda row: pm(row["below_frozen"], sign=True),
+        **put_back,
         reached: lambda row: rounds(row["rounds_to_target"]),
         "learning rates": point,
     }
@@ -60,6 +63,12 @@ def notes(results: dict[str, Any]) -> list[str]:
         f"{results['evaluated_on']} loss, on paired means over seeds, with a 95 % bootstrap interval over seeds. "
         "*client forwards*: arithmetic of a client, in plain forwards of its half.",
     ]
+    if _put_back(results):
+        lines.append(
+            f"*{PUT_BACK}*: server as trained, client half as it was before the first round: how far the server relies "
+            "on the client's change, not what the client contributed. For this column alone the test set is touched "
+            "once more."
+        )
     if results["evaluated_on"] == "validation":
         lines.append("**On the validation set**: not every run has touched a test set.")
     if any(row.get("edge") for row in methods.values()):
@@ -114,6 +123,10 @@ def sized(value: float | None) -> str:
 def number(value: float | None, form: str) -> str:
     """A number, if there is one."""
     return NONE if value is None else form.format(value)
+
+
+def _put_back(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row["client_put_back"] for row in results["methods"].values() if row["client_put_back"]]
 
 
 def _named(point: dict[str, Any]) -> str:

@@ -32,6 +32,8 @@ from hosfl_lightning.wire import WireError
 DIVERGED = (TooFewClientsError, WireError)
 #: What the test set gave, in the run folder of a chosen point.
 TEST = "test.json"
+#: The prefix of what it gave once more, with the client half put back to its start.
+PUT_BACK = "client_put_back/"
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,28 @@ class ParseOnly(cli.HOSFLCommand):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing."""
+
+
+class Evaluate(cli.HOSFLCommand):
+    """The test set by what a run ended with, then with the client half as it was before the first round."""
+
+    def before_test(self) -> None:
+        """The model is as its recipe builds it: that is the start."""
+        state = self.model.trained_state()
+        self.start = {name: bits.clone() for name, bits in state.items() if name.startswith("client_half.")}
+
+    @override
+    def after_test(self) -> None:
+        """A client half that stayed at its start needs no second pass; clients that hold the whole model have none."""
+        super().after_test()
+        trainer: Any = self.trainer
+        self.values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        ended = self.model.trained_state()
+        moved = any(not torch.equal(bits.to(ended[name]), ended[name]) for name, bits in self.start.items())
+        if moved and trainer.algorithm.client_holds == "half":
+            self.model.load_trained_state(ended | self.start)
+            [again] = trainer.test(self.model, self.datamodule)
+            self.values |= {PUT_BACK + name.removeprefix("test/"): value for name, value in again.items()}
 
 
 def begin(parent: Connection) -> None:
@@ -147,10 +171,11 @@ def fit(job: Job) -> None:
 
 
 def evaluate(job: Job) -> None:
-    """The test set, by what the run ended with."""
+    """The test set, by what the run ended with, and once more without what its client learned."""
     last = job.folder / "checkpoints" / "last.ckpt"
-    command = cli.command(["test", f"--config={job.config}", f"--ckpt_path={last}", "--trainer.logger=false"])
-    _write(job.folder / TEST, {name: float(value) for name, value in command.trainer.callback_metrics.items()})
+    arguments = ["test", f"--config={job.config}", f"--ckpt_path={last}", "--trainer.logger=false"]
+    command: Any = cli.command(arguments, Evaluate)
+    _write(job.folder / TEST, command.values)
 
 
 def print_into(path: Path) -> None:

@@ -10,16 +10,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from hosfl_lightning import HOSFL, SplitCausalLM, checkpoint
+from hosfl_lightning.algorithms import Algorithm, FedAvg
 from hosfl_lightning.compare.command import parse
 from hosfl_lightning.compare.conditions import unequal
 from hosfl_lightning.compare.runner import Runner
 from hosfl_lightning.compare.settings import Comparison, ComparisonError
+from hosfl_lightning.compare.table import pm
+from hosfl_lightning.compare.worker import Evaluate
+from hosfl_lightning.identity import digest
+from tests import recipe_runs
 from tests.compare.conftest import Compared, hosfl
 from tests.recipe_runs import ROOT
 
@@ -62,6 +71,33 @@ class TestDone:
                 assert row["perplexity"]["values"][str(seed)] == values["test/perplexity"]
         assert tested == chosen
         assert not any("test/" in (path / "metrics.csv").read_text() for path in tested)
+
+    def test_the_client_is_put_back_to_its_start_beside_a_server_as_trained(self, compared: Compared) -> None:
+        methods = compared.results["methods"]
+        assert methods["frozen"]["client_put_back"] is None
+        for name in ("HO-SFL", "first order"):
+            row = methods[name]
+            number = [trial["point"] for trial in row["trials"]].index(row["point"])
+            folder = compared.run(name, f"{number}-seed1")
+            command = recipe_runs.hosfl("test", f"--config={folder}.yaml", "--trainer.logger=false")
+            start = {key: bits.clone() for key, bits in command.model.trained_state().items()}
+            assert digest(start) == load(folder / "run.json")["start"]
+            ended = checkpoint.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
+            server = {key: bits for key, bits in ended.items() if key.startswith("server_half.")}
+            assert 0 < len(server) < len(ended) == len(start)
+            command.model.load_trained_state(start | server)
+            trainer: Any = command.trainer
+            [metrics] = trainer.test(command.model, command.datamodule)
+            assert row["client_put_back"]["values"]["1"] == metrics["test/loss"] != row["loss"]["values"]["1"]
+
+    def test_the_table_says_what_it_is_to_be_put_back(self, compared: Compared) -> None:
+        head, _, *body = (line.split(" | ") for line in compared.table.splitlines()[:6])
+        column = head.index("test loss, client put back")
+        shown = {line[0].removeprefix("| "): line[column] for line in body}
+        for name in ("HO-SFL", "first order"):
+            assert shown[name] == pm(compared.results["methods"][name]["client_put_back"])
+        assert shown["frozen"] == shown["wild"] == "–"
+        assert "relies on the client's change, not what the client contributed. For this column alone" in compared.table
 
     def test_methods_of_a_seed_begin_alike_and_seeds_do_not(self, compared: Compared) -> None:
         begins: dict[str, set[tuple[str, str]]] = {"seed0": set(), "seed1": set()}
@@ -136,6 +172,30 @@ class TestDone:
         hosfl("compare", f"--config={compared.config}", f"--out={out}")
         assert {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")} == times
         assert comparable(load(out / "results.json")) == comparable(compared.results)
+
+
+@pytest.mark.parametrize(("method", "moved", "passes"), [(HOSFL(), True, 1), (HOSFL(), False, 0), (FedAvg(), True, 0)])
+def test_only_a_client_half_that_moved_is_put_back(
+    make_model: Callable[..., SplitCausalLM], method: Algorithm, moved: bool, passes: int
+) -> None:
+    command, model = Evaluate.__new__(Evaluate), make_model()
+    start = {name: bits.clone() for name, bits in model.trained_state().items()}
+    tested: list[bool] = []
+
+    def test(model: SplitCausalLM, data: Any) -> list[dict[str, float]]:
+        state = model.trained_state()
+        tested.append(all(torch.equal(state[n], start[n]) == n.startswith("client_half.") for n in start))
+        return [{"test/loss": 4.0}]
+
+    trainer = SimpleNamespace(algorithm=method, callback_metrics={"test/loss": 3.0}, is_global_zero=False, test=test)
+    command.model, command.datamodule, command.trainer = model, None, trainer  # type: ignore[assignment]
+    command.before_test()
+    with torch.no_grad():
+        for parameter in [*model.client_parameters.values()] * moved + [*model.server_parameters.values()]:
+            parameter.add_(1)
+    command.after_test()
+    assert tested == [True] * passes
+    assert command.values == {"test/loss": 3.0} | ({"client_put_back/loss": 4.0} if passes else {})
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,17 @@ def test_rows_are_named_by_what_differs(compared: Compared) -> None:
     }  # fmt: skip
 
 
+def test_a_run_with_random_signs_is_a_row_of_its_own(compared: Compared, tmp_path: Path) -> None:
+    run = next(path for path in chosen(compared) if path.parent.name == "HO-SFL")
+    control = Path(shutil.copytree(run, tmp_path / "control"))
+    config = yaml.safe_load((control / "config.yaml").read_text())
+    config["trainer"]["callbacks"].append({"class_path": "hosfl_lightning.callbacks.RandomSigns", "init_args": {}})
+    (control / "config.yaml").write_text(yaml.safe_dump(config))
+    groups = report.group([str(run), str(control)])
+    assert [group.name for group in groups] == ["HOSFL", "HOSFL (callbacks RandomSigns)"]
+    assert report.notes(groups) == []
+
+
 def test_without_test_results_the_validation_set_is_shown_and_said(compared: Compared, tmp_path: Path) -> None:
     run = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
     (run / "test.json").unlink()

@@ -1,0 +1,59 @@
+"""RandomSigns: the control whose clients answer as often and as much, and say nothing."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
+from hosfl_lightning.clients import Anchor, Cohort, SplitClient
+from hosfl_lightning.optim import Basis
+from hosfl_lightning.rng import Domain, Stream, direction
+
+
+class RandomSigns(LagrangianUpdate):
+    r"""``v_kp ← s_kp v_kp``, ``s_kp = ±1`` at random: step 4 with coefficients of the right size that carry no signal.
+
+    In the place of `LagrangianUpdate`, whose keys it logs. What such a run gains on a frozen client is not learning: it
+    is the noise of the updates, or of the seeds. Everything else of the run is as without it, the bytes that travel
+    included.
+
+    Example::
+
+        trainer:
+          callbacks: [hosfl_lightning.callbacks.RandomSigns]
+
+    Args:
+        seed: Another one draws other signs in the same run. They follow from it and from the run's seed, the round and
+            the client.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """As of `LagrangianUpdate`; the run's seed is known now."""
+        super().on_train_start(trainer, pl_module)
+        # A key of its own: under the run's seed the signs could be those of a direction.
+        named = f"random signs/{trainer.seed}/{self.seed}"
+        self._key = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little")
+
+    @override
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """The round."""
+        self._round = batch_idx
+
+    @override
+    def answer(self, client: SplitClient, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
+               basis: Basis) -> Tensor:  # fmt: skip
+        """``(K, P)`` coefficients, each with a random sign."""
+        values = super().answer(client, batch, anchor, multiplier, cohort, basis)
+        streams = [Stream(self._key, Domain.RADEMACHER, self._round, k) for k in cohort.clients]
+        signs = [direction(stream, 0, 0, basis.size, device=values.device) for stream in streams]
+        return values * torch.stack(signs)
