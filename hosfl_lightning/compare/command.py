@@ -65,7 +65,7 @@ def compare(comparison: Comparison, command: str) -> dict[str, Any]:
     runner = Runner(comparison)
     chosen = runner.run()
     groups = [_group(runner, name, point) for name, point in chosen.items()]
-    results = reckon(groups, comparison.metric, comparison.mode, comparison.target, command)
+    results = reckon(groups, comparison.metric, comparison.mode, comparison.target, command, comparison.first_order)
     budget, points = comparison.budget, comparison.grid_size
     results["budget"] = {budget.kind: budget.value}
     results["notes"] = [

@@ -20,7 +20,14 @@ from hosfl_lightning.identity import hardware
 FROZEN, FIRST_ORDER = "Frozen", "SplitFedSGD"
 
 
-def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | None, command: str) -> dict[str, Any]:
+def reckon(
+    groups: list[Group],
+    metric: str | None,
+    mode: str,
+    target: Target | None,
+    command: str,
+    first_order: str | None = None,
+) -> dict[str, Any]:
     """``results.json``: losses in nats, sizes in bytes, times in seconds.
 
     ``gap_closed`` of a method is what `gap_closed` gives and the ``split`` whose losses it was given: ``test`` where
@@ -34,6 +41,7 @@ def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | 
         mode: Whether a high or a low metric is good.
         target: None: the frozen control's mean validation loss at its end.
         command: As it was given.
+        first_order: Row whose gap to the frozen control is the whole gap; None: the one of `FIRST_ORDER`.
 
     Raises:
         ComparisonError: No run is finished, or a run has no such metric.
@@ -50,13 +58,13 @@ def reckon(groups: list[Group], metric: str | None, mode: str, target: Target | 
                 raise ComparisonError(f"metric: {run.folder} has no {name!r} on the validation set; it has {known}")
     split = "test" if all(run.test is not None for run in runs) else "validation"
     losses = {group.name: _values(group, split, "loss") for group in groups}
-    frozen, first_order = (_only(groups, algorithm) for algorithm in (FROZEN, FIRST_ORDER))
+    frozen, whole = _only(groups, FROZEN), _only(groups, FIRST_ORDER, first_order)
     target, why = _target(target, frozen)
     methods = {}
     for group in groups:
-        found, reason = None, _missing(frozen, first_order)
-        if frozen and first_order:
-            found, reason = gap_closed(losses[group.name], losses[frozen.name], losses[first_order.name])
+        found, reason = None, _missing(frozen, whole)
+        if frozen and whole:
+            found, reason = gap_closed(losses[group.name], losses[frozen.name], losses[whole.name])
         methods[group.name] = {
             "algorithm": group.algorithm,
             "seeds": sorted(group.runs),
@@ -125,9 +133,9 @@ def _put_back(group: Group) -> dict[str, Any] | None:
     return {**spread(losses.values()), "values": {str(seed): loss for seed, loss in losses.items()}}
 
 
-def _only(groups: list[Group], algorithm: str) -> Group | None:
-    """The one row with this method; of two, neither is the control."""
-    found = [group for group in groups if group.algorithm == algorithm]
+def _only(groups: list[Group], algorithm: str, name: str | None = None) -> Group | None:
+    """The one row with this method, or this name; of two with the method, neither is the control."""
+    found = [group for group in groups if (group.algorithm == algorithm if name is None else group.name == name)]
     return found[0] if len(found) == 1 else None
 
 

@@ -16,7 +16,7 @@ SHORT = {
 #: Set by the comparison for every run.
 OWNED = (
     "trainer.algorithm.class_path", "trainer.max_rounds", "trainer.val_check_interval", "trainer.controls",
-    "trainer.logger", "trainer.callbacks", "trainer.default_root_dir", "trainer.enable_progress_bar",
+    "trainer.logger", "trainer.default_root_dir", "trainer.enable_progress_bar",
     "trainer.enable_checkpointing", "trainer.seed", "model.init_args.seed", "data.init_args.seed",
 )  # fmt: skip
 #: What makes a comparison one; a method may not change it.
@@ -113,6 +113,7 @@ class Comparison:
         metric: Beside the loss, as the model logs it after ``val/`` and ``test/``; null: the loss alone.
         mode: Whether a high or a low value of the metric is good.
         target: Null: the frozen control's mean validation loss at its end.
+        first_order: Name of the row that closes the gap by definition; null: the one whose method is SplitFedSGD.
         validations: Points of a curve, without the one at the start.
         jobs: Runs at a time, 1 or 2.
         only: Names of the methods to compare; null: all.
@@ -129,6 +130,7 @@ class Comparison:
     metric: str | None = None
     mode: Literal["min", "max"] = "max"
     target: Target | None = None
+    first_order: str | None = None
     validations: int = 10
     jobs: int = 2
     only: list[str] | None = None
@@ -160,6 +162,8 @@ class Comparison:
         for name in self.only or ():
             if name not in self.methods:
                 raise ComparisonError(f"only: {name!r} is not one of {', '.join(self.methods)}")
+        if self.first_order is not None and self.first_order not in self.methods:
+            raise ComparisonError(f"first_order: {self.first_order!r} is not one of {', '.join(self.methods)}")
         self.methods = {name: self.methods[name] for name in self.only or self.methods}
         given = [f"{name}={value}" for name, value in vars(self.budget).items() if value is not None]
         if len(given) != 1 or not self.budget.value > 0:

@@ -13,6 +13,7 @@ import yaml
 from hosfl_lightning.compare import report
 from hosfl_lightning.compare.publish import publish
 from hosfl_lightning.compare.results import reckon
+from hosfl_lightning.compare.runs import Group
 from hosfl_lightning.compare.settings import ComparisonError, Publish
 from hosfl_lightning.compare.table import rows
 from tests.compare.conftest import Compared, hosfl
@@ -107,6 +108,20 @@ def test_an_infinite_metric_is_null_and_drawn_over(compared: Compared, tmp_path:
     assert row["perplexity"] == {"mean": None, "sd": None, "values": {"0": None}}
     assert row["curve"][0]["perplexity"]["mean"] is None
     assert (tmp_path / "rounds.png").is_file()
+
+
+def test_of_two_first_order_rows_the_named_one_is_the_whole_gap(compared: Compared) -> None:
+    groups = report.group(map(str, chosen(compared)))
+    (row,) = (group for group in groups if group.algorithm == "SplitFedSGD")
+    both = [*groups, Group("another", row.runs, row.failed, row.details)]
+    one, two, named = (
+        reckon(rows, None, "min", None, "", first_order)["methods"]["HOSFL"]
+        for rows, first_order in ((groups, None), (both, None), (both, row.name))
+    )
+    assert two["gap_closed"] is None
+    assert "exactly one" in two["no_gap_closed"]
+    assert (named["gap_closed"], named["no_gap_closed"]) == (one["gap_closed"], one["no_gap_closed"])
+    assert "exactly one" not in named["no_gap_closed"]
 
 
 @pytest.mark.parametrize("what", ["data", "weights"])

@@ -39,6 +39,7 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"budget": {"bytes": 0}}, ["budget", "above 0"]),
     ({"budget": {"hours": 2}}, ["budget", "hours"]),
     ({"methods": {}}, ["methods", "none"]),
+    ({"first_order": "SplitFed"}, ["first_order: 'SplitFed' is not one of HO-SFL"]),
     ({"methods": methods(grid=[{"client_lr": 0.1}])}, ["HO-SFL 1, frozen 2", "same number of learning rates"]),
     ({"methods": methods(gird=[])}, ["gird"]),
     ({"methods": methods(overrides={"data.init_args.batch_size": 9})}, ["methods.HO-SFL.overrides", "same for all"]),
