@@ -79,7 +79,8 @@ class TestEveryRecipe:
         assert set(summary) >= SUMMARY_KEYS
         assert set(summary["bytes_per_client_round"]) >= KINDS
         assert (summary["algorithm"], summary["rounds"]) == (trainer["algorithm"]["class_path"].split(".")[-1], 2)
-        assert summary["probes"] == trainer["algorithm"]["init_args"].get("probes")
+        default = 2 if summary["algorithm"] == "HOSFL" else None
+        assert summary["probes"] == trainer["algorithm"]["init_args"].get("probes", default)
         assert summary["clients_per_round"] == (trainer["clients_per_round"] or summary["clients"])
         expected = {"frozen", "first_order"} if summary["algorithm"] == "HOSFL" else set()
         assert set(summary["controls"]) == set(trainer["controls"]) == expected

@@ -21,7 +21,17 @@ from hosfl_lightning.clients import run
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.servers.pretrained import load_model, load_tokenizer, resolve
-from hosfl_lightning.split import Lora, ServerHalf, Side, add_lora, add_side, copied_head, export_adapter, split
+from hosfl_lightning.split import (
+    Lora,
+    Placement,
+    ServerHalf,
+    Side,
+    add_lora,
+    copied_head,
+    export_adapter,
+    place_side,
+    split,
+)
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.wire import SmashedData
 
@@ -51,7 +61,7 @@ class SplitModule(L.LightningModule, ABC):
         client_holds: ``half``: a client never holds more than the layers before the cut. ``whole``: the server's half
             may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
         side: A side adapter from the client's layers to the cut. Then nothing else of the client is trained but the
-            LoRA that ``lora.client`` asks for.
+            LoRA that ``lora.client`` asks for; without ``lora`` the server's half is trained whole.
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -82,13 +92,15 @@ class SplitModule(L.LightningModule, ABC):
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         whole = self.load_whole(dtype, seed, **model_kwargs)
         whole.eval()
+        placement = None if side is None else self.place_side(whole, side)
         if lora is not None:
+            base = resolve(pretrained)
             peft_model = add_lora(
-                whole, cut, lora, head=self.trains_head, base_model_name_or_path=resolve(pretrained), seed=seed
+                whole, cut, lora, head=self.trains_head, base_model_name_or_path=base, seed=seed, side=placement
             ).eval()
             whole = peft_model.get_base_model()
-        if side is not None:
-            self.add_side(whole, side)
+        elif placement is not None:
+            placement.attach(whole)
         # In a tuple: Lightning must see each parameter once, in its half.
         self._whole = (peft_model if lora is not None else whole,)
         self.client_half, self.server_half = self.split_whole(whole)
@@ -113,9 +125,9 @@ class SplitModule(L.LightningModule, ABC):
         """Its two halves. The client's names what it takes of a batch (``inputs``) and its ``layers``."""
         return split(whole, self.cut)
 
-    def add_side(self, whole: Any, side: Side) -> None:
-        """Bottlenecks on the layers of the uncut model, in place."""
-        add_side(whole, self.cut, side, self.seed)
+    def place_side(self, whole: Any, side: Side) -> Placement:
+        """Where in the uncut model the bottlenecks go."""
+        return place_side(whole, self.cut, side, self.seed)
 
     def prepare(self, batch: Batch) -> Batch:
         """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""
@@ -192,8 +204,8 @@ class SplitModule(L.LightningModule, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
-        trained = self.server_parameters
-        frozen = [p for n, p in self.server_half.named_parameters() if n not in trained]
+        halves = (self.server_half, self.server_parameters), (self.client_half, self.client_parameters)
+        frozen = [p for half, trained in halves for n, p in half.named_parameters() if n not in trained]
         if not frozen:
             return "all trained"
         return sha256(frozen[0].detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()
@@ -309,7 +321,7 @@ class SplitModule(L.LightningModule, ABC):
                 dropout.eval()
 
     def export(self, directory: str) -> None:
-        """Write one standard PEFT adapter that holds both halves.
+        """Write one PEFT adapter that holds both halves; with a side adapter PEFT reads it after this package's import.
 
         Raises:
             SplitError: Without LoRA there is no adapter to write.

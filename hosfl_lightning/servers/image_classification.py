@@ -14,7 +14,17 @@ from transformers import AutoModelForImageClassification
 from hosfl_lightning.servers.base import Batch, default_optimizer
 from hosfl_lightning.servers.classification import SplitClassifier
 from hosfl_lightning.servers.pretrained import PretrainedError, load_model, seeded
-from hosfl_lightning.split import ImageClientHalf, ImageServerHalf, Lora, SplitError, linear_head, split_images
+from hosfl_lightning.split import (
+    ImageClientHalf,
+    ImageServerHalf,
+    Lora,
+    Placement,
+    Side,
+    SplitError,
+    linear_head,
+    place_side_images,
+    split_images,
+)
 from hosfl_lightning.wire import SmashedData
 
 
@@ -42,6 +52,8 @@ class SplitImageClassifier(SplitClassifier):
         dtype: Of the model: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
         seed: Of a network's start, a fresh head's and the adapters'.
         client_holds: As in `SplitModule`.
+        side: As in `SplitModule`, on the client's layers that have parameters: of a feature map by 1x1 convolutions,
+            averaged to the resolution of the cut.
 
     Raises:
         PretrainedError: The model cannot be loaded, or not one of ``pretrained`` and ``network`` is given.
@@ -66,6 +78,7 @@ class SplitImageClassifier(SplitClassifier):
         dtype: Literal["float32", "bfloat16", "auto"] = "float32",
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
+        side: Side | None = None,
     ) -> None:
         if (pretrained is None) == (network is None) or isinstance(network, nn.Module):
             raise PretrainedError(
@@ -74,7 +87,7 @@ class SplitImageClassifier(SplitClassifier):
             )
         self.num_labels, self.image_size, self.channels = num_labels, image_size, channels
         super().__init__(
-            pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds,
+            pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
             network=network, frozen=frozen,
         )  # fmt: skip
 
@@ -99,6 +112,10 @@ class SplitImageClassifier(SplitClassifier):
             )
         freeze_named(whole, frozen)
         return whole
+
+    def place_side(self, whole: Any, side: Side) -> Placement:
+        """By `place_side_images`."""
+        return place_side_images(whole, self.cut, side, self.image_size, self.channels, self.seed)
 
     def split_whole(self, whole: Any) -> tuple[ImageClientHalf, ImageServerHalf]:
         """Cut by `split_images`."""

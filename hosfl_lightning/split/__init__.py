@@ -1,4 +1,4 @@
-"""Cutting a Hugging Face model into a client half and a server half, and LoRA on both."""
+"""Cutting a Hugging Face model into a client half and a server half, LoRA on both, and side adapters."""
 
 from hosfl_lightning.split.adapters import Lora, LoraHalf, add_lora
 from hosfl_lightning.split.auxiliary import LinearHead, copied_head, linear_head
@@ -8,8 +8,9 @@ from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.export import export_adapter
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
 from hosfl_lightning.split.image_halves import ImageClientHalf, ImageServerHalf
-from hosfl_lightning.split.images import split_images
-from hosfl_lightning.split.side import Side, add_side
+from hosfl_lightning.split.images import place_side_images, split_images
+from hosfl_lightning.split.placement import Placement, add_side, place_side
+from hosfl_lightning.split.side import Side
 from hosfl_lightning.split.structure import LayerPath, find_layers
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "LinearHead",
     "Lora",
     "LoraHalf",
+    "Placement",
     "ServerHalf",
     "Side",
     "SplitError",
@@ -32,6 +34,8 @@ __all__ = [
     "linear_head",
     "load_client_half",
     "load_server_half",
+    "place_side",
+    "place_side_images",
     "split",
     "split_images",
 ]

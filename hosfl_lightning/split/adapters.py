@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hosfl_lightning.split.cut import check_cut, tied_head
 from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.placement import Placement
+from hosfl_lightning.split.side_lora import SideLoraConfig
 from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import has_parameters
 
@@ -75,6 +79,7 @@ def add_lora(
     head: bool,
     seed: int = 0,
     base_model_name_or_path: str | None = None,
+    side: Placement | None = None,
 ) -> PeftModel:
     """Inject LoRA into both halves, in place, and freeze the rest; then split ``peft_model.get_base_model()``.
 
@@ -86,10 +91,11 @@ def add_lora(
         seed: of A's random values, drawn for each half apart, so that the server starts the same whatever LoRA its
             clients have; the global random state is left alone.
         base_model_name_or_path: what the exported adapter names as its base; the model's own name by default.
+        side: bottlenecks to attach as well, in the same adapter.
 
     Raises:
-        SplitError: targets match no linear module of a half, the client has dropout, the cut is out of range, or
-            the head to train is tied to the embeddings.
+        SplitError: targets match no linear module of a half, the client has dropout, the cut is out of range,
+            the head to train is tied to the embeddings, or there is no layer to tap.
     """
     layers = find_layers(model)
     check_cut(cut, layers, type(model).__name__)
@@ -102,7 +108,8 @@ def add_lora(
     targets += _targets(model, layers, numbers[cut:], lora.server, "server")
     first = lora.client or lora.server
     on_server = rf"{re.escape(layers.path)}\.(?:{'|'.join(map(str, numbers[cut:]))})\..*"
-    config = LoraConfig(
+    settings: Callable[..., LoraConfig] = LoraConfig if side is None else partial(SideLoraConfig, side=asdict(side))
+    config = settings(
         task_type=_task_type(model, head),
         r=first.r,
         lora_alpha=first.alpha,

@@ -23,6 +23,8 @@ def load_client_half(
 ) -> ClientHalf:
     """Read the embeddings and the first ``cut`` layers of a saved model, and nothing else.
 
+    The half has no adapter: LoRA and side adapters are attached to a whole model, which is split then.
+
     Args:
         path: folder or hub name of a model saved as safetensors, in one file or in shards.
         cut: number of layers the client holds, from 1 to the number of layers - 1.

@@ -23,11 +23,13 @@ class Recording:
     Attributes:
         calls: dotted names, in the order in which the modules were called.
         shapes: of the first tensor that each was given, without the batch.
+        outputs: of the tensor, or first tensor of a tuple, that each returned; ``()`` if it was anything else.
         tuples: names of those that returned a tuple.
     """
 
     calls: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     tuples: set[str] = field(default_factory=set)
 
     def in_order(self, names: Sequence[str]) -> bool:
@@ -68,6 +70,8 @@ def _watch(recording: Recording, name: str, module: nn.Module) -> list[Removable
     def leave(_module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
         if isinstance(output, tuple):
             recording.tuples.add(name)
+        first = next(iter(output), None) if isinstance(output, tuple) else output
+        recording.outputs[name] = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
 
     return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
 

@@ -13,7 +13,9 @@ from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import Entry, Exit, Stub
 from hosfl_lightning.split.image_halves import Hollow, ImageClientHalf, ImageServerHalf, logits_of
 from hosfl_lightning.split.image_structure import Recording, entries, find_image_structure, record
-from hosfl_lightning.split.structure import LayerPath, Skip, siblings
+from hosfl_lightning.split.placement import Placement, check_direct
+from hosfl_lightning.split.side import Side
+from hosfl_lightning.split.structure import LayerPath, Skip, Structure, siblings
 from hosfl_lightning.split.views import quiet, set_submodule, view, view_of_path
 
 Halves = tuple[ImageClientHalf, ImageServerHalf]
@@ -44,18 +46,33 @@ def split_images(model: nn.Module, cut: int, image_size: int, channels: int = 3)
     """
     model.eval()
     images = example_images(model, image_size, channels)
-    if isinstance(model, nn.Sequential):
-        client, server = _cut_sequential(model, cut, record(model, images[:1]))
-    elif isinstance(model, PreTrainedModel):
-        client, server = _cut_pretrained(model, cut, record(model, images[:1]))
+    names, recording = _layers(model, cut, images[:1])
+    shape = _shape(model, recording, names[cut])
+    if isinstance(model, PreTrainedModel):
+        client, server = _cut_pretrained(model, cut, find_image_structure(model, recording), shape, names)
     else:
-        raise SplitError(
-            f"{type(model).__name__} cannot be split: it is neither a transformers image classifier nor an "
-            "nn.Sequential."
-        )
+        client, server = _cut_sequential(model, cut, shape, names)
     _check_disjoint(client, server)
     _check_equal(model, client, server, images)
     return client, server
+
+
+def place_side_images(
+    model: nn.Module, cut: int, side: Side, image_size: int, channels: int = 3, seed: int = 0
+) -> Placement:
+    """Find the place of a side adapter in an image classifier; arguments and the other errors as in `split_images`.
+
+    A map's bottleneck is a 1x1 convolution down, averaged to the resolution of the cut, and one up.
+
+    Raises:
+        SplitError: something runs between the layers.
+    """
+    model.eval()
+    images = example_images(model, image_size, channels)
+    names, recording = _layers(model, cut, images[:1])
+    with quiet(model):
+        check_direct(model, names[: cut + 1], lambda: model(images[:1]))
+    return Placement(side, names[: cut + 1], [recording.outputs[name] for name in names[:cut]], seed)
 
 
 def example_images(model: nn.Module, image_size: int, channels: int) -> Tensor:
@@ -65,17 +82,32 @@ def example_images(model: nn.Module, image_size: int, channels: int) -> Tensor:
     return images.to(parameter.device, parameter.dtype)
 
 
-def _cut_pretrained(model: PreTrainedModel, cut: int, recording: Recording) -> Halves:
-    structure = find_image_structure(model, recording)
+def _layers(model: nn.Module, cut: int, images: Tensor) -> tuple[list[str], Recording]:
+    """Dotted names of all layers, among which the cut is, and the forward that showed them."""
+    name = type(model).__name__
+    if not isinstance(model, nn.Sequential | PreTrainedModel):
+        raise SplitError(f"{name} cannot be split: it is neither a transformers image classifier nor an nn.Sequential.")
+    recording = record(model, images)
+    path, counted = "", "children"
+    if isinstance(model, PreTrainedModel):
+        path = find_image_structure(model, recording).layers.path
+        counted = f"entries of {path}"
+    names = entries(model, path)
+    if not recording.in_order(names):
+        raise SplitError(f"{name} cannot be split: its children do not run once each, in order.")
+    check_cut(cut, LayerPath(path, len(names)), name, counted)
+    return names, recording
+
+
+def _cut_pretrained(
+    model: PreTrainedModel, cut: int, structure: Structure, shape: tuple[int, ...], names: list[str]
+) -> Halves:
     layers = structure.layers
-    check_cut(cut, layers, type(model).__name__, f"entries of {layers.path}")
     client = prune_to_client(view_of_path(model, layers.path), structure, cut)
     server = prune_to_server(view_of_path(model, layers.path), structure, cut)
     for name, module in siblings(model, layers):
         if isinstance(server.get_submodule(name), Stub):
             set_submodule(server, name, Hollow(module))
-    names = entries(model, layers.path)
-    shape = _shape(model, recording, names[cut])
     leave, enter = client.get_submodule(names[cut]), server.get_submodule(names[cut - 1])
     return (
         ImageClientHalf(client, client.get_submodule(layers.backbone), cast(Exit, leave), cut, shape, names),
@@ -83,18 +115,13 @@ def _cut_pretrained(model: PreTrainedModel, cut: int, recording: Recording) -> H
     )
 
 
-def _cut_sequential(model: nn.Sequential, cut: int, recording: Recording) -> Halves:
-    names = entries(model, "")
-    if not recording.in_order(names):
-        raise SplitError(f"{type(model).__name__} cannot be split: its children do not run once each, in order.")
-    check_cut(cut, LayerPath("", len(names)), type(model).__name__, "children")
+def _cut_sequential(model: nn.Module, cut: int, shape: tuple[int, ...], names: list[str]) -> Halves:
     client, server = view(model), view(model)
     leave, enter = Exit(tuples=False), Entry(tuples=False)
     client._modules[names[cut]] = leave
     for name in names[cut + 1 :]:
         del client._modules[name]
     server._modules.update({name: Skip(tuples=False) for name in names[: cut - 1]} | {names[cut - 1]: enter})
-    shape = _shape(model, recording, names[cut])
     return ImageClientHalf(client, client, leave, cut, shape, names), ImageServerHalf(
         server, server, enter, cut, shape, names
     )

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from hosfl_lightning.split.cut import check_cut
 from hosfl_lightning.split.errors import SplitError
-from hosfl_lightning.split.structure import find_layers
+from hosfl_lightning.split.views import has_parameters
 
-#: The attribute of a layer that holds its bottleneck; PEFT saves what has ``lora_`` in its name.
+#: The attribute of a layer that holds its bottleneck; PEFT's own LoRA has ``lora_`` in its names too.
 NAME = "lora_side"
 ADAPTER = "default"
 
@@ -45,20 +44,25 @@ class Side:
     def __post_init__(self) -> None:
         if self.client < 0 or self.server < 0 or not self.client + self.server:
             raise ValueError(f"side.client={self.client}, side.server={self.server}: widths are >= 0, one of them > 0.")
+        if self.taps not in ("below", "all"):
+            raise ValueError(f"side.taps={self.taps!r}: below (the layers before the last) or all (z itself as well).")
 
-    def tapped(self, cut: int) -> range:
-        """Numbers of the layers with a bottleneck.
+    def tapped(self, layers: Sequence[nn.Module]) -> list[int]:
+        """Numbers of the client's layers with a bottleneck: those with parameters, and the last one if ``all``.
+
+        A layer without parameters (the ReLU between two convolutions) tells nothing that the one before it does not.
 
         Raises:
-            SplitError: there is no layer below the last one.
+            SplitError: there is no such layer.
         """
-        taps = range(cut if self.taps == "all" else cut - 1)
+        below = [number for number, layer in enumerate(layers[:-1]) if has_parameters(layer)]
+        taps = [*below, len(layers) - 1] if self.taps == "all" else below
         if self.client and not taps:
             raise SplitError(
-                f"side.taps='below' with cut={cut}: the client's only layer gives z itself; set side.taps: all, or a "
-                "deeper cut."
+                f"side.taps='below' with cut={len(layers)}: no layer with parameters is below the one that gives z "
+                "itself; set side.taps: all, or a deeper cut."
             )
-        return taps if self.client else range(0)
+        return taps if self.client else []
 
 
 class Bottleneck(nn.Module):
@@ -72,9 +76,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, given: Sequence[int], wanted: Sequence[int], width: int) -> None:
         super().__init__()
-        self.size = tuple(wanted[1:]) if len(wanted) == 3 and tuple(given[1:]) != tuple(wanted[1:]) else None
-        if (len(given) == 3) != (len(wanted) == 3):
-            raise SplitError(f"no side adapter leads from features of shape {tuple(given)} to {tuple(wanted)}.")
+        if len(given) != len(wanted) or not 1 <= len(wanted) <= 3 or (len(wanted) == 2 and given[0] != wanted[0]):
+            raise SplitError(
+                f"no side adapter leads from a layer's features of shape {tuple(given)} to the smashed data of shape "
+                f"{tuple(wanted)}: both are maps, or vectors, or the same number of tokens; move the cut to where the "
+                "client's layers agree, or set side to null."
+            )
+        pooled = len(wanted) == 3 and tuple(given[1:]) != tuple(wanted[1:])
+        self.size = (wanted[1], wanted[2]) if pooled else None
         self.down = nn.Linear(channels(given), width, bias=False, dtype=torch.float32)
         self.up = nn.Linear(width, channels(wanted), bias=False, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
@@ -93,24 +102,33 @@ class Bottleneck(nn.Module):
         return cast(Tensor, self.up(self.squeeze(h)))
 
 
-class Tap(nn.ModuleDict):
-    """A layer's bottleneck under the name of its adapter, as PEFT holds adapters."""
+class Tap(nn.ModuleDict, BaseTunerLayer):
+    """A layer's bottleneck under the name of its adapter, as PEFT holds, saves, switches and freezes adapters."""
 
-    def __init__(self, bottleneck: Bottleneck) -> None:
-        super().__init__({ADAPTER: bottleneck})
+    adapter_layer_names = ("adapters",)
+
+    def __init__(self, bottleneck: Bottleneck, adapter: str = ADAPTER) -> None:
+        super().__init__({adapter: bottleneck})
+        self._active_adapter = [adapter]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """The same: a layer that is an ``nn.Sequential`` takes it for one more child."""
+        return features
+
+    def get_base_layer(self) -> nn.Module:
+        """Nothing: a tap stands beside its layer and wraps none, so it has no weight of a base."""
+        return nn.Identity()
 
     @property
-    def bottleneck(self) -> Bottleneck:
-        """The adapter."""
-        return cast(Bottleneck, self[ADAPTER])
+    def adapters(self) -> Tap:
+        """PEFT asks a layer for its adapters by name."""
+        return self
 
-
-class ServerTap(Tap):
-    """``z ← z + q(z)`` in front of the server's first layer."""
-
-    def enter(self, _layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A pre-hook of that layer."""
-        return (add(args[0], self.bottleneck(args[0])), *args[1:])
+    @property
+    def bottleneck(self) -> Bottleneck | None:
+        """The adapter; None while it is disabled or another one is active."""
+        active = None if self.disable_adapters else next((a for a in self.active_adapters if a in self), None)
+        return None if active is None else cast(Bottleneck, self[active])
 
 
 Watch = Callable[[Bottleneck, Tensor], None]
@@ -142,11 +160,13 @@ class Ladder:
         self.watched = 0
 
     def _tap(self, layer: nn.Module, _args: Any, output: Any) -> None:
-        bottleneck, h = getattr(layer, NAME).bottleneck, _features(output)
+        bottleneck, h = getattr(layer, NAME).bottleneck, features_of(output)
+        if bottleneck is None:
+            return
         if self.watch is None:
             self.squeezed.append((bottleneck, bottleneck.squeeze(h)))
-            if self.kept is not None:  # a map may be overwritten by the next layer, if that works in place
-                self.kept.append((bottleneck, h.clone() if h.ndim == 4 else h))
+            if self.kept is not None:  # a map or a vector may be overwritten by the next layer, if that works in place
+                self.kept.append((bottleneck, h if h.ndim == 3 else h.clone()))
             return
         self.watch(bottleneck, h)
         self.watched += 1
@@ -154,7 +174,7 @@ class Ladder:
             raise _Seen
 
     def _finish(self, _layer: nn.Module, _args: Any, output: Any) -> Any:
-        z = _features(output)
+        z = features_of(output)
         while self.squeezed:
             bottleneck, a = self.squeezed.pop(0)
             z = add(z, bottleneck.up(a))
@@ -163,7 +183,8 @@ class Ladder:
     @contextmanager
     def keeping(self) -> Iterator[list[tuple[Bottleneck, Tensor]]]:
         """While open, forwards leave each bottleneck and its ``h`` in the list."""
-        self.kept = kept = []
+        kept: list[tuple[Bottleneck, Tensor]] = []
+        self.kept = kept
         try:
             yield kept
         finally:
@@ -186,38 +207,70 @@ class _Seen(Exception):
 
 
 def attach_side(
-    layers: Sequence[nn.Module], cut: int, shapes: Sequence[Sequence[int]], side: Side, seed: int = 0
+    layers: Sequence[nn.Module],
+    cut: int,
+    shapes: Sequence[Sequence[int]],
+    side: Side,
+    seed: int = 0,
+    adapter: str = ADAPTER,
 ) -> None:
     """Give the layers of a whole model their bottlenecks, in place; then split it: halves share layers with the whole.
 
     Args:
-        layers: of the whole model, in order.
+        layers: of the whole model, in order; beyond the server's first one they are not read.
         cut: number of layers the client holds.
-        shapes: of each layer's output without the batch.
+        shapes: of each client layer's output without the batch.
         side: widths and taps.
         seed: of ``down``'s random values; the global random state is left alone.
+        adapter: its name in PEFT.
 
     Raises:
         SplitError: no layer to tap, or one whose output has another kind of shape than z.
     """
-    taps, device = side.tapped(cut), next(layers[0].parameters()).device
+    taps, z = side.tapped(layers[:cut]), shapes[cut - 1]
+    device = next((p.device for layer in layers for p in layer.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        for number in taps:
-            layers[number].add_module(NAME, Tap(Bottleneck(shapes[number], shapes[cut - 1], side.client)).to(device))
-        if side.server:
-            tap = ServerTap(Bottleneck(shapes[cut - 1], shapes[cut - 1], side.server)).to(device)
-            layers[cut].add_module(NAME, tap)
-            layers[cut].register_forward_pre_hook(tap.enter)
+        below = {number: Tap(Bottleneck(shapes[number], z, side.client), adapter) for number in taps}
+        above = Tap(Bottleneck(z, z, side.server), adapter) if side.server else None
+    for number, tap in below.items():
+        layers[number].add_module(NAME, _on(tap, device))
+    if above is not None:
+        layers[cut].add_module(NAME, _on(above, device))
+        layers[cut].register_forward_pre_hook(enter)
     if taps:
         Ladder(layers[:cut], taps)
 
 
+def enter(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pre-hook of the server's first layer: ``z ← z + q(z)`` with its bottleneck."""
+    bottleneck = cast(Tap, getattr(layer, NAME)).bottleneck
+    return args if bottleneck is None else (add(args[0], bottleneck(args[0])), *args[1:])
+
+
+def _on(tap: Tap, device: torch.device) -> Tap:
+    held = next(tap.parameters()).device
+    return tap if held.type == "meta" else tap.to(device)  # PEFT's low_cpu_mem_usage brings the values later
+
+
+def detach_side(model: nn.Module) -> None:
+    """Take the bottlenecks of `attach_side` out again, in place."""
+    for module in list(model.modules()):
+        module._modules.pop(NAME, None)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hook is enter or isinstance(_owner(hook), Ladder)]:
+                del hooks[key]
+
+
 def ladder(half: nn.Module) -> Ladder | None:
     """The taps of a client half; None: it has no side adapter."""
-    layers: Any = half.layers  # type: ignore[union-attr]
+    layers: Any = half.layers
     hooks = [hook for layer in layers.values() for hook in layer._forward_hooks.values()]
-    return next((h.__self__ for h in hooks if isinstance(getattr(h, "__self__", None), Ladder)), None)
+    return next((owner for owner in map(_owner, hooks) if isinstance(owner, Ladder)), None)
+
+
+def _owner(hook: Any) -> object:
+    return getattr(hook, "__self__", None)
 
 
 def channels(shape: Sequence[int]) -> int:
@@ -238,13 +291,6 @@ def add(features: Tensor, q: Tensor) -> Tensor:
     return features + (q.transpose(1, 2) if features.ndim == 4 else q).reshape(features.shape)
 
 
-def _features(output: Any) -> Tensor:
+def features_of(output: Any) -> Tensor:
+    """The hidden state among what a layer returns."""
     return cast(Tensor, output[0] if isinstance(output, tuple) else output)
-
-
-def add_side(model: PreTrainedModel, cut: int, side: Side, seed: int = 0) -> None:
-    """`attach_side` for a causal LM or a sequence classifier."""
-    found = find_layers(model)
-    check_cut(cut, found, type(model).__name__)
-    layers = [model.get_submodule(f"{found.path}.{i}") for i in range(found.num_layers)]
-    attach_side(layers, cut, [(0, model.config.get_text_config().hidden_size)] * found.num_layers, side, seed)

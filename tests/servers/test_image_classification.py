@@ -17,9 +17,9 @@ from hosfl_lightning import HOSFL, Orchestrator, SplitImageClassifier, algorithm
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.networks import ConvNet
-from hosfl_lightning.optim import SGD
+from hosfl_lightning.optim import SGD, Uncompressed
 from hosfl_lightning.servers import PretrainedError, SplitModule
-from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
 from hosfl_lightning.wire import SmashedData
 from tests.servers.image_runs import RandomImages, saved, sgd
 from tests.split.tiny_images import CLASSES, images, tiny_image_model
@@ -203,6 +203,53 @@ def test_adapters_of_a_vision_transformer_are_trained_and_exported(
     with torch.no_grad():
         assert torch.equal(exported(images()).logits, model(images()))
     assert not torch.equal(untrained, model(images()))
+
+
+def test_a_side_adapter_of_a_network_is_all_its_client_trains(make_orchestrator: Callable[..., Orchestrator]) -> None:
+    """Beside backprop through the client's half: the client knows its gradient exactly."""
+    models = [classifier(cut=2, side=Side(4, taps="all"), optimizer=sgd(0.1)) for _ in range(2)]
+    assert {n.split(".", 1)[1] for n in models[0].client_parameters} == {
+        f"lora_side.default.{n}.weight" for n in ("down", "up")
+    }
+    assert len(models[0].client_parameters) == 2 * 2
+    before = state(models[0])
+    local = HOSFL(estimator="local", compression=Uncompressed(), client_optimizer=SGD(lr=0.1))
+    for model, algorithm in zip(models, (local, SplitFedSGD(client_optimizer=SGD(lr=0.1)))):
+        make_orchestrator(algorithm, max_rounds=3).fit(model, RandomImages())
+    for name, tensor in state(models[0]).items():
+        assert not torch.equal(tensor, before[name]), name
+        torch.testing.assert_close(tensor, state(models[1])[name], msg=name)
+
+
+def test_a_side_adapter_of_a_pretrained_network_leaves_its_norms(
+    make_orchestrator: Callable[..., Orchestrator], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"frozen": ["normalization"], "cut": 2, "optimizer": sgd(1e-3)}
+    model = of_folder(tiny_image_model("ResNet", noise=0), tmp_path / "model", side=Side(4), **settings)
+    model.train()
+    assert list(model.client_parameters) == [
+        f"resnet.encoder.stages.0.lora_side.default.{n}.weight" for n in ("down", "up")
+    ]
+    held = {n: t.clone() for n, t in model.state_dict().items() if n not in model.trained_state()}
+    assert any(name.endswith("running_var") for name in held)
+    trainer = make_orchestrator(HOSFL(estimator="local", probes=8, client_optimizer=SGD(lr=1e-2)))
+    trainer.fit(model, RandomImages(size=32, channels=3))
+    assert equal({n: t for n, t in model.state_dict().items() if n in held}, held)
+    assert all(p.any() for p in model.client_parameters.values())
+
+
+def test_a_side_adapter_of_a_vision_transformer_is_exported_with_lora(tmp_path: Path) -> None:
+    lora = Lora(client=None, server=LoraHalf(r=2))
+    model = of_folder(tiny_image_model("ViT"), tmp_path / "model", lora=lora, cut=2, side=Side(4, server=3))
+    with torch.no_grad():
+        untrained = model(images())
+        for tensor in model.trained_state().values():
+            tensor.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    model.export(str(tmp_path / "adapter"))
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "adapter")(images()).logits, model(images()))
+        assert not torch.equal(untrained, model(images()))
 
 
 def test_adapters_need_a_transformer() -> None:

@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, SplitSequenceClassifier
 from hosfl_lightning.algorithms import Frozen
+from hosfl_lightning.checkpoint import load
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.optim import SGD
+from hosfl_lightning.rebuild import rebuild
+from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.servers import PretrainedError
 from hosfl_lightning.servers.server import configured
-from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
 from hosfl_lightning.wire import SmashedData
 from tests.conftest import sgd
+from tests.small_run import SmallRun, adamw, halved
 
 IDS = torch.tensor([[5, 6, 7, 8, 9], [5, 7, 6, 0, 0]])  # 0 is pad in the model's config
 MASK = (IDS != 0).long()
@@ -65,6 +70,61 @@ def test_exported_adapter_gives_the_split_models_logits(
     assert torch.equal(exported(IDS, attention_mask=MASK).logits, model(IDS, MASK))
     assert not torch.equal(untrained, model(IDS, MASK))
     assert exported.peft_config["default"].base_model_name_or_path == str(tiny_folder)
+
+
+def test_with_a_side_adapter_and_no_lora_the_client_trains_it_alone(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule, tmp_path: Path
+) -> None:
+    model, plain = (SplitCausalLM(str(tiny_folder), cut=2, optimizer=sgd, side=s) for s in (Side(4, server=3), None))
+    assert torch.equal(model(IDS, MASK), plain(IDS, MASK))
+    assert list(model.client_parameters) == [f"model.layers.0.lora_side.default.{n}.weight" for n in ("down", "up")]
+    assert model.server_parameters.keys() - plain.server_parameters.keys() == {
+        f"model.layers.2.lora_side.default.{n}.weight" for n in ("down", "up")
+    }
+    assert plain.fingerprint() == "all trained" != model.fingerprint()
+    before = {n: p.clone() for n, p in model.client_half.named_parameters()}
+    trainer = make_orchestrator(HOSFL(estimator="local", probes=8, client_optimizer=SGD(lr=0.1)))
+    trainer.fit(model, data)
+    moved = [n for n, p in model.client_half.named_parameters() if not torch.equal(p, before[n])]
+    assert moved == list(model.client_parameters)
+    assert trainer.summary["val_loss_last"] < trainer.summary["val_loss_first"]
+    with pytest.raises(SplitError, match="trained without LoRA, so there is no adapter"):
+        model.export(str(tmp_path / "adapter"))
+
+
+class SideRun(SmallRun):
+    """The small run with a side adapter, whose exact gradient is projected, beside LoRA that is probed."""
+
+    def model(self) -> SplitCausalLM:
+        model = super().model()
+        return SplitCausalLM(model.pretrained, 1, model.lora, adamw, halved, side=Side(4, taps="all", server=3))
+
+    def trainer(self, *callbacks: Callback, **settings: Any) -> Orchestrator:
+        trainer = super().trainer(*callbacks, **settings)
+        trainer.algorithm.estimator = "local"
+        return trainer
+
+
+@pytest.mark.filterwarnings("ignore:the two sides of a probe")
+def test_a_run_with_a_side_adapter_is_resumed_replayed_and_exported(tmp_path: Path) -> None:
+    """With clients that miss rounds, schedules, optimizer states and dropout at the server."""
+    run = SideRun(tmp_path, keep=True)
+    run.fit()
+    state = load(run.folder / "checkpoints" / "step=4.ckpt")["state_dict"]
+    assert sum("lora_side" in name for name in state) == 4
+    log = ReplayLog.read(run.folder / "updates.log")
+
+    resumed = run.model()
+    run.trainer().fit(resumed, run.data(), ckpt_path=str(run.folder / "checkpoints" / "step=2.ckpt"))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in resumed.trained_state().items())
+    replayed = run.model()
+    rebuild(replayed, log, 4, run.trainer().algorithm)
+    for name, parameter in replayed.client_parameters.items():
+        assert torch.equal(parameter, state[f"client_half.{name}"]), name
+    exported = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(resumed.pretrained), run.folder / "adapter"
+    )
+    assert torch.equal(exported(IDS, attention_mask=MASK).logits, resumed(IDS, MASK))
 
 
 class Labelled(FederatedDataModule):
