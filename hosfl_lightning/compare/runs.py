@@ -82,6 +82,7 @@ class Run:
         up, down = summary.get("bytes_up"), summary.get("bytes_down")
         return {
             "rounds": summary["rounds"],
+            "d_client": summary.get("d_client"),
             "client_peak_bytes": summary["client_peak_bytes"],
             "client_inference_bytes": summary["client_forward_bytes"],
             "bytes_up_per_client_round": _ratio(up, client_rounds),

@@ -32,6 +32,7 @@ def cost_columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]]
     """What a table says of a method's costs, by its head."""
     return {
         "rounds": lambda row: number(row.get("rounds"), "{:,.0f}"),
+        "client trains": lambda row: number(row.get("d_client"), "{:,.0f}"),
         "client peak": lambda row: sized(row.get("client_peak_bytes")),
         "up / client-round": lambda row: sized(row.get("bytes_up_per_client_round")),
         "down / client-round": lambda row: sized(row.get("bytes_down_per_client_round")),
