@@ -92,14 +92,17 @@ class HOSFL(SharedScalars, SplitRound):
                 f"compression={type(self.compression).__name__} could not carry it; set lora.client: null, or "
                 "compression: null, which probes it along the directions that carry the rest"
             )
+        if self.compression is not None:  # refuses more coefficients than there are values
+            self.compression.basis(0, 0, [p.numel() for p in module.client_parameters.values()])
 
     def settings(self) -> dict[str, Any]:
-        """The compression's as well; the taps change no number."""
+        """The compression's as well, and the taps, which change the last bits."""
         chosen = {} if self.compression is None else {
             "compression": type(self.compression).__name__,
             **{f"compression.{k}": v for k, v in asdict(self.compression).items()},
         }  # fmt: skip
-        return {**super().settings(), **chosen}
+        taps = {"taps": self.taps} if self.estimator == "local" else {}
+        return {**super().settings(), **taps, **chosen}
 
     def basis(self, round: int) -> Basis:
         """Of the round: directions, or the compression's."""

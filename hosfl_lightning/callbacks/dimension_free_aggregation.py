@@ -19,7 +19,7 @@ class DimensionFreeAggregation(Callback):
 
     | logged key | meaning | unit |
     |---|---|---|
-    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``, about the norm of ``∇θ_c`` | nats per unit of θ |
+    | ``client/projected_gradient_rms`` | root mean square of ``v̄_p``; of directions about ``‖∇θ_c‖`` | nats / unit |
     | ``client/lr`` | learning rate of the update | – |
 
     Reference: HO-SFL, arXiv 2603.14773; DeComFL, arXiv 2405.15861.
@@ -32,7 +32,7 @@ class DimensionFreeAggregation(Callback):
         self, answers: list[ProjectedGradients], optimizer: ZerothOrder, rule: AggregationRule = MEAN
     ) -> Update:
         """The update record that goes to everybody."""
-        self._update = combine(answers, optimizer, rule, mu=optimizer.mu)
+        self._update = combine(answers, optimizer, rule, mu=optimizer.smoothing)
         return self._update
 
     @override

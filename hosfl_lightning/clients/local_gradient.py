@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,11 +60,16 @@ class LocalGradientClient(ForwardOnlyClient):
     def answer(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
         """``(K, basis.size)`` fp32: the known gradients in the basis, and in directions those of the LoRA beside."""
         base = anchor.release(multiplier, rows)
-        gradients = self.gradients(batch, anchor, multiplier, rows)
-        answers = torch.stack([basis.project(gradient) for gradient in gradients])
-        if self.optimizer.probed and isinstance(basis, SharedDirections):
-            answers += self.projected(batch, multiplier, rows, basis, base).float()
-        return answers
+        if not self.optimizer.probed:
+            return self._known(batch, anchor, multiplier, rows, basis)
+        if not isinstance(basis, SharedDirections):
+            raise TypeError("LoRA beside a side adapter is probed along SharedDirections, which must carry the whole "
+                            f"answer, got {type(basis).__name__}")  # fmt: skip
+        known = self._known(batch, anchor, multiplier, rows, basis)
+        return known + self.projected(batch, multiplier, rows, basis, base).float()
+
+    def _known(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice], basis: Basis) -> Tensor:
+        return torch.stack([basis.project(g) for g in self.gradients(batch, anchor, multiplier, rows)])
 
     def check_probe(self, batch: Batch, z: Tensor, multiplier: Tensor, round: int = 0) -> None:
         """As of a forward-only client, where anything is probed."""
@@ -73,17 +79,24 @@ class LocalGradientClient(ForwardOnlyClient):
     def gradients(self, batch: Batch, anchor: Anchor, multiplier: Tensor, rows: list[slice]) -> list[list[Tensor]]:
         """Each client's gradient, tensor by tensor in manifest order; empty for what is probed."""
         parameters = self.optimizer.parameters
-        sizes = [p.shape if i not in self.optimizer.probed else (0,) for i, p in enumerate(parameters)]
+        probed = self.optimizer.probed or set()
+        sizes = [(0,) if i in probed else p.shape for i, p in enumerate(parameters)]
         totals = [[torch.zeros(s, device=self.optimizer.device) for s in sizes] for _ in rows]
 
-        def vjp(bottleneck: Bottleneck, h: Tensor) -> None:
+        def vjp(first: int, bottleneck: Bottleneck, h: Tensor) -> None:
             own = [self.numbers[id(p)] for p in bottleneck.parameters()]
             for total, r in zip(totals, rows):
-                add_local_gradient_([total[i] for i in own], bottleneck, h[r], multiplier[r])
+                start, stop = max(r.start, first), min(r.stop, first + len(h))
+                if start < stop:
+                    part, factor = h[start - first : stop - first], multiplier[start:stop]
+                    add_local_gradient_([total[i] for i in own], bottleneck, part, factor)
 
         if self.taps == "recompute":
-            with self.ladder.watching(vjp):
-                self.evaluate(batch)
+            # λ is held now: beside it half of the examples run in less than the whole forward took.
+            width = -(-len(multiplier) // 2)
+            for first in range(0, len(multiplier), width):
+                with self.ladder.watching(partial(vjp, first)):
+                    self.evaluate({name: tensor[first : first + width] for name, tensor in batch.items()})
         for bottleneck, h in anchor.kept:
-            vjp(bottleneck, h)
+            vjp(0, bottleneck, h)
         return totals

@@ -18,6 +18,8 @@ from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direc
 SMALL = 1 << 16
 #: Elements of fp32 scratch that an update or a projection may use at a time (2 MiB).
 CHUNK = 1 << 19
+#: Directions of a basis at most.
+DIRECTIONS = 1 << 12
 #: Elements that torch sums on one thread (its grain size is 32,768), whatever the number of threads.
 SERIAL = 1 << 14
 
@@ -115,8 +117,8 @@ class SharedDirections(Basis):
     ) -> None:
         if distribution not in DISTRIBUTIONS:
             raise ValueError(f"distribution must be one of {', '.join(DISTRIBUTIONS)}, got {distribution!r}")
-        if not 1 <= probes <= 4096:
-            raise ValueError(f"probes must be between 1 and 4096, got {probes}")
+        if not 1 <= probes <= DIRECTIONS:
+            raise ValueError(f"probes must be between 1 and {DIRECTIONS}, got {probes}")
         self.distribution = distribution
         self.domain = DISTRIBUTIONS[distribution]
         self.streams = [

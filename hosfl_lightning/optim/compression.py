@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from typing_extensions import override
 
-from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.basis import DIRECTIONS, Basis, Dense, SharedDirections
 from hosfl_lightning.optim.coordinates import Coordinates
 
 
@@ -44,18 +44,24 @@ class RandomProjections(Compression):
     """``m`` random projections of the gradient, ``ĝ = (1/m) Σ_p ⟨g, u_p⟩ u_p``: `SharedDirections`.
 
     Args:
-        count: ``m``, at most the number of trained values.
+        count: ``m``, 1..4096, at most the number of trained values.
         distribution: ``rademacher`` or ``gauss16``.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     count: int = 1024
     distribution: str = "rademacher"
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= DIRECTIONS:
+            raise ValueError(f"compression.count must be at least 1 and at most {DIRECTIONS}, got {self.count}")
+        SharedDirections(0, 0, self.count, self.distribution)  # refuses an unknown distribution
+
     @override
     def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
-        if self.count > sum(sizes):
-            raise ValueError(f"compression.count={self.count}: the client trains {sum(sizes)} values, which fewer "
-                             "numbers tell exactly; lower it, or take Uncompressed")  # fmt: skip
+        _check_fewer(self.count, sizes)
         return SharedDirections(seed, round, self.count, self.distribution)
 
 
@@ -64,11 +70,25 @@ class RandomSubset(Compression):
     """``m`` coordinates, others every round: `Coordinates`.
 
     Args:
-        count: ``m``.
+        count: ``m``, at most the number of trained values.
+
+    Raises:
+        ValueError: ``m`` is out of range.
     """
 
     count: int = 1024
 
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"compression.count must be at least 1, got {self.count}")
+
     @override
     def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
+        _check_fewer(self.count, sizes)
         return Coordinates(seed, round, sizes, self.count)
+
+
+def _check_fewer(count: int, sizes: Sequence[int]) -> None:
+    if count > sum(sizes):
+        raise ValueError(f"compression.count={count}: the client trains {sum(sizes)} values, which fewer numbers tell "
+                         "exactly; lower it, or take Uncompressed")  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -75,14 +75,16 @@ def forward_derivative(objective: Objective, probes: Probes, base: Tensor | None
     Arguments and result as in `forward_difference`; ``base`` is not needed.
 
     Raises:
-        EstimatorError: The model has an operation without a forward derivative.
+        EstimatorError: The model has an operation without a forward derivative, or none reaches the objective.
 
     Reference: Baydin et al., Gradients without backpropagation, arXiv 2202.08587.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with _plain_attention():
             return torch.stack([_derivative(objective, probes, p) for p in range(probes.count)])
     except NotImplementedError as error:
+        if "forward" not in str(error):  # the objective's own
+            raise
         raise EstimatorError(
             f"estimator: jvp needs a forward derivative of every operation of the client half, and one has none "
             f"({str(error).splitlines()[0]}); load the model with attn_implementation: eager, or set estimator: central"
@@ -96,8 +98,23 @@ def _at(objective: Objective, probes: Probes, probe: int, scale: float) -> Tenso
 
 def _derivative(objective: Objective, probes: Probes, probe: int) -> Tensor:
     with forward_ad.dual_level(), probes.dual(probe):
-        value, tangent = forward_ad.unpack_dual(objective())
-        return torch.zeros_like(value, dtype=torch.float64) if tangent is None else tangent.double()
+        tangent = forward_ad.unpack_dual(objective()).tangent
+    if tangent is None:
+        raise EstimatorError("estimator: jvp: no derivative reaches the objective, because it does not run module=, or "
+                             "something on the way detaches; set estimator: central")  # fmt: skip
+    return tangent.double()
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """The fused kernels have no forward derivative."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 ESTIMATORS: dict[str, Estimator] = {

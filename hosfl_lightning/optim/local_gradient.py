@@ -27,7 +27,7 @@ def add_local_gradient_(totals: Sequence[Tensor], module: nn.Module, inputs: Ten
     """
     names = [name for name, _ in module.named_parameters()]
     weights = [p.detach().requires_grad_() for p in module.parameters()]
-    for part, factor in _chunks(inputs.detach(), cotangent):
+    for part, factor in _chunks(inputs, cotangent):
         with torch.enable_grad():
             output = functional_call(module, dict(zip(names, weights)), (part,))
         for total, gradient in zip(totals, torch.autograd.grad(output, weights, factor.to(output.dtype))):

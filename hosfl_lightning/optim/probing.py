@@ -44,24 +44,8 @@ def perturbed_layerwise(
         scale: 0-d fp32 tensor ``±μ``, rounded for the distribution.
         only: Numbers of the tensors that move; None: all.
     """
-    probe = _Probe(parameters, stream, scale)
-    saved: Saved = {}
-    layers, handles = [], []
-    for leaf, owned in _readers(module, parameters, only):
-        layer = (_Rows if _looks_up_rows(leaf) else _Layer)(owned, probe, saved)
-        layers.append(layer)
-        handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
-        handles.append(leaf.register_forward_hook(layer.restore))
-    with _fresh_autocast():
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            # Torch calls no hook after an exception.
-            for layer in layers:
-                while layer.calls:
-                    layer.restore()
+    with _layerwise(module, parameters, only, _Probe(parameters, stream, scale), _Layer, _Rows):
+        yield
 
 
 @contextmanager
@@ -90,20 +74,36 @@ def dual_layerwise(
         stream: As there.
         only: As there.
     """
+    with _layerwise(module, parameters, only, _Duals(module, parameters, stream), _DualLayer, _DualRows):
+        yield
+
+
+@contextmanager
+def _layerwise(
+    module: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    only: Set[int] | None,
+    probe: _Probe,
+    whole: type[_Layer],
+    looked_up: type[_Layer],
+) -> Iterator[None]:
+    saved: Saved = {}
     layers, handles = [], []
     for leaf, owned in _readers(module, parameters, only):
-        layer = (_DualRows if _looks_up_rows(leaf) else _DualLayer)(leaf, owned, stream)
+        layer = (looked_up if _looks_up_rows(leaf) else whole)(owned, probe, saved)
         layers.append(layer)
-        handles.append(leaf.register_forward_pre_hook(layer.enter))
-        handles.append(leaf.register_forward_hook(layer.leave))
+        handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
+        handles.append(leaf.register_forward_hook(layer.restore))
     with _fresh_autocast():
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            # Torch calls no hook after an exception.
             for layer in layers:
-                layer.restore()
+                while layer.calls:
+                    layer.restore()
 
 
 @contextmanager
@@ -128,7 +128,7 @@ class _Probe:
         self.position = {tensor: position for position, (tensor, _) in enumerate(small)}
         self.batch = DirectionBatch(stream, small, device=parameters[0].device)
 
-    def add_(self, parameter: nn.Parameter, tensor: int) -> None:
+    def add_(self, parameter: Tensor, tensor: int) -> None:
         flat = parameter.detach().view(-1)
         if tensor in self.position:
             wide = flat.float()
@@ -142,6 +142,26 @@ class _Probe:
             part.copy_(wide)
 
 
+class _Duals(_Probe):
+    """``θ + ε u`` in the place of one tensor at a time, wherever ``module`` holds it."""
+
+    def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream) -> None:
+        super().__init__(parameters, stream, torch.ones((), device=parameters[0].device))
+        self.places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for holder in module.modules():
+            for name, parameter in holder._parameters.items():
+                self.places.setdefault(id(parameter), []).append((holder, name))
+
+    def dual(self, parameter: nn.Parameter, tensor: int) -> Tensor:
+        u = torch.zeros_like(parameter, dtype=torch.float32)
+        self.add_(u, tensor)
+        return forward_ad.make_dual(parameter.detach(), u.to(parameter.dtype))
+
+    def put(self, parameter: nn.Parameter, value: Any) -> None:
+        for holder, name in self.places[id(parameter)]:
+            holder._parameters[name] = value
+
+
 class _Layer:
     """Perturb one submodule's parameters before its forward, copy the saved bits back after it.
 
@@ -152,7 +172,7 @@ class _Layer:
             perturbs a tensor twice nor restores it too early.
     """
 
-    def __init__(self, owned: Owned, probe: _Probe, saved: Saved) -> None:
+    def __init__(self, owned: Owned, probe: Any, saved: Saved) -> None:
         self.owned, self.probe, self.saved = owned, probe, saved
         self.calls: list[Owned] = []
 
@@ -172,18 +192,19 @@ class _Layer:
         self.calls[-1].append((tensor, parameter))
 
     @torch.no_grad()
-    def restore(self, *_: Any) -> None:
+    def restore(self, *_: Any) -> Any:
         for tensor, parameter in self.calls.pop() if self.calls else []:
-            rows, bits = self.saved.pop(tensor)
-            _write(parameter, rows, bits)
+            self._restore_one(parameter, *self.saved.pop(tensor))
+
+    def _restore_one(self, parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
+        _write(parameter, rows, bits)
 
 
 class _Rows(_Layer):
     """An embedding's looked-up rows only. Repeated tokens write the same bits, so rows need not be unique."""
 
     def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
-        _, args, kwargs = call
-        rows = (args[0] if args else kwargs["input"]).reshape(-1).long()
+        rows = _rows(*call)
         if len(rows) >= len(parameter):
             super()._perturb_one(tensor, parameter)
             return
@@ -193,58 +214,34 @@ class _Rows(_Layer):
         _write(parameter, rows, torch.addcmul(bits.float(), u, self.probe.scale).to(parameter.dtype))
 
 
-class _DualLayer:
-    """Put dual numbers in the place of one submodule's parameters while its forward runs.
+class _DualLayer(_Layer):
+    """Put dual numbers in the place of one submodule's parameters before its forward, the parameters after it."""
 
-    Args:
-        leaf: The submodule.
-        owned: Which of its parameters, by number in the directions.
-        stream: Which direction ``u``.
-    """
+    def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
+        self._save(tensor, parameter, None, parameter)
+        self.probe.put(parameter, self.probe.dual(parameter, tensor))
 
-    def __init__(self, leaf: nn.Module, owned: Owned, stream: Stream) -> None:
-        self.leaf, self.owned, self.stream = leaf, owned, stream
-        self.depth = 0
-        numbers = {id(p): tensor for tensor, p in owned}
-        self.slots = [
-            (holder, name, p, numbers[id(p)])
-            for holder in leaf.modules()
-            for name, p in holder._parameters.items()
-            if p is not None and id(p) in numbers
-        ]
-
-    def enter(self, *_: Any) -> None:
-        self.depth += 1
-        if self.depth > 1:  # a forward inside a forward
-            return
-        for holder, name, parameter, tensor in self.slots:
-            u = torch.zeros(parameter.numel(), device=parameter.device)
-            for start in range(0, u.numel(), CHUNK):
-                add_direction_(u[start : start + CHUNK], 1.0, self.stream, tensor, start)
-            dual = forward_ad.make_dual(parameter.detach(), u.view_as(parameter).to(parameter.dtype))
-            holder._parameters[name] = dual  # type: ignore[assignment]
-
-    def leave(self, _module: nn.Module, _args: Any, output: Any) -> Any:
-        self.depth -= 1
-        if not self.depth:
-            self.restore()
-        return output
-
-    def restore(self) -> None:
-        self.depth = 0
-        for holder, name, parameter, _ in self.slots:
-            holder._parameters[name] = parameter
+    def _restore_one(self, parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
+        self.probe.put(parameter, parameter)
 
 
 class _DualRows(_DualLayer):
-    """An embedding: the tangent of its output are the looked-up rows of ``u``."""
+    """An embedding keeps its table; its output gets the looked-up rows of ``u`` as tangent."""
 
-    def enter(self, *_: Any) -> None: ...
+    def _perturb_one(self, tensor: int, parameter: nn.Parameter, *call: Any) -> None:
+        self._save(tensor, parameter, _rows(*call), parameter)
 
-    def leave(self, _module: nn.Module, args: Any, output: Any) -> Any:
-        ((_, _, parameter, tensor),) = self.slots
-        u = direction_rows(self.stream, tensor, args[0].reshape(-1).long(), parameter.shape[1])
-        return forward_ad.make_dual(output, u.view_as(output).to(output.dtype))
+    def _restore_one(self, parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None: ...
+
+    def restore(self, *call: Any) -> Any:
+        """The output as a dual number, where there is one and it is none yet: an outer call may hold the table."""
+        moved = self.calls[-1] if self.calls and call else []
+        looked_up = [(tensor, rows) for tensor, _ in moved if (rows := self.saved[tensor][0]) is not None]
+        super().restore()
+        for tensor, rows in looked_up:
+            output = call[-1]
+            u = direction_rows(self.probe.stream, tensor, rows, output.shape[-1])
+            return forward_ad.make_dual(output, u.view_as(output).to(output.dtype))
 
 
 def _write(parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
@@ -252,6 +249,11 @@ def _write(parameter: nn.Parameter, rows: Tensor | None, bits: Tensor) -> None:
         parameter.copy_(bits)
     else:
         parameter.index_copy_(0, rows, bits)
+
+
+def _rows(_embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The rows that a call of an embedding looks up."""
+    return (args[0] if args else kwargs["input"]).reshape(-1).long()
 
 
 def _looks_up_rows(leaf: nn.Module) -> bool:

@@ -136,6 +136,11 @@ class ZerothOrder(torch.optim.Optimizer):
         group = self.param_groups[0]
         return float(round_coefficient(group["mu"], DISTRIBUTIONS[group["distribution"]]))
 
+    @property
+    def smoothing(self) -> float | None:
+        """`mu` of the coefficients that are measured; None: there are none, or exact ones."""
+        return None if self.estimator == "jvp" or self.probed == set() else self.mu
+
     def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
         """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
         alpha = torch.tensor(scale, dtype=torch.float32, device=self.device)
