@@ -77,7 +77,7 @@ def classification(name: str, labels: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-TEXT = {
+TEXT: dict[str, Any] = {
     "recipe": "minilm/banking77_hosfl_lora.yaml", "metric": "accuracy", "mode": "max", "rounds": 60, "width": 64,
     "server": (0.001, 0.003), "first_order": (0.001, 0.003), "side": (0.001, 0.005), "zeroth": (0.0001, 0.0005),
     "attention": ("query", "value"),
@@ -170,13 +170,15 @@ QUICK = [
 def methods(task: Task, strong: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a cell: name, method, and what the table says of it beside what was measured."""
     width = task.width if strong else 0
-    side = {"model.init_args.side": {"client": task.width, "server": width}}
-    plain = {"model.init_args.side": {"client": 0, "server": width}} if strong else {}
+    side: dict[str, Any] = {"model.init_args.side": {"client": task.width, "server": width}}
+    plain: dict[str, Any] = {"model.init_args.side": {"client": 0, "server": width}} if strong else {}
     if task.attention:
         side |= {"model.init_args.lora.client": None}
         plain |= lora("all-linear")
-    every_step = {"class_path": f"{ALGORITHMS}.SplitFedSGD", "init_args": {"client_optimizer": ADAMW}}
-    again = {**every_step, "init_args": {**every_step["init_args"], "checkpointing": True}}
+    every_step, again = (
+        {"class_path": f"{ALGORITHMS}.SplitFedSGD", "init_args": {"client_optimizer": ADAMW, "checkpointing": again}}
+        for again in (False, True)
+    )
     signs = {"trainer.callbacks": [{"class_path": "hosfl_lightning.callbacks.RandomSigns"}]}
     published = plain | (lora([*task.attention]) if task.attention else {})
     yield FROZEN, row({"class_path": f"{ALGORITHMS}.Frozen"}, plain, None, task)

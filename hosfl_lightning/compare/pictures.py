@@ -26,6 +26,8 @@ COLOURS = (
 CONTROLS = {FROZEN: ("#000000", "--"), FIRST_ORDER: ("#777777", "-.")}
 MARKERS = "osD^vPX<>*ph"
 SIZE, DPI = (8.4, 4.4), 130
+#: How far beyond the worst start a row is followed, in parts of the way that the best has gone.
+SLACK = 0.5
 AXES = {
     "round": ("rounds", "rounds"),
     "bytes": ("bytes", "bytes on the wire, all clients (log scale)"),
@@ -98,7 +100,9 @@ def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
     if not begins:
         return None
     sign, worst = (-1, min(begins)) if results["mode"] == "max" else (1, max(begins))
-    ends = [value for c in curves for p in c for value in p.values() if isfinite(value) and sign * (value - worst) <= 0]
+    values = [value for c in curves for p in c for value in p.values() if isfinite(value)]
+    far = SLACK * max((sign * (worst - value) for value in values), default=0)
+    ends = [value for value in values if sign * (value - worst) <= far]
     low, high = min([worst, *ends]), max([worst, *ends])
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
