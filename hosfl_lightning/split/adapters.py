@@ -18,12 +18,10 @@ from transformers.pytorch_utils import Conv1D
 from hosfl_lightning.split.cut import check_cut, tied_head
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.placement import Placement
+from hosfl_lightning.split.side import SERVER_SEED
 from hosfl_lightning.split.side_lora import SideLoraConfig
 from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import has_parameters
-
-#: Added to the seed of what the server draws.
-SERVER_SEED = 1 << 32
 
 
 @dataclass

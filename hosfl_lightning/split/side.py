@@ -18,6 +18,8 @@ from hosfl_lightning.split.views import has_parameters
 #: The attribute of a layer that holds its bottleneck; PEFT's own LoRA has ``lora_`` in its names too.
 NAME = "lora_side"
 ADAPTER = "default"
+#: Added to the seed of what the server draws: it starts the same whatever its clients have.
+SERVER_SEED = 1 << 32
 
 
 @dataclass
@@ -221,7 +223,7 @@ def attach_side(
         cut: number of layers the client holds.
         shapes: of each client layer's output without the batch.
         side: widths and taps.
-        seed: of ``down``'s random values; the global random state is left alone.
+        seed: of ``down``'s random values, drawn for each half apart; the global random state is left alone.
         adapter: its name in PEFT.
 
     Raises:
@@ -232,6 +234,7 @@ def attach_side(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         below = {number: Tap(Bottleneck(shapes[number], z, side.client), adapter) for number in taps}
+        torch.default_generator.manual_seed(seed + SERVER_SEED)
         above = Tap(Bottleneck(z, z, side.server), adapter) if side.server else None
     for number, tap in below.items():
         layers[number].add_module(NAME, _on(tap, device))

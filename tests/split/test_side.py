@@ -145,6 +145,12 @@ def test_the_start_follows_from_the_seed_and_leaves_the_random_state() -> None:
     assert all(n.endswith("down.weight") or not p.any() for n, p in first.items())
 
 
+@pytest.mark.parametrize("client", [0, 3])
+def test_the_server_starts_the_same_whatever_its_clients_have(client: int) -> None:
+    ours, theirs = (sided(client=width, server=5).model.layers[3].lora_side for width in (4, client))
+    assert torch.equal(ours.bottleneck.down.weight, theirs.bottleneck.down.weight)
+
+
 def test_each_half_holds_its_own_bottlenecks() -> None:
     client, server = split(sided(server=5), 3)
     own = {n: p.shape for n, p in client.named_parameters() if p.requires_grad}
