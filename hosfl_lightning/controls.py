@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def run_control(trainer: Orchestrator, name: str, start: dict[str, Tensor], firs
         log_every_n_steps=trainer.log_every_n_steps,
         accelerator=trainer.fabric.device.type,
         devices=trainer.devices,
-        codec=trainer.codec,
+        codec=replace(trainer.codec, gradient="fp32"),  # what rounding a gradient costs is the method's
         availability=trainer.availability,
         replay_log=False,
         precision=trainer.precision,

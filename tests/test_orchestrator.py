@@ -29,6 +29,7 @@ from hosfl_lightning.clients import FirstOrderClient
 from hosfl_lightning.hooks import FIRED, REFUSED_MODULE_HOOKS, HookError
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from hosfl_lightning.wire import Codecs
 from tests.conftest import RandomTokens
 
 MakeModel = Callable[..., SplitCausalLM]
@@ -311,6 +312,17 @@ class TestRounds:
         by_hand = make_orchestrator(SplitFedSGD(SGD(lr=0.3)))
         by_hand.fit(make_model(), data)
         assert trainer.summary["controls"]["first_order"]["val_loss_last"] == by_hand.summary["val_loss_last"]
+
+    def test_what_rounding_a_gradient_costs_is_the_methods_not_the_controls(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    ) -> None:
+        method = SplitFedSGD(SGD(lr=0.1))
+        rounded = make_orchestrator(method, controls=["first_order"], codec=Codecs(gradient="int4"))
+        rounded.fit(make_model(), data)
+        exact = make_orchestrator(SplitFedSGD(SGD(lr=0.1)))
+        exact.fit(make_model(), data)
+        assert rounded.summary["controls"]["first_order"]["val_loss_last"] == exact.summary["val_loss_last"]
+        assert rounded.summary["val_loss_last"] != exact.summary["val_loss_last"]
 
     def test_a_control_that_fails_leaves_the_summary_of_the_rest(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,

@@ -99,7 +99,8 @@ def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
     begins = [c[0]["mean"] for c in curves if c and isfinite(c[0]["mean"])]
     if not begins:
         return None
-    sign, worst = (-1, min(begins)) if results["mode"] == "max" else (1, max(begins))
+    rises = results["metric"] is not None and results["mode"] == "max"  # the loss falls, whatever the mode
+    sign, worst = (-1, min(begins)) if rises else (1, max(begins))
     values = [value for c in curves for p in c for value in p.values() if isfinite(value)]
     far = SLACK * max((sign * (worst - value) for value in values), default=0)
     ends = [value for value in values if sign * (value - worst) <= far]

@@ -18,8 +18,9 @@ from hosfl_lightning.split.views import has_parameters
 #: The attribute of a layer that holds its bottleneck; PEFT's own LoRA has ``lora_`` in its names too.
 NAME = "lora_side"
 ADAPTER = "default"
-#: Added to the seed of what the server draws: it starts the same whatever its clients have.
-SERVER_SEED = 1 << 32
+#: Added to the seed of what the server draws: it starts the same whatever its clients have, and not as they do. Torch's
+#: generator reads the lower 32 bits of a seed.
+SERVER_SEED = 0x9E3779B9
 
 
 @dataclass
@@ -167,8 +168,8 @@ class Ladder:
             return
         if self.watch is None:
             self.squeezed.append((bottleneck, bottleneck.squeeze(h)))
-            if self.kept is not None:  # a map or a vector may be overwritten by the next layer, if that works in place
-                self.kept.append((bottleneck, h if h.ndim == 3 else h.clone()))
+            if self.kept is not None:  # the next layer may work in place
+                self.kept.append((bottleneck, h.clone()))
             return
         self.watch(bottleneck, h)
         self.watched += 1
@@ -227,8 +228,13 @@ def attach_side(
         adapter: its name in PEFT.
 
     Raises:
-        SplitError: no layer to tap, or one whose output has another kind of shape than z.
+        SplitError: no layer to tap, one whose output has another kind of shape than z, or a side adapter is there.
     """
+    if any(NAME in layer._modules for layer in layers[: cut + 1]):
+        raise SplitError(
+            "the model has a side adapter already, and a second one would be added to it: load the base model anew, or "
+            "take the first one out with detach_side."
+        )
     taps, z = side.tapped(layers[:cut]), shapes[cut - 1]
     device = next((p.device for layer in layers for p in layer.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):

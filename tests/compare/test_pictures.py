@@ -31,6 +31,15 @@ def test_a_row_that_diverged_leaves_the_axes_and_is_named(mode: str, good: float
     assert sorted(text.get_text() for text in legend.get_texts()) == ["good", "wild (off the axis)"]
 
 
+def test_without_a_metric_the_loss_falls_whatever_the_mode() -> None:
+    axes, told = Figure().add_subplot(), results("max", good=1.0) | {"metric": None}
+    for point in told["methods"]["good"]["curve"]:
+        point["loss"] = point["m"]
+    pictures._curves(axes, told, pictures.style(told), "loss", "round")
+    low, high = axes.get_ylim()
+    assert low < 1.0 < 4.0 < high
+
+
 def test_a_row_without_a_finite_start_sets_no_axis() -> None:
     axes, told = Figure().add_subplot(), results("min", good=1.0, lost=2.0)
     told["methods"]["lost"]["curve"][0]["m"] = dict.fromkeys(("low", "mean", "high"), float("inf"))

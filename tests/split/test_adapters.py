@@ -76,6 +76,15 @@ def test_seed_fixes_the_start_and_the_global_state_is_left_alone() -> None:
     assert all(torch.equal(first[n], other[n]) == ("lora_B" in n) for n in first)
 
 
+def test_no_two_layers_start_alike() -> None:
+    model = tiny_causal_lm("llama")
+    both = LoraHalf(r=2, target_modules=["q_proj"])
+    add_lora(model, 2, Lora(client=both, server=both), head=False)
+    starts = [p for n, p in model.named_parameters() if "lora_A" in n]
+    assert len(starts) == 4
+    assert not any(torch.equal(a, b) for i, a in enumerate(starts) for b in starts[:i])
+
+
 @pytest.mark.parametrize("client", [LoraHalf(r=3, target_modules="all-linear"), None])
 def test_the_server_starts_the_same_whatever_the_client_has(client: LoraHalf | None) -> None:
     def server(lora: Lora) -> list[torch.Tensor]:

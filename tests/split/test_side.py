@@ -151,6 +151,21 @@ def test_the_server_starts_the_same_whatever_its_clients_have(client: int) -> No
     assert torch.equal(ours.bottleneck.down.weight, theirs.bottleneck.down.weight)
 
 
+def test_no_two_bottlenecks_start_alike() -> None:
+    downs = [p for n, p in sided(client=4, server=4).named_parameters() if n.endswith("down.weight")]
+    assert len(downs) == 4
+    assert not any(torch.equal(a, b) for i, a in enumerate(downs) for b in downs[:i])
+
+
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_second_side_adapter_on_one_model_is_refused(cut: int) -> None:
+    model = sided(cut=3)
+    with pytest.raises(SplitError, match="has a side adapter already"):
+        add_side(model, cut, Side(2))
+    detach_side(model)
+    add_side(model, cut, Side(2))
+
+
 def test_each_half_holds_its_own_bottlenecks() -> None:
     client, server = split(sided(server=5), 3)
     own = {n: p.shape for n, p in client.named_parameters() if p.requires_grad}
@@ -238,6 +253,21 @@ def test_what_a_layer_returns_beside_its_hidden_state_stays() -> None:
     hidden = [layers[0].linear(x), plain[0]]
     torch.testing.assert_close(z, plain[0] + sum(b(h) for b, h in zip(bottlenecks, hidden) if b is not None))
     assert cache == "cache"
+
+
+class InPlace(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.relu_(x))
+
+
+def test_kept_tokens_are_not_overwritten_by_a_layer_that_works_in_place() -> None:
+    layers = nn.ModuleList([nn.Linear(3, 3), InPlace(3, 3), InPlace(3, 3)])
+    attach_side([*layers], 2, [(0, 3)] * 2, Side(2))
+    lad = next(hook.__self__ for hook in layers[0]._forward_hooks.values())  # type: ignore[attr-defined]
+    x = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), lad.keeping() as kept:
+        layers[1](layers[0](x))
+    assert torch.equal(kept[0][1], nn.functional.linear(x, layers[0].weight, layers[0].bias))
 
 
 def test_what_is_kept_is_not_overwritten_by_a_layer_that_works_in_place() -> None:
