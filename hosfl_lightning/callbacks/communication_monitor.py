@@ -11,12 +11,14 @@ from typing_extensions import override
 KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
 #: What only some methods send, or travels only when a client returns; the records it replays count as updates.
 RARE_KINDS = ("weights", "probed_data", "catch_up_request", "snapshot")
+#: A gradient in few bits is counted as what it holds, as z and λ are in every codec.
+COUNTED_AS = {"coded_gradient": "projected_gradients"}
 
 
 class CommunicationMonitor(Callback):
     """Reports the length of the serialised messages, by kind and direction.
 
-    A message to several receivers counts once for each.
+    A message to several receivers counts once for each. What a codec made smaller counts under the same key.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -45,7 +47,7 @@ class CommunicationMonitor(Callback):
         for sent in trainer.transport.entries():
             if sent.direction == "up" and sent.kind != "catch_up_request":
                 clients.add(sent.client)
-            by_kind[sent.kind] += sent.bytes * sent.receivers
+            by_kind[COUNTED_AS.get(sent.kind, sent.kind)] += sent.bytes * sent.receivers
             by_direction[sent.direction] += sent.bytes * sent.receivers
         self.client_rounds += len(clients)
         self.totals += by_kind

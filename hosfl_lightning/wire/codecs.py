@@ -14,6 +14,8 @@ significant bits: the product is exact in fp32 and the same on every device. r i
 (seed, ROUNDING, round, client, local step), so that the rounding is unbiased and can be done again; element e of x is
 row-major. float64 goes through fp32.
 
+A row is a token's z or λ, or 128 coefficients of a gradient.
+
 Reference: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding with a scale per bucket.
 """
 
@@ -38,7 +40,11 @@ CODECS = ("fp32", *_FORMS)
 class Codecs:
     """In what z, λ and the coefficients of a client's gradient travel, each one of `CODECS`.
 
-    The gradient's codec is for clients that send many coefficients; a few scalars are smaller as they are.
+    Attributes:
+        smashed_data: Of z.
+        multiplier: Of λ.
+        gradient: Of what a client answers to λ. For one that sends many coefficients (HOSFL with ``estimator: local``,
+            SplitFedSGD): int4 is an eighth of fp32. The few scalars of a probing client are smaller as they are.
 
     Raises:
         ValueError: An unknown codec.

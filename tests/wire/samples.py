@@ -19,6 +19,7 @@ from hosfl_lightning.wire import (
     MESSAGES,
     CatchUpRequest,
     Coded,
+    CodedGradient,
     Message,
     Multiplier,
     ProbedData,
@@ -34,8 +35,8 @@ RULE: dict[str, Any] = {"name": "adamw", "lr": 1e-3 / 3, "betas": [0.9, 0.999], 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAM = Stream(0, Domain.ROUNDING)
 RUN = bytes(range(16))
-CODED = (SmashedData, Multiplier, ProbedData)
-"""What holds z or λ."""
+CODED = (SmashedData, Multiplier, ProbedData, CodedGradient)
+"""What holds z, λ or a gradient."""
 
 
 def finite_bits(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -66,6 +67,9 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
     mu = None if seed % 5 == 0 else 1e-3 / (seed + 1)
     trained = {name: finite_bits(seed, seed % 3, 5, dtype=FLOATS[seed % 3]) for name in ("w.lora_A", "", "é \n")}
     sender, terms = (None, 0) if seed % 2 == 0 else (first.client, seed)
+    gradient = finite_bits(seed, 64 * seed + seed % 2)  # no row, whole rows, and rows with one that is not full
+    if codec != "fp32":
+        gradient = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed))
     return [
         first,
         Multiplier(first.round, first.client, first.z),
@@ -79,11 +83,12 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         Snapshot(first.round, 7, seed, "a", "the log was shorter", seed, state if seed else {}),
         Weights(first.round, sender, trained if seed else {}, terms),
         ProbedData(first.round, first.client, seed, seed % 2, first.z),
+        CodedGradient.pack(first.round, first.client, BASIS, gradient, seed, codec, seed),
     ]
 
 
 def every_form(seed: int) -> list[Message]:
-    """One message of each kind, and those with z or λ in every codec."""
+    """One message of each kind, and those that are coded in every codec."""
     return [m for c in CODECS for m in messages(seed, c) if c == CODECS[0] or isinstance(m, CODED)]
 
 

@@ -13,6 +13,7 @@ from hosfl_lightning.wire import (
     CODECS,
     CatchUpRequest,
     Coded,
+    CodedGradient,
     DtypeError,
     FieldError,
     Message,
@@ -60,6 +61,7 @@ def _fixed(codec: str = "fp32") -> list[Message]:
         Snapshot(3, 1, 2, "cpu-1", "the log was longer", 4, {"a": coefficients.bfloat16(), "b": z[0], "c": z[1, 1, 1]}),
         Weights(3, 1, {"a": coefficients.half(), "b.w": z[0], "c": z[1, 1, 1]}, 7),
         ProbedData.pack(3, 1, 2, 1, z, mask, codec, seed=5, step=4),
+        CodedGradient.pack(3, 1, {"kind": "dense"}, (torch.arange(131) - 64) / 32, 7, codec, seed=5),
     ]
 
 
@@ -73,13 +75,14 @@ GOLDEN = {
         "bd3f2306efd5e3a1",
         "b27812675636ad3e",
         "dbbfb315d29f312c",
+        "f331ad68290f9a78",
     ],
-    "bf16": ["8d97f716a40d0b47", "1739c0697f6d5bd3", "18cc97360ebd46a2"],
-    "fp16": ["8223a171950ba80c", "ff6ebb6bcaebd6a5", "b58158e8752ccf36"],
-    "int8": ["5f70b36b3bf5cb63", "4427538075b083fc", "afd8c846b958036d"],
-    "int4": ["e87c5caa5d8faed2", "e1bcbcc54d93b627", "5f82ea22132d6e46"],
+    "bf16": ["8d97f716a40d0b47", "1739c0697f6d5bd3", "18cc97360ebd46a2", "c14371e1e8407263"],
+    "fp16": ["8223a171950ba80c", "ff6ebb6bcaebd6a5", "b58158e8752ccf36", "3bca9d3f0a863130"],
+    "int8": ["5f70b36b3bf5cb63", "4427538075b083fc", "afd8c846b958036d", "216d9b438a8d3887"],
+    "int4": ["e87c5caa5d8faed2", "e1bcbcc54d93b627", "5f82ea22132d6e46", "16c1960ee0509e4f"],
 }
-"""First 16 hex digits of the SHA-256 of `_fixed`'s frames; z and λ alone beyond fp32. Another is another protocol."""
+"""First 16 hex digits of the SHA-256 of `_fixed`'s frames; of coded ones beyond fp32. Another is another protocol."""
 
 
 def _digests(codec: str) -> list[str]:
@@ -170,6 +173,7 @@ def test_what_is_not_finite_is_refused_by_the_receiver(bad: float) -> None:
     sent: list[Message] = [Multiplier.pack(0, 0, z, mask, codec) for codec in CODECS]
     sent += [SmashedData.pack(0, 0, z, torch.ones(1, 3), mask, codec) for codec in CODECS]
     sent += [ProbedData.pack(0, 0, 0, 1, z, mask, codec) for codec in CODECS]
+    sent += [CodedGradient.pack(0, 0, BASIS, z.flatten(), 1, codec, 0) for codec in CODECS]
     sent += [Weights(0, None, {"a": torch.ones(1), "b": torch.tensor(bad).to(dtype)}) for dtype in FLOATS[:3]]
     sent += [ProjectedGradients(0, 0, BASIS, torch.tensor([0.0, bad]), 1)]
     sent += [Update(0, BASIS, torch.tensor([bad]), RULE, 0, [], [])]
@@ -204,8 +208,9 @@ def test_the_limit_bounds_what_a_message_unpacks_to() -> None:
     assert padded.unpacked_bytes() == 4 * 100 * (64 * 4 + 8 + 1)
     packed = Multiplier.pack(0, 0, torch.ones(1, 1, 20000), one_token[:1, :1], "int4")
     probed = ProbedData.pack(0, 0, 0, 0, torch.ones(1, 1, 20000), one_token[:1, :1], "int4")
+    gradient = CodedGradient.pack(0, 0, BASIS, torch.ones(20000), 1, "int4", 0)
     empty = Multiplier(0, 0, Coded.of(torch.empty(0, 20000), "int8", STREAM, 1))
-    for message in (padded, packed, probed, empty):
+    for message in (padded, packed, probed, gradient, empty):
         data = encode(message)
         assert same(decode(data, limit=1 << 18), message)
         with pytest.raises(TooLargeError, match="unpack to"):

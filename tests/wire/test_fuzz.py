@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.wire import Message, Multiplier, ProbedData, SmashedData, TooLargeError, WireError, decode, encode
+from hosfl_lightning.wire import (
+    CodedGradient,
+    Message,
+    Multiplier,
+    ProbedData,
+    SmashedData,
+    TooLargeError,
+    WireError,
+    decode,
+    encode,
+)
 from tests.rng.conftest import MemoryMeter
 from tests.wire.samples import every_form, frame, reseal, same
 
@@ -144,6 +154,9 @@ def use(message: Message) -> None:
         assert message.multiplier.restore().isfinite().all()
     elif isinstance(message, ProbedData):
         assert message.z.restore().isfinite().all()
+    elif isinstance(message, CodedGradient):
+        assert message.unpack().isfinite().all()
+        assert message.unpack().shape == (message.count,)
 
 
 def decoded(data: bytes) -> tuple[Message | WireError, int]:
