@@ -120,10 +120,6 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         value = summary["gap_closed"]
         of = "(one seed; first order on the same weights)"
         shown = "no gap here (or a control is missing)" if value is None else f"{value:+.1%}  {of}"
-            "no gap here (or a control is missing)"
-            if value is None
-            else f"{value:+.1%}  (one seed; first order on the same weights)"
-        )
         lines.append(("first-order gap recovered", shown))
     peak, forward = summary["client_peak_bytes"], summary["client_forward_bytes"]
     lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
