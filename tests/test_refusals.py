@@ -120,7 +120,7 @@ class TestOneClientIsRefused:
         [
             (float("nan"), "per_client", "projected_gradients: coefficients has 1 values that are NaN or infinite"),
             (float("-inf"), "batched", "projected_gradients: coefficients has 1 values that are NaN or infinite"),
-            (1e9, "batched", r"projected gradient 1 is 1e\+09, beyond ±1e\+06"),
+            (1e9, "batched", r"coefficient 1 is 1e\+09, beyond ±1e\+06"),
         ],
     )
     def test_by_its_scalars(

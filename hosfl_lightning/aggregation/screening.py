@@ -27,7 +27,7 @@ def screen(
 
     Returns:
         The answers to aggregate, in the order given, and for every other client the reason in words, such as
-        ``"projected gradient 1 is nan"``.
+        ``"coefficient 1 is nan"``.
     """
     valid: list[ProjectedGradients] = []
     refused: dict[int, str] = {}
@@ -46,11 +46,11 @@ def _objection(answer: ProjectedGradients, round: int, basis: Basis, limit: floa
     if answer.basis != basis.describe():
         return f"its answer is in the basis {answer.basis}, the round's is {basis.describe()}"
     if answer.coefficients.shape != (basis.size,):
-        return f"it sent {list(answer.coefficients.shape)} projected gradients, the round has [{basis.size}]"
+        return f"it sent {list(answer.coefficients.shape)} coefficients, the round has [{basis.size}]"
     # Not `> limit`: that is false for nan.
     bad = torch.nonzero(~(answer.coefficients.abs() <= limit))
     if not len(bad):
         return None
-    probe = int(bad[0])
-    value = answer.coefficients[probe].item()
-    return f"projected gradient {probe} is {value:g}" + (f", beyond ±{limit:g}" if abs(value) > limit else "")
+    number = int(bad[0])
+    value = answer.coefficients[number].item()
+    return f"coefficient {number} is {value:g}" + (f", beyond ±{limit:g}" if abs(value) > limit else "")

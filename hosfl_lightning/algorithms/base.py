@@ -70,6 +70,8 @@ class Algorithm(ABC):
     client_holds: ClassVar[Literal["half", "whole"]] = "half"
     #: How the server trains its half: by backprop, by forwards alone, or not at all.
     server_order: ClassVar[Literal["first", "zeroth", "none"]] = "first"
+    #: Whether it needs something to train at the clients.
+    client_trains: ClassVar[bool] = True
     #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
     joint: ClassVar[bool] = True
     #: Whether `Codecs.gradient` applies to what a client sends.
@@ -117,6 +119,11 @@ class Algorithm(ABC):
             raise ValueError(
                 f"{self.name} trains the whole model at the clients, but model.init_args.client_holds is half (the "
                 f"{module.cut} layer(s) before the cut); set it to whole, which gives the server's half to the clients"
+            )
+        if self.client_trains and not self.parameters(module):
+            raise ValueError(
+                f"{self.name} trains the clients, but with model.init_args.lora.client: null and no side adapter at "
+                "them they have nothing to train; set lora.client or side, or take Frozen"
             )
 
     def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:

@@ -12,7 +12,9 @@ class Frozen(SplitRound):
     """The same rounds with a client that does not move: what the server reaches alone."""
 
     records = False
+    client_trains = False
 
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
         """A `FrozenClient`."""
-        return FrozenClient(module.client_half, ZerothOrder(module.client_parameters.items(), self.client_optimizer))
+        group = {"params": [*module.client_parameters.items()]}  # which may be empty
+        return FrozenClient(module.client_half, ZerothOrder([group], self.client_optimizer))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from hosfl_lightning.aggregation import AggregationRule
@@ -18,6 +20,7 @@ from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, LocalGrad
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.optim import Basis, Compression, UpdateRule
 from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.split.side import of_side
 
 
 class HOSFL(SharedScalars, SplitRound):
@@ -46,10 +49,14 @@ class HOSFL(SharedScalars, SplitRound):
         aggregation: As in `Algorithm`: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
         compression: What travels of a gradient that ``estimator: local`` knows: ``Uncompressed``, ``RandomProjections``
             or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
-        taps: Of a client with ``estimator: local``, as in `LocalGradientClient`.
+        taps: Of a client with ``estimator: local``, as in `LocalGradientClient`: ``recompute`` or ``keep``.
 
     Raises:
         ValueError: For a setting out of range, or compression of what is not known.
+
+    Warns:
+        UserWarning: At setup, when ``P`` projections are less than 1 % of the values of a known gradient: the cosine
+            of ``ĝ`` with it is about ``√(P/d)``, under 0.1. A ``compression`` has chosen its number, and is not asked.
 
     Reference: HO-SFL, arXiv 2603.14773, algorithm 1.
     """
@@ -71,6 +78,8 @@ class HOSFL(SharedScalars, SplitRound):
     ) -> None:
         super().__init__(probes, mu, estimator, distribution, client_optimizer, client_scheduler, aggregation)
         self.first_order_optimizer, self.compression, self.taps = first_order_optimizer, compression, taps
+        if taps not in get_args(Taps):
+            raise ValueError(f"taps must be one of {', '.join(get_args(Taps))}, got {taps!r}")
         if compression is not None and estimator != "local":
             raise ValueError(f"compression={type(compression).__name__} is for a gradient that the client knows, with "
                              f"estimator: local; estimator: {estimator} measures scalars already")  # fmt: skip
@@ -85,7 +94,7 @@ class HOSFL(SharedScalars, SplitRound):
                 "estimator: local is the exact gradient of a side adapter, the one part of a client whose path to the "
                 "smashed data is direct; set model.init_args.side, or estimator: central"
             )
-        beside = [name for name in module.client_parameters if "lora_side" not in name]
+        beside = [name for name in module.client_parameters if not of_side(name)]
         if beside and self.compression is not None:
             raise ValueError(
                 f"estimator: local knows no gradient of {beside[0]}, which is below the backbone, so that "
@@ -124,6 +133,16 @@ class HOSFL(SharedScalars, SplitRound):
         """As in `Algorithm`; the steps are the callbacks of this run."""
         super().setup(module, seed, callbacks)
         self.lagrangian_update = next(c for c in callbacks if isinstance(c, LagrangianUpdate))
+        if self.estimator == "local" and self.compression is None:
+            self._compare_probes(sum(p.numel() for name, p in module.client_parameters.items() if of_side(name)))
+
+    def _compare_probes(self, known: int) -> None:
+        if self.probes < known / 100:
+            rank_zero_warn(
+                f"probes={self.probes}: so many numbers travel of the {known} that the client knows of its gradient, "
+                f"and the cosine of the update with it is about {math.sqrt(self.probes / known):.2g}; set compression: "
+                "Uncompressed (with lora.client: null), or more probes"
+            )
 
     def make_client(self, module: SplitModule, seed: int) -> SplitClient:
         """A `ForwardOnlyClient` with layer-wise probes, or a `LocalGradientClient`."""

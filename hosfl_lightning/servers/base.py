@@ -33,6 +33,7 @@ from hosfl_lightning.split import (
     split,
 )
 from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.side import of_side
 from hosfl_lightning.wire import SmashedData
 
 Batch = dict[str, Tensor]
@@ -106,7 +107,7 @@ class SplitModule(L.LightningModule, ABC):
         self.client_half, self.server_half = self.split_whole(whole)
         if side is not None and side.client and lora is None:
             for name, parameter in self.client_half.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+                parameter.requires_grad_(of_side(name))
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
         self._server_trainable = tuple(n for n, p in self.server_half.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone

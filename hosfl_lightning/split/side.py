@@ -134,13 +134,19 @@ class Tap(nn.ModuleDict, BaseTunerLayer):
         return None if active is None else cast(Bottleneck, self[active])
 
 
+def of_side(name: str) -> bool:
+    """Whether a parameter is a side adapter's, by its name in a model or a half."""
+    return NAME in name.split(".")
+
+
 Watch = Callable[[Bottleneck, Tensor], None]
 
 
 class Ladder:
     """The client's taps in one forward: what is squeezed at each layer, and added up at the cut.
 
-    Kept between a layer and the cut is the squeezed output ``(B, S, width)``, not a tensor of z's size.
+    Kept between a layer and the cut are the squeezed outputs ``(B, S, width)``, or the sum of all ``up`` where that is
+    less: never more than one tensor of z's size.
 
     Args:
         layers: The client's layers in order; their hooks are this object's methods.
@@ -150,6 +156,7 @@ class Ladder:
     def __init__(self, layers: Sequence[nn.Module], taps: Sequence[int]) -> None:
         self.last = len(taps)
         self.squeezed: list[tuple[Bottleneck, Tensor]] = []
+        self.sum: Tensor | None = None
         self.kept: list[tuple[Bottleneck, Tensor]] | None = None
         self.watch: Watch | None = None
         self.watched = 0
@@ -160,6 +167,7 @@ class Ladder:
 
     def _start(self, *_: Any) -> None:
         self.squeezed.clear()
+        self.sum = None
         self.watched = 0
 
     def _tap(self, layer: nn.Module, _args: Any, output: Any) -> None:
@@ -167,7 +175,7 @@ class Ladder:
         if bottleneck is None:
             return
         if self.watch is None:
-            self.squeezed.append((bottleneck, bottleneck.squeeze(h)))
+            self._keep(bottleneck, bottleneck.squeeze(h))
             if self.kept is not None:  # the next layer may work in place
                 self.kept.append((bottleneck, h.clone()))
             return
@@ -176,11 +184,19 @@ class Ladder:
         if self.watched == self.last:
             raise _Seen
 
+    def _keep(self, bottleneck: Bottleneck, a: Tensor) -> None:
+        if self.last * a.shape[-1] <= bottleneck.up.out_features:
+            self.squeezed.append((bottleneck, a))
+        else:
+            self.sum = bottleneck.up(a) if self.sum is None else self.sum + bottleneck.up(a)
+
     def _finish(self, _layer: nn.Module, _args: Any, output: Any) -> Any:
         z = features_of(output)
         while self.squeezed:
             bottleneck, a = self.squeezed.pop(0)
             z = add(z, bottleneck.up(a))
+        if self.sum is not None:
+            z, self.sum = add(z, self.sum), None
         return (z, *output[1:]) if isinstance(output, tuple) else z
 
     @contextmanager

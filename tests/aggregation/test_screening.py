@@ -30,15 +30,15 @@ def _with(client: int, probe: int, value: float) -> ProjectedGradients:
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (_with(3, 1, math.nan), "projected gradient 1 is nan"),
-        (_with(3, 2, math.inf), "projected gradient 2 is inf, beyond ±1e+06"),
-        (_with(3, 0, -math.inf), "projected gradient 0 is -inf, beyond ±1e+06"),
-        (_with(3, 0, 1e9), "projected gradient 0 is 1e+09, beyond ±1e+06"),
-        (_with(3, 0, -1.5e6), "projected gradient 0 is -1.5e+06, beyond ±1e+06"),
+        (_with(3, 1, math.nan), "coefficient 1 is nan"),
+        (_with(3, 2, math.inf), "coefficient 2 is inf, beyond ±1e+06"),
+        (_with(3, 0, -math.inf), "coefficient 0 is -inf, beyond ±1e+06"),
+        (_with(3, 0, 1e9), "coefficient 0 is 1e+09, beyond ±1e+06"),
+        (_with(3, 0, -1.5e6), "coefficient 0 is -1.5e+06, beyond ±1e+06"),
         (replace(_answer(3), round=6), "its answer is for round 6, this is round 7"),
         (
             replace(_answer(3), coefficients=torch.ones(4)),
-            "it sent [4] projected gradients, the round has [3]",
+            "it sent [4] coefficients, the round has [3]",
         ),
         (
             replace(_answer(3), basis=SharedDirections(0, ROUND, 3, "gauss16").describe()),

@@ -200,7 +200,7 @@ class TestScalars:
         reference = Reference(model)
         trainer = orchestrator(algorithm, tmp_path, max_rounds=1, clients_per_round=None)
         monkeypatch.setattr(AuxiliaryClient, "probe", huge)
-        with pytest.warns(UserWarning, match=r"client 1 is refused: projected gradient 0 is .*, beyond ±1e\+06"):
+        with pytest.warns(UserWarning, match=r"client 1 is refused: coefficient 0 is .*, beyond ±1e\+06"):
             trainer.fit(model, Points())
         assert trainer.refused == {1: 1}
         reference.run([[0, 2, 3]], estimate(2, 0.5, shared=True))

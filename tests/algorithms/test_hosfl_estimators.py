@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, catch_up
 from hosfl_lightning.aggregation.update import recorded
-from hosfl_lightning.algorithms import SplitFedSGD
+from hosfl_lightning.algorithms import Frozen, SplitFedSGD
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.catch_up import CatchUp, client_state
 from hosfl_lightning.checkpoint import CheckpointError, collect
@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 every_method = pytest.mark.parametrize("method", METHODS)
 some_methods = pytest.mark.parametrize("method", ["jvp", "dense", "subset", "beside LoRA"])
 
-pytestmark = pytest.mark.filterwarnings("error:mu=", "ignore:the two sides of a probe")
+pytestmark = pytest.mark.filterwarnings("error:mu=", "ignore:the two sides of a probe", "ignore:probes=3")
 
 
 def hosfl(method: str, kind: type[HOSFL] = HOSFL, **settings: Any) -> HOSFL:
@@ -149,6 +149,21 @@ class TestARound:
             patch.setattr("warnings.filters", [("always", None, UserWarning, None, 0)])
             trainer.fit(make_model(**METHODS[method][1]), data)
         assert any("mu=1e-12 changes only" in str(w.message) for w in recwarn) == (method == "beside LoRA")
+
+
+@pytest.mark.parametrize(("settings", "said"), [({"probes": 5}, True), ({"probes": 6}, False), ({}, False)])
+def test_so_few_numbers_of_a_known_gradient_are_warned_about(
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, settings: dict[str, Any],
+    said: bool, recwarn: pytest.WarningsRecorder,
+) -> None:  # fmt: skip
+    """Under 1 % of 512; what a compression sends was chosen."""
+    settings = settings or {"compression": RandomSubset(2)}
+    trainer = make_orchestrator(HOSFL(estimator="local", **settings), max_rounds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.filters", [("always", None, UserWarning, None, 0)])
+        trainer.fit(make_model(**SIDE), data)
+    found = [str(w.message) for w in recwarn if "probes=5: so many numbers travel of the 512" in str(w.message)]
+    assert len(found) == said
 
 
 @dataclass
@@ -266,6 +281,22 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"compression.count=1000: the client trains 512 values"):
             make_orchestrator(hosfl("dense", compression=compression)).fit(make_model(**SIDE), data)
         assert not (tmp_path / "runs").exists()
+
+    @pytest.mark.parametrize("algorithm", [HOSFL(), SplitFedSGD()], ids=lambda a: a.name)
+    def test_a_client_with_nothing_to_train(
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path,
+        algorithm: Any,
+    ) -> None:  # fmt: skip
+        model = make_model(lora=Lora(client=None, server=SERVER))
+        with pytest.raises(ValueError, match=r"lora\.client: null and no side adapter.*set lora\.client or side"):
+            make_orchestrator(algorithm).fit(model, data)
+        assert not (tmp_path / "runs").exists()
+        make_orchestrator(Frozen(), max_rounds=1).fit(model, data)
+        assert (tmp_path / "runs").exists()
+
+    def test_taps_that_are_neither(self) -> None:
+        with pytest.raises(ValueError, match="taps must be one of recompute, keep, got 'recompte'"):
+            HOSFL(estimator="local", taps="recompte")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize("estimator", ["forward", "central", "jvp"])
     def test_compression_of_what_is_measured(self, estimator: str) -> None:

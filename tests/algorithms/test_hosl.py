@@ -140,7 +140,7 @@ def test_a_client_whose_losses_are_no_numbers_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(Server, "loss", poisoned)
     algorithm = HOSL(PROBES)
     trainer = orchestrator(algorithm, tmp_path, clients_per_round=4, max_rounds=1)
-    with pytest.warns(UserWarning, match="client 2 is refused: projected gradient 0 is nan"):
+    with pytest.warns(UserWarning, match="client 2 is refused: coefficient 0 is nan"):
         trainer.fit(TwoLayers(sgd()), Points())
     update = algorithm.dimension_free_aggregation._update
     assert update is not None

@@ -26,6 +26,7 @@ from tests.small_run import adamw, contents
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the two sides of a probe"),  # of so small a model is crooked
+    pytest.mark.filterwarnings("ignore:probes="),  # few are enough here
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),  # torch's own, in jvp
 ]
 

@@ -213,6 +213,24 @@ def llama_half(side: Side | None) -> Any:
     return split(model, 3)[0].requires_grad_(False)
 
 
+@pytest.mark.parametrize(("examples", "share"), [(8, 1.05), (2, 1.05), (1, 1.1)])
+@pytest.mark.parametrize("width", [64, 128])
+def test_of_a_wide_adapter_one_gradient_is_held(examples: int, share: float, width: int) -> None:
+    """As wide as the backbone: what is squeezed, and every further copy of the gradient, would be seen."""
+    ids = torch.arange(examples * 64).view(examples, 64) % 64
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    bare = llama_half(None)
+    inference = plain_forward_peak(lambda: run(bare, tokens))
+    half = llama_half(Side(width))
+    trained: list[nn.Parameter] = [p for name, p in half.named_parameters() if "lora_side" in name]
+    client, basis = LocalGradientClient(half, ZerothOrder(trained, module=half)), Dense([p.numel() for p in trained])
+    with MemoryMeter() as meter, meter.role("client"):
+        rows = [slice(0, examples)]
+        anchor = client.forward(tokens, rows)
+        client.answer(tokens, anchor, torch.ones_like(anchor.z), rows, basis)
+    assert meter.peak("client") <= share * inference + 4 * basis.size
+
+
 @pytest.mark.parametrize(("taps", "below"), [("recompute", "below"), ("recompute", "all"), ("keep", "below")])
 def test_its_peak_is_that_of_inference(taps: Taps, below: Any) -> None:
     """Beyond parameters and batch, λ included."""

@@ -92,6 +92,17 @@ def test_with_a_side_adapter_and_no_lora_the_client_trains_it_alone(
         model.export(str(tmp_path / "adapter"))
 
 
+def test_a_weight_of_the_backbone_is_not_taken_for_the_side_adapters_by_its_name(tiny_folder: Path) -> None:
+    class Named(SplitCausalLM):
+        def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
+            whole = super().load_whole(dtype, seed, **model_kwargs)
+            whole.model.layers[0].register_parameter("lora_gain", torch.nn.Parameter(torch.ones(1)))
+            return whole
+
+    model = Named(str(tiny_folder), cut=2, side=Side(4))
+    assert list(model.client_parameters) == [f"model.layers.0.lora_side.default.{n}.weight" for n in ("down", "up")]
+
+
 class SideRun(SmallRun):
     """The small run with a side adapter, whose exact gradient is projected, beside LoRA that is probed."""
 

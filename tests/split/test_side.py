@@ -89,9 +89,10 @@ def test_it_adds_nothing_to_images_at_the_start_and_split_equals_whole_after(nam
     assert all(torch.equal(b, statistics[n]) for n, b in model.named_buffers())
 
 
+@pytest.mark.parametrize("width", [4, 40], ids=["narrow", "wider than z"])
 @pytest.mark.parametrize(("taps", "tapped"), [("below", [0, 1]), ("all", [0, 1, 2])])
-def test_z_is_the_sum_of_the_formula(taps: Any, tapped: list[int]) -> None:
-    model = sided(taps=taps)
+def test_z_is_the_sum_of_the_formula(taps: Any, tapped: list[int], width: int) -> None:
+    model = sided(client=width, taps=taps)
     noisy(model)
     client, _ = split(model, 3)
     states = tiny_causal_lm("llama")(TOKENS, attention_mask=MASK, output_hidden_states=True).hidden_states
