@@ -20,7 +20,17 @@ from hosfl_lightning.compare.publish import publish
 from hosfl_lightning.compare.results import reckon
 from hosfl_lightning.compare.runner import Runner
 from hosfl_lightning.compare.runs import Group, Run
-from hosfl_lightning.compare.settings import SHORT, Comparison, Limits, Method, Publish, Target, Tuning, flat
+from hosfl_lightning.compare.settings import (
+    SHORT,
+    Comparison,
+    ComparisonError,
+    Limits,
+    Method,
+    Publish,
+    Target,
+    Tuning,
+    flat,
+)
 from hosfl_lightning.compare.table import markdown
 from hosfl_lightning.files import write_whole
 
@@ -192,6 +202,9 @@ def _dotted(args: list[str], prefix: str) -> tuple[list[str], dict[str, Any]]:
     """The other arguments, and those of ``--overrides.a.b=1`` as ``{"a.b": 1}``.
 
     The parser would take ``a`` for a key of the dict, and of two arguments below one ``a`` it would keep the last.
+
+    Raises:
+        ComparisonError: One of them has no value.
     """
     rest, found, left = list[str](), dict[str, Any](), iter(args)
     for arg in left:
@@ -199,7 +212,10 @@ def _dotted(args: list[str], prefix: str) -> tuple[list[str], dict[str, Any]]:
             rest.append(arg)
             continue
         key, equals, value = arg.removeprefix(prefix).partition("=")
-        found[key] = get_loader("yaml")(value if equals else next(left, ""))
+        value = value if equals else next(left, "--")
+        if not equals and value.startswith("--"):
+            raise ComparisonError(f"{arg}: a value is missing; give {arg}=VALUE")
+        found[key] = get_loader("yaml")(value)
     return rest, found
 
 

@@ -170,8 +170,8 @@ def _reached(group: Group, target: Target | None, mode: str) -> dict[str, Any] |
 
 
 def _costs(group: Group) -> dict[str, float | None]:
-    """Means over seeds."""
-    costs = [run.costs for run in group.runs.values()]
+    """Means over seeds; a frozen client trains nothing of what it could."""
+    costs = [run.costs | ({"d_client": 0} if group.algorithm == FROZEN else {}) for run in group.runs.values()]
     return {name: _mean(cost[name] for cost in costs) for name in (costs[0] if costs else ())}
 
 

@@ -174,6 +174,25 @@ def test_overrides_on_the_command_line_stand_beside_each_other_and_over_the_file
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("rest", [["--out", "X"], []])
+def test_an_override_without_a_value_takes_no_other_option_for_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], rest: list[str]
+) -> None:
+    config = write(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        hosfl("compare", f"--config={config}", "--overrides.model.init_args.cut", *rest)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "--overrides.model.init_args.cut: a value is missing; give --overrides.model.init_args.cut=VALUE"
+    )
+    given = parse(
+        Comparison, "", [f"--config={config}", f"--out={folder}/out", "--overrides.model.init_args.cut", "-1"]
+    )
+    assert given.overrides == {"model.init_args.cut": -1}
+
+
 def test_flat_keys() -> None:
     rule = {"class_path": "SGD", "init_args": {"lr": 1}}
     nested = {"server_lr": 1, "a": {"b.c": {"d": 2}, "e": rule}, "f": {}}

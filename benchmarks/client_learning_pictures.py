@@ -1,0 +1,110 @@
+"""The pictures of ``benchmarks.client_learning``: gap closed by method, and over what it costs a client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN
+from hosfl_lightning.compare.pictures import style
+
+#: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
+LIMITS = (-60.0, 160.0)
+LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+COSTS = {
+    "client_forward_equivalents": "client arithmetic a round, in plain forwards of its half (log scale)",
+    "bytes_up": "bytes up a client-round (log scale)",
+}
+
+
+def draw(rows: Iterable[dict[str, Any]], settings: dict[str, dict[str, Any]], out: Path) -> None:
+    """Write the pictures, if any row has closed a part of a gap.
+
+    Args:
+        rows: Of ``client_learning.json``.
+        settings: Every method by name, in the order of the picture; its ``algorithm`` says which are controls.
+        out: Folder of ``gap_closed.png`` and ``gap_closed_over_*.png``.
+    """
+    known = [row for row in rows if row["gap_closed"] is not None]
+    if not known:
+        return
+    kinds = {name: {"algorithm": one["algorithm"]["class_path"].rpartition(".")[2]} for name, one in settings.items()}
+    styles = {name: {"color": one["color"], "marker": one["marker"] or "s"}
+              for name, one in style({"methods": kinds}).items()}  # fmt: skip
+    with matplotlib.rc_context(LOOK):
+        by_method(known, styles).savefig(out / "gap_closed.png")
+        for cost, label in COSTS.items():
+            over(known, styles, cost, label).savefig(out / f"gap_closed_over_{cost}.png")
+
+
+def by_method(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> Figure:
+    """A line a method, a column of dots a cell; the controls are 0 and 100."""
+    cells: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault(_title(row), []).append(row)
+    there = {row["method"] for row in rows} - {FROZEN, FIRST_ORDER}
+    names = [name for name in reversed(styles) if name in there]
+    figure = _figure(2.2 + 1.9 * len(cells), 4.2)
+    for axes, (title, found) in zip(figure.subplots(1, len(cells), sharey=True, squeeze=False)[0], cells.items()):
+        for row in (row for row in found if row["method"] in names):
+            place, chosen = names.index(row["method"]), styles[row["method"]]
+            ends = [min(max(100 * end, LIMITS[0]), LIMITS[1]) for end in row["gap_closed_interval"]]
+            axes.plot(ends, [place, place], color=chosen["color"], linewidth=2)
+            _dot(axes, 100 * row["gap_closed"], place, chosen, upright=False)
+        for control, line in ((0, "--"), (100, "-.")):
+            axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
+        axes.set(xlim=LIMITS, yticks=range(len(names)), yticklabels=names)
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.25)
+    figure.supxlabel(
+        "gap closed, % (0: frozen client, 100: first-order client; line: 95 % interval over seeds)", fontsize=9
+    )
+    return figure
+
+
+def over(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], cost: str, label: str) -> Figure:
+    """A dot a row and cell."""
+    figure = _figure(8.4, 4.4)
+    axes = figure.subplots()
+    for name, chosen in styles.items():
+        found = [row for row in rows if row["method"] == name and row[cost]]
+        if found:
+            axes.plot([], [], linestyle="", label=name, **chosen)
+        for row in found:
+            _dot(axes, 100 * row["gap_closed"], row[cost], chosen, upright=True)
+    axes.set(xscale="log", ylim=LIMITS, xlabel=label, ylabel="gap closed, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def _dot(axes: Axes, value: float, place: float, chosen: dict[str, Any], upright: bool) -> None:
+    """A dot, or beyond `LIMITS` an arrow at the end of the axis and the number."""
+    shown = min(max(value, LIMITS[0]), LIMITS[1])
+    x, y = (place, shown) if upright else (shown, place)
+    if shown == value:
+        axes.plot(x, y, linestyle="", **chosen)
+        return
+    arrow = ("v^" if upright else "<>")[value > 0]
+    axes.plot(x, y, marker=arrow, linestyle="", color=chosen["color"], clip_on=False)
+    inward = -1 if value > 0 else 1
+    shift = (6, 6 * inward) if upright else (8 * inward, 4)
+    side = "left" if upright or inward > 0 else "right"
+    axes.annotate(f"{value:.0f} %", (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
+
+
+def _title(row: dict[str, Any]) -> str:
+    skew = "" if row["alpha"] is None else f", {row['partition']}({row['alpha']})"
+    return f"{row['task']}, cut {row['cut']}\n{row['server']} server, {row['clients']} client(s){skew}"
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
