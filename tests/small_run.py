@@ -62,8 +62,8 @@ class SmallRun:
 
     def trainer(self, *callbacks: Callback, **settings: Any) -> Orchestrator:
         rule = SGD(lr=0.1, momentum=0.9) if self.momentum else AdamW(lr=1e-2)
-        # The loss rises, so the file of round 2 gives way to that of round 4.
-        kept: dict[str, Any] = {"monitor": "val/loss", "mode": "max", "save_last": True}
+        # The loss falls, so the file of round 2 gives way to that of round 4.
+        kept: dict[str, Any] = {"monitor": "val/loss", "mode": "min", "save_last": True}
         kept = {"save_top_k": -1} if self.keep else kept
         given: dict[str, Any] = {
             "max_rounds": 4, "clients_per_round": 2, "val_check_interval": 2, "availability": Trace(ONLINE),

@@ -86,14 +86,14 @@ class HOSFL(SharedScalars, SplitRound):
 
     def check(self, module: SplitModule) -> None:
         """As in `Algorithm`; an exact gradient needs a side adapter, and one basis must serve all that is trained."""
-        super().check(module)
-        if self.estimator != "local":
-            return
-        if module.side is None or not module.side.client:
+        if self.estimator == "local" and (module.side is None or not module.side.client):
             raise ValueError(
                 "estimator: local is the exact gradient of a side adapter, the one part of a client whose path to the "
                 "smashed data is direct; set model.init_args.side, or estimator: central"
             )
+        super().check(module)
+        if self.estimator != "local":
+            return
         beside = [name for name in module.client_parameters if not of_side(name)]
         if beside and self.compression is not None:
             raise ValueError(

@@ -115,7 +115,7 @@ def measure_compute(
         batch: Of the cohort, on the client's device.
         cohort: One client.
     """
-    device, rounds, seconds = client.optimizer.device, 0.0, 0.0
+    device, rounds, seconds = batch["labels"].device, 0.0, 0.0  # a frozen client may have nothing to train
     with torch.no_grad():
         forward = flops_of(lambda: run(half, batch), device)
     for rehearse, share in rehearsals:

@@ -150,7 +150,7 @@ def budget(**limits: int) -> list[dict[str, Any]]:
 
 
 PROBABILITY = {"class_path": "hosfl_lightning.availability.Probability", "init_args": {"p": 0.5}}
-INT8 = {"smashed_data": "int8", "multiplier": "fp32"}
+INT8 = {"smashed_data": "int8", "multiplier": "fp32", "gradient": "fp32"}
 #: Settings and summary of the first run, of the second, and the note.
 UNEQUAL: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any], str]] = [
     ({"precision": "bf16-mixed"}, {}, {}, {}, "trainer.precision (bf16-mixed, 32-true)"),

@@ -116,7 +116,7 @@ class SideRun(SmallRun):
         return trainer
 
 
-@pytest.mark.filterwarnings("ignore:the two sides of a probe")
+@pytest.mark.filterwarnings("ignore:the two sides of a probe", "ignore:probes=")
 def test_a_run_with_a_side_adapter_is_resumed_replayed_and_exported(tmp_path: Path) -> None:
     """With clients that miss rounds, schedules, optimizer states and dropout at the server."""
     run = SideRun(tmp_path, keep=True)
