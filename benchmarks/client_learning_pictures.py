@@ -16,7 +16,7 @@ from hosfl_lightning.compare.pictures import style
 
 #: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
 LIMITS = (-60.0, 160.0)
-LOOK = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 COSTS = {
     "client_forward_equivalents": "client arithmetic a round, in plain forwards of its half (log scale)",
     "bytes_up": "bytes up a client-round (log scale)",
