@@ -115,7 +115,8 @@ def measure_compute(
         batch: Of the cohort, on the client's device.
         cohort: One client.
     """
-    device, rounds, seconds = batch["labels"].device, 0.0, 0.0  # a frozen client may have nothing to train
+    # Not the optimizer's: a frozen client may have nothing to train.
+    device, rounds, seconds = next(iter(batch.values())).device, 0.0, 0.0
     with torch.no_grad():
         forward = flops_of(lambda: run(half, batch), device)
     for rehearse, share in rehearsals:
