@@ -1,6 +1,6 @@
 """What a client's learning is worth: the share of the first-order gap that each method closes, task by task.
 
-    python -m benchmarks.client_learning --data ../shared/data --minilm MODEL --out docs/results/client_learning
+    python -m benchmarks.client_learning --data DATA --minilm MODEL --out docs/results/client_learning
 
 DATA holds a folder a data set, MODEL all-MiniLM-L6-v2. Every cell is one comparison (``hosfl compare``): the same data,
 partition, server, client samples and seeds for each row, equal rounds, six pairs of learning rates a row chosen on the
