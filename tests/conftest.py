@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.optim import SGD
+from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.servers.pretrained import TINY_LM, resolve
 from hosfl_lightning.split import Lora, LoraHalf
 
@@ -66,6 +68,25 @@ class RandomTokens(FederatedDataModule):
 
         self.clients = [[example(n) for n in of_client] for of_client in self.lengths]
         self.validation_set = [example(12) for _ in range(8)]
+
+
+class Joined(RandomTokens):
+    """One client that holds, each round, what the three of ``apart`` hold."""
+
+    num_clients = 1  # type: ignore[assignment]
+
+    def __init__(self, apart: RandomTokens) -> None:
+        super().__init__(apart.lengths)
+        self.apart = RandomTokens(apart.lengths)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.apart.tokenizer = self.tokenizer
+        self.apart.setup(stage)
+
+    def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
+        parts = [self.apart.client_batch(k, round) for k in range(3)]
+        return {name: stack_rows([p[name] for p in parts], fill) for name, fill in FILL.items()}
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hosfl_lightning.padding import FILL, drop_unpredictable, stack_rows
 from hosfl_lightning.rng import Domain, Stream, direction
 from hosfl_lightning.servers.server import Server
 from hosfl_lightning.wire import SmashedData
-from tests.conftest import RandomTokens
+from tests.conftest import Joined, RandomTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the two sides of a probe")  # μ is large on purpose, see `fit`
 
@@ -163,24 +163,9 @@ def test_copies_of_one_client_give_that_clients_update(
 def test_unequal_clients_give_the_update_of_their_concatenated_batch(
     make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: str
 ) -> None:
-    class Joined(RandomTokens):
-        """One client that holds, each round, what the three hold."""
-
-        num_clients = 1  # type: ignore[assignment]
-        apart = RandomTokens(data.lengths)
-
-        def setup(self, stage: str) -> None:
-            super().setup(stage)
-            self.apart.tokenizer = self.tokenizer
-            self.apart.setup(stage)
-
-        def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
-            parts = [self.apart.client_batch(k, round) for k in range(3)]
-            return {name: stack_rows([p[name] for p in parts], fill) for name, fill in FILL.items()}
-
     algorithm = HOSFL(probes=2, mu=2**-7, client_optimizer=SGD(lr=0.1))
     apart = fit(make_orchestrator, make_model(), data, algorithm=algorithm, simulation=simulation)
-    joined = fit(make_orchestrator, make_model(), Joined(data.lengths), algorithm=algorithm)
+    joined = fit(make_orchestrator, make_model(), Joined(data), algorithm=algorithm)
     assert_close(apart, joined, 5e-5)
 
 

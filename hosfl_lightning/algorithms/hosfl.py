@@ -40,8 +40,8 @@ class HOSFL(SharedScalars, SplitRound):
     Args:
         probes: ``P``, directions a round; the client runs ``P + 1`` forwards (``2P + 1`` when central).
         mu: ``μ``, smoothing length.
-        estimator: ``forward`` (the paper's), ``central``, ``jvp`` (dual numbers: exact along each direction, at 2.4
-            times a forward's activations), or ``local`` (the side adapter's exact gradient).
+        estimator: ``forward`` (the paper's), ``central``, ``jvp`` (dual numbers: exact along each direction, with
+            two of each activation), or ``local`` (the side adapter's exact gradient).
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         client_optimizer: Update rule on θ_c.
         first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.

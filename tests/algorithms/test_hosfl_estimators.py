@@ -21,12 +21,11 @@ from hosfl_lightning.catch_up import CatchUp, client_state
 from hosfl_lightning.checkpoint import CheckpointError, collect
 from hosfl_lightning.clients import FirstOrderClient, SplitClient
 from hosfl_lightning.optim import SGD, AdamW, EstimatorError, RandomProjections, RandomSubset, Uncompressed, basis_of
-from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.rebuild import rebuild
 from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from tests.conftest import RandomTokens
+from tests.conftest import Joined, RandomTokens
 from tests.faults import count_writes
 from tests.recipe_runs import tiny_pretrained
 from tests.small_run import SmallRun, contents, halved, plain
@@ -113,21 +112,6 @@ class TestARound:
     def test_batched_is_per_client_and_unequal_clients_are_their_joined_batch(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, method: str
     ) -> None:
-        class Joined(RandomTokens):
-            """One client that holds, each round, what the three hold."""
-
-            num_clients = 1
-            apart = RandomTokens(data.lengths)
-
-            def setup(self, stage: str) -> None:
-                super().setup(stage)
-                self.apart.tokenizer = self.tokenizer
-                self.apart.setup(stage)
-
-            def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
-                parts = [self.apart.client_batch(k, round) for k in range(3)]
-                return {name: stack_rows([p[name] for p in parts], fill) for name, fill in FILL.items()}
-
         def trained(of: RandomTokens, simulation: str) -> State:
             model = make_model(**METHODS[method][1])
             return fit(make_orchestrator, model, of, algorithm=hosfl(method), simulation=simulation, max_rounds=2)
@@ -136,7 +120,7 @@ class TestARound:
         # A difference divides the rounding of z by μ.
         tolerance = 5e-5 if method == "beside LoRA" else 2e-6
         assert_close(trained(data, "per_client"), batched, tolerance)
-        assert_close(trained(Joined(data.lengths), "batched"), batched, tolerance)
+        assert_close(trained(Joined(data), "batched"), batched, tolerance)
 
     @pytest.mark.parametrize("method", ["dense", "directions", "beside LoRA"])
     def test_a_probe_is_checked_where_there_is_one(

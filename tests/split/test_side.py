@@ -283,8 +283,9 @@ def test_what_is_kept_is_not_overwritten_by_a_layer_that_works_in_place() -> Non
     assert (kept[0][1] < 0).any(), "what comes after the ReLU would have no negative value"
 
 
-def test_a_forward_that_failed_leaves_nothing_for_the_next() -> None:
-    model = sided()
+@pytest.mark.parametrize("width", [4, 40])  # the narrow one waits squeezed, the wide one as a sum
+def test_a_forward_that_failed_leaves_nothing_for_the_next(width: int) -> None:
+    model = sided(client=width)
     noisy(model)
     client, _ = split(model, 3)
     before = client(TOKENS, MASK)
