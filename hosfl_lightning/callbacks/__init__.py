@@ -9,6 +9,7 @@ from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
 from hosfl_lightning.callbacks.random_signs import RandomSigns
+from hosfl_lightning.callbacks.zeroth_order_training import ZerothOrderTraining
 
 __all__ = [
     "Budget",
@@ -20,4 +21,5 @@ __all__ = [
     "PeakMemoryMonitor",
     "RandomSigns",
     "RoundProgressBar",
+    "ZerothOrderTraining",
 ]

@@ -1,0 +1,279 @@
+"""ZerothOrderTraining: a plain Trainer trains a whole module by forward evaluations alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from typing_extensions import override
+
+from hosfl_lightning.callbacks.hybrid_order import HybridOrder
+from hosfl_lightning.callbacks.lower_part import replaced, silenced
+from hosfl_lightning.callbacks.repeat_check import check_repeats
+from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.zeroth_order import check_probe_settings
+from hosfl_lightning.servers.server import loss_of
+
+
+class ZerothOrderTraining(Callback):
+    r"""Forward evaluations in the place of backprop, in a ``lightning.Trainer`` with automatic optimization (MeZO).
+
+    ::
+
+        v_p = (ℓ(θ + μ u_p) − ℓ(θ − μ u_p)) / 2μ,  p = 1..P          central; forward: (ℓ(θ + μ u_p) − ℓ(θ)) / μ
+        ĝ = (1/P) Σ_p v̄_p u_p,  θ ← rule(θ, ĝ)                       v̄_p: mean over ranks
+
+    θ is what the module's own optimizer would train. No ``.grad`` and no graph is made: the memory is that of
+    inference, and the estimate as good as ``√(P/d)``, its cosine with the gradient. The numerics are `ZerothOrder`'s.
+
+    Example::
+
+        Trainer(callbacks=[ZerothOrderTraining(rule=SGD(lr=1e-6))]).fit(model, data)
+
+    Nothing in the module changes. ``training_step`` runs once as ever, then once a probe with torch's random state
+    replayed and ``self.log`` and metrics silenced. Trainer goes on to step the module's optimizer, which finds no
+    gradient and lends its schedule only: the learning rate of a parameter group is the rule's, times the group's own
+    over what that was at the start (over ``max_lr`` where a schedule has one). So schedulers, hooks, ``global_step``,
+    checkpoints and resuming work as without it. The first batch costs three more forwards and a copy of θ, to see that
+    ``training_step`` repeats itself.
+
+    Under DDP ranks exchange ``P`` scalars a step; DDP's own wrapper is left away, so norm statistics stay each rank's.
+
+    | logged key | meaning | unit |
+    |---|---|---|
+    | ``zeroth_order/projected_gradient_rms`` | rms of ``v̄_p``, about the gradient's norm | nats per unit of θ |
+    | ``zeroth_order/lr`` | learning rate of the update, first parameter group | – |
+
+    Args:
+        rule: Update rule of all parameters. Default: `SGD`.
+        probes: ``P``; a batch takes ``2P + 1`` forwards (``P + 1`` when forward).
+        mu: ``μ``, smoothing length.
+        estimator: ``central`` or ``forward``.
+        distribution: Of the directions: ``rademacher`` or ``gauss16``.
+        seed: Of the directions; step ``t`` of the run uses those of round ``t``.
+
+    Raises:
+        ValueError: A setting out of range, what needs a gradient (clipping, accumulation, a GradScaler, an own
+            ``backward``), a strategy that divides parameters, a ``training_step`` that does not repeat itself.
+
+    Reference: MeZO, arXiv 2305.17333.
+    """
+
+    def __init__(
+        self,
+        rule: UpdateRule | None = None,
+        probes: int = 1,
+        mu: float = 1e-3,
+        estimator: str = "central",
+        distribution: str = "rademacher",
+        seed: int = 0,
+    ) -> None:
+        check_probe_settings(probes, mu, estimator, distribution)
+        SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
+        self.rule = rule if rule is not None else SGD()
+        self.settings: dict[str, Any] = {
+            "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
+        }  # fmt: skip
+        self._undo = ExitStack()
+        self._optimizer: ZerothOrder | None = None
+        self._restored: dict[str, Any] = {}
+
+    # ---- setting up and leaving
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what would break the method; without gradients, DDP's wrapper has nothing to do."""
+        if stage != "fit":
+            return
+        refuse_what_would_break(trainer, pl_module)
+        if isinstance(trainer.strategy, DDPStrategy):
+            # Its buckets would take as much memory as the parameters.
+            same_start = functools.partial(broadcast_state, pl_module)
+            self._undo.enter_context(replaced(same_start, (trainer.strategy, "configure_ddp")))
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the parameters from the module's optimizer, now that they are on their device, and its backward."""
+        self._optimizer = self._take_over(trainer, pl_module)
+        self._restore(self._optimizer)
+        self._checked = False
+        self._values: Tensor | None = None
+        self._rms: Tensor | None = None
+        original = pl_module.training_step
+
+        @functools.wraps(original)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._training_step(pl_module, functools.partial(original, *args, **kwargs))
+
+        self._undo.enter_context(replaced(training_step, (pl_module, "training_step")))
+        self._undo.enter_context(replaced(lambda *_, **__: None, (pl_module, "backward")))
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave module and strategy as they were found."""
+        self._undo.close()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same when the run broke off, for which Trainer calls no teardown."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _take_over(self, trainer: Trainer, pl_module: LightningModule) -> ZerothOrder:
+        groups = [
+            {"params": [p for p in group["params"] if p.requires_grad], "users_lr": starting_lr(group)}
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        ]
+        if not any(group["params"] for group in groups):
+            raise ValueError("ZerothOrderTraining: configure_optimizers names no trainable parameter of the module; "
+                             "return an optimizer of those that are to be trained")  # fmt: skip
+        return ZerothOrder(groups, self.rule, module=pl_module, **self.settings)
+
+    # ---- a step
+
+    @torch.no_grad()
+    def _training_step(self, pl_module: LightningModule, step: Callable[[], Any]) -> Any:
+        """The user's step, then the projected gradients of its loss."""
+        assert self._optimizer is not None
+        same = SameRandomness(pl_module, self._optimizer.device)
+        output = step()
+        if output is None:
+            return None
+
+        def again() -> Tensor:
+            with silenced(pl_module):
+                return loss_of(step()).squeeze()
+
+        objective = functools.partial(same, again)
+        loss = loss_of(output).detach().squeeze()
+        if not self._checked:
+            check_repeats(self._optimizer, objective, loss)
+            self._checked = True
+        self._values = self._optimizer.project(objective, base=loss)
+        return output
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """The update; what the module's optimizer does after it, without gradients, is nothing."""
+        values, self._values = self._values, None
+        if values is None:  # training_step skipped the batch
+            return
+        assert self._optimizer is not None
+        # Gathered and summed in rank order, so that all ranks have the same bits.
+        rows: Any = pl_module.all_gather(values)
+        values = rows.view(-1, len(values)).mean(0)
+        for own, users in zip(self._optimizer.param_groups, optimizer.param_groups):
+            own["lr"] = self.rule.lr * scheduled_lr(users) / own["users_lr"]
+        self._optimizer.record(values)
+        self._optimizer.step()
+        self._rms = values.square().mean().sqrt()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the step."""
+        rms, self._rms = self._rms, None
+        if rms is not None:
+            assert self._optimizer is not None
+            pl_module.log("zeroth_order/projected_gradient_rms", rms.float())
+            pl_module.log("zeroth_order/lr", self._optimizer.param_groups[0]["lr"])
+
+    # ---- checkpoints
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"rule": type(self.rule).__name__, **self.settings}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, and the step, which is the number of the directions."""
+        return {} if self._optimizer is None else {**self._identity, "optimizer": self._optimizer.state_dict()}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Kept until the parameters are on their device."""
+        self._restored = dict(state_dict)
+
+    def _restore(self, optimizer: ZerothOrder) -> None:
+        state, self._restored = self._restored, {}
+        if not state:
+            return
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"ckpt_path: ZerothOrderTraining was saved with {name}={state[name]}, now it is {value}"
+                )
+        optimizer.load_state_dict(state["optimizer"])
+
+
+def starting_lr(group: dict[str, Any]) -> float:
+    """The learning rate of a group of the module's optimizer that its schedule is relative to."""
+    return next((float(group[name]) for name in ("max_lr", "initial_lr", "lr") if group.get(name)), 1.0)
+
+
+def scheduled_lr(group: dict[str, Any]) -> float:
+    """Its learning rate now; 1 where it has none (Adafactor's own schedule)."""
+    return 1.0 if group.get("lr") is None else float(group["lr"])
+
+
+def broadcast_state(module: torch.nn.Module) -> None:
+    """All ranks start from the parameters and buffers of the first, as DDP would have it."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        torch.distributed.broadcast(tensor.detach(), src=0)
+
+
+def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Settings that need a gradient, or under which the method is not what it says.
+
+    Raises:
+        ValueError: Names the setting and what to use instead.
+    """
+    kinds = (ZerothOrderTraining, HybridOrder)
+    if sum(isinstance(callback, kinds) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
+        raise ValueError("trainer.callbacks holds ZerothOrderTraining beside another of its kind or HybridOrder; a "
+                         "parameter is trained by one of them, remove the others")  # fmt: skip
+    if not pl_module.automatic_optimization:
+        raise ValueError("ZerothOrderTraining needs automatic_optimization=True; a module that steps by itself can use "
+                         "hosfl_lightning.optim.ZerothOrder directly (docs/manual_optimization.md)")  # fmt: skip
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
+                         "single device or ddp")  # fmt: skip
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError("ZerothOrderTraining: a training_step that takes dataloader_iter cannot run a batch twice; "
+                         "take (batch, batch_idx)")  # fmt: skip
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise ValueError("ZerothOrderTraining: a compiled LightningModule runs no hooks, by which probes move its "
+                         "parameters; give the Trainer the module itself")  # fmt: skip
+    refuse_what_needs_a_gradient(trainer, pl_module)
+
+
+def refuse_what_needs_a_gradient(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Settings that would have no effect where no gradient is.
+
+    Raises:
+        ValueError: Names the setting and what to use instead.
+    """
+    if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
+        raise ValueError("trainer.gradient_clip_val and configure_gradient_clipping have no gradient to clip under "
+                         "ZerothOrderTraining; remove them and lower the rule's lr")  # fmt: skip
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches > 1 or any(c.going_to_accumulate_grad_batches() for c in schedules):
+        raise ValueError("trainer.accumulate_grad_batches has no gradient to accumulate under ZerothOrderTraining; use "
+                         "a larger batch, or more probes")  # fmt: skip
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler has no gradient to scale under "
+                         "ZerothOrderTraining; use bf16-mixed or 32-true")  # fmt: skip
+    if is_overridden("backward", pl_module):
+        raise ValueError(f"{type(pl_module).__name__} overrides backward, which ZerothOrderTraining never calls; "
+                         "remove it")  # fmt: skip
