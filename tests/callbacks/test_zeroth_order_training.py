@@ -126,9 +126,10 @@ def test_what_the_users_optimizer_does_not_hold_or_is_frozen_stays() -> None:
 # ---- the user's step, as often as the user wrote it
 
 
-def test_logs_and_metrics_count_every_batch_once() -> None:
-    module, count = Parts(), 1 + 2 * 2
-    trainer = fit(module, zeroth(probes=2))
+@pytest.mark.parametrize(("estimator", "count"), [("central", 1 + 2 * 2), ("forward", 1 + 2)])
+def test_logs_and_metrics_count_every_batch_once(estimator: str, count: int) -> None:
+    module = Parts()
+    trainer = fit(module, zeroth(probes=2, estimator=estimator))
     assert module.seen.update_count == 4
     assert module.calls == 4 * count + 3  # three to check the first batch
     assert trainer.callback_metrics["calls"] == 3 * count + 3 + 1  # logged by the first run of the last batch
