@@ -215,6 +215,12 @@ def plain_forward_peak(forward: Callable[[], object]) -> int:
     return meter.peak("forward")
 
 
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, a shared one once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
 @cache
 def _returns_alias(func: torch._ops.OpOverload) -> bool:
     """Whether an operator returns storages it was given (views, in-place, out=) and creates none."""

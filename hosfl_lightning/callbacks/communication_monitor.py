@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
+
+from hosfl_lightning.callbacks.round_callback import RoundCallback
 
 KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
 #: What only some methods send, or travels only when a client returns; the records it replays count as updates.
@@ -15,10 +18,14 @@ RARE_KINDS = ("weights", "probed_data", "catch_up_request", "snapshot")
 COUNTED_AS = {"coded_gradient": "projected_gradients"}
 
 
-class CommunicationMonitor(Callback):
+class CommunicationMonitor(RoundCallback):
     """Reports the length of the serialised messages, by kind and direction.
 
     A message to several receivers counts once for each. What a codec made smaller counts under the same key.
+
+    In a plain Trainer it counts what the ranks give each other for the part below `HybridOrder`'s cut: every rank's
+    ``P`` fp32 scalars a step, to each of the others; with ``estimator="local"`` the adapter's gradient. What the
+    strategy exchanges for the part above the cut is not counted. One process alone has nothing to count, and is told.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -39,7 +46,15 @@ class CommunicationMonitor(Callback):
         self.client_rounds = 0
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Say so where there is nothing to count."""
+        super().on_train_start(trainer, pl_module)
+        if isinstance(trainer, Trainer) and trainer.world_size == 1:
+            rank_zero_warn("CommunicationMonitor has nothing to count in one process; use strategy='ddp' with several "
+                           "devices, or leave it out")  # fmt: skip
+
+    @override
+    def report(self, trainer: Any, pl_module: Any) -> None:
         """Log the round and add it to the totals."""
         by_kind: Counter[str] = Counter()
         by_direction: Counter[str] = Counter(up=0, down=0)
@@ -49,7 +64,16 @@ class CommunicationMonitor(Callback):
                 clients.add(sent.client)
             by_kind[COUNTED_AS.get(sent.kind, sent.kind)] += sent.bytes * sent.receivers
             by_direction[sent.direction] += sent.bytes * sent.receivers
-        self.client_rounds += len(clients)
+        self._add(by_kind, by_direction, len(clients), pl_module)
+
+    def exchanged(self, kind: str, nbytes: int, ranks: int, pl_module: Any) -> None:
+        """Every rank sent ``nbytes`` to every other one: log the step and add it to the totals."""
+        if ranks > 1:
+            total = ranks * (ranks - 1) * nbytes
+            self._add(Counter({kind: total}), Counter(up=total, down=0), ranks, pl_module)
+
+    def _add(self, by_kind: Counter[str], by_direction: Counter[str], clients: int, pl_module: Any) -> None:
+        self.client_rounds += clients
         self.totals += by_kind
         self.up_bytes += by_direction["up"]
         self.down_bytes += by_direction["down"]

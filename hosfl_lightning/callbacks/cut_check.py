@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+#: Relative error up to which two gradients of one function agree, in any precision.
+TOLERANCE = 0.05
 
 
 class CutError(ValueError):
@@ -21,9 +26,7 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
     """
     modules = [name for name, _ in module.named_modules() if name]
     if cut not in modules:
-        last = cut.rsplit(".", 1)[-1]
-        near = [name for name in modules if name.rsplit(".", 1)[-1] == last] or [n for n in modules if "." not in n]
-        raise CutError(f"cut: the module has no submodule {cut!r}; there is, for example, {', '.join(near[:5])}")
+        raise CutError(f"cut: the module has no submodule {cut!r}; the nearest names are {_nearest(cut, modules)}")
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if client is None:
         earlier = ["", *modules[: modules.index(cut)]]
@@ -35,12 +38,19 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
         for pattern in client:
             matches = {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
             if not matches:
-                raise CutError(f"client: {pattern!r} matches no trainable parameter, such as {next(iter(trainable))!r}")
+                raise CutError(f"client: {pattern!r} matches no trainable parameter; the nearest names are "
+                               f"{_nearest(pattern, list(trainable))}")  # fmt: skip
             wanted |= matches
     inside = next((name for name in trainable if name in wanted and name.startswith(f"{cut}.")), None)
     if inside:
         raise CutError(f"client: {inside} is in {cut!r}, the module at the cut, so it is not below it")
     return {name: p for name, p in trainable.items() if name in wanted}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    without_prefix = [known for known in names if known.endswith(f".{name}")]
+    nearest = difflib.get_close_matches(name, names, n=5, cutoff=0.0)
+    return ", ".join(dict.fromkeys([*without_prefix, *nearest][:5])) or "none"
 
 
 def refuse_compiled(module: nn.Module, cut: str, client: list[str]) -> None:
@@ -57,6 +67,20 @@ def refuse_compiled(module: nn.Module, cut: str, client: list[str]) -> None:
             )
 
 
+def check_passes(cut: str, passes: int) -> None:
+    """A training step goes through the cut once.
+
+    Raises:
+        CutError: Says how often it did.
+    """
+    if passes == 0:
+        raise CutError(f"cut: training_step called {cut!r} 0 times with a graph, not once; choose a module that it "
+                       "calls (under activation checkpointing: use_reentrant=False)")  # fmt: skip
+    if passes > 1:
+        raise CutError(f"cut: training_step called {cut!r} {passes} times, not once, so the loss has no single λ; "
+                       "choose a cut that all inputs pass together (torch.cat), or another cut")  # fmt: skip
+
+
 def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], below: set[int], above: set[int]) -> None:
     """The loss depends on θ_c through z and on nothing else that is trained below the cut.
 
@@ -70,7 +94,7 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
     Raises:
         CutError: Names the parameters and what to change.
     """
-    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    names = _names(module)
     ours = {id(p) for p in client.values()}
     complaints = [
         (ours & above & below, f"cut: the loss also reaches %s by a path around {cut!r} (a skip connection or a tied "
@@ -87,10 +111,19 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
             raise CutError(message % (", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")))
 
 
-def leaves(root: Tensor) -> set[int]:
-    """Ids of the leaf tensors that the autograd graph of ``root`` reaches."""
+def _names(module: nn.Module) -> dict[int, str]:
+    """The names of each trainable parameter; a tied one has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return {number: " (tied to ".join(known[:2]) + ")" * (len(known) > 1) for number, known in names.items()}
+
+
+def leaves(root: Tensor, end: Tensor | None = None) -> set[int]:
+    """Ids of the leaf tensors that the autograd graph of ``root`` reaches without passing ``end``."""
     found: set[int] = set()
-    seen: set[Any] = set()
+    seen: set[Any] = set() if end is None else {end.grad_fn}
     pending = [root.grad_fn]
     while pending:
         node = pending.pop()
@@ -101,3 +134,26 @@ def leaves(root: Tensor) -> set[int]:
             found.add(id(node.variable))
         pending += [earlier for earlier, _ in node.next_functions]
     return found
+
+
+def check_gradient(cut: str, names: Sequence[str], exact: Sequence[Tensor], ours: Sequence[Tensor], hint: str) -> None:
+    r"""``‖g − g'‖ ≤ TOLERANCE · ‖g‖`` for ``g = ∂ℓ/∂θ_c`` by the module's own backward and ``g'`` from λ alone.
+
+    Args:
+        cut: For the message.
+        names: Of the parameters.
+        exact: ``g``, tensor by tensor.
+        ours: ``g'``.
+        hint: What may be the cause.
+
+    Raises:
+        CutError: They differ; names the parameter that differs most.
+    """
+    pairs = [(g.double(), o.to(g.device).double()) for g, o in zip(exact, ours, strict=True)]
+    errors = torch.stack([(g - o).norm() for g, o in pairs])
+    size = torch.stack([g.norm() for g, _ in pairs]).norm()
+    if not errors.norm() <= TOLERANCE * size:
+        raise CutError(
+            f"verify: below {cut!r} the gradient from λ differs by {float(errors.norm() / size):.0%} from that of the "
+            f"loss, most in {names[int(errors.argmax())]}; {hint}"
+        )

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from hosfl_lightning.aggregation import MEAN, AggregationRule, combine
+from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import ProjectedGradients, Update
 
 
-class DimensionFreeAggregation(Callback):
+class DimensionFreeAggregation(RoundCallback):
     r"""``v̄_p = Σ_k w_k v_kp`` (or another mean), then ``θ_c ← rule(θ_c, (1/P) Σ_p v̄_p u_p)`` at every client alike.
 
-    What travels is ``P`` scalars each way; no weight vector, whatever the model's size.
+    What travels is ``P`` scalars each way; no weight vector, whatever the model's size. In a plain Trainer it is a step
+    of `HybridOrder`, which makes one where ``callbacks`` has none; the clients are the ranks, with equal weights.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -36,7 +37,7 @@ class DimensionFreeAggregation(Callback):
         return self._update
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def report(self, trainer: Any, pl_module: Any) -> None:
         """Log the round's update."""
         if self._update is not None:
             pl_module.log("client/projected_gradient_rms", self._update.coefficients.square().mean().sqrt())

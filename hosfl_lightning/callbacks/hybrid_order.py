@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import warnings
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.callbacks.cut_check import CutError
+from hosfl_lightning.callbacks import trainer_check
+from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.callbacks.lower_part import LowerPart, replaced
-from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient
+from hosfl_lightning.callbacks.lower_part import LowerPart
+from hosfl_lightning.callbacks.replayed_client import ReplayedClient, ReplayedLocalClient
+from hosfl_lightning.callbacks.round_callback import RoundCallback
+from hosfl_lightning.callbacks.silence import replaced
+from hosfl_lightning.clients import Anchor, Cohort
 from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.wire import ProjectedGradients
 
+ESTIMATORS = ("forward", "central", "local")
+C = TypeVar("C", bound=Callback)
+
 
 class HybridOrder(Callback):
-    r"""Backprop above a cut, forward evaluations below it, in a ``lightning.Trainer`` with automatic optimization.
+    r"""Backprop above a cut, forward evaluations below it, in a ``lightning.Trainer``.
 
     ::
 
@@ -34,19 +39,24 @@ class HybridOrder(Callback):
                 ĝ = (1/P) Σ_p v̄_p u_p,  θ_c ← rule(θ_c, ĝ),  v̄_p: mean over ranks, sum over accumulated batches
 
     Nothing in the module changes: its optimizer trains what is above the cut, this callback what is below. No ``.grad``
-    is made below the cut, and no graph after the first batch. Steps 4 and 5-6 of the round are `LagrangianUpdate` and
-    `DimensionFreeAggregation`, the same as in a federated run; ranks exchange ``P`` scalars for the lower part.
+    is left below the cut, and no graph is made there after the first batch. Steps 4 and 5-6 of the round are
+    `LagrangianUpdate` and `DimensionFreeAggregation`, the same as in a federated run, the Trainer's where it has them;
+    ranks exchange ``P`` scalars for the lower part.
 
     Example::
 
         Trainer(callbacks=[HybridOrder(cut="model.model.layers.3", rule=AdamW(lr=1e-4))]).fit(model, data)
 
-    Clipping, accumulation, bf16, single-device and DDP strategies, checkpoints and resuming work as without it;
-    ``gradient_clip_val`` acts above the cut only. The probes replay torch's random state, so dropout masks below the
-    cut agree. Where no submodule that is called holds both θ_c and the cut, they run ``training_step`` up to the cut
-    again, with ``self.log`` and metrics silenced. The first batch costs a dozen more forwards of the lower part, a copy
-    of θ_c and, in host memory, the lower part's graph: it is checked that the loss reaches θ_c through the cut alone,
-    and that a replay reproduces z.
+    Clipping, accumulation, bf16 and fp16, single-device and DDP strategies, checkpoints and resuming work as without
+    it; ``gradient_clip_val`` acts above the cut only. Under a GradScaler λ is divided by the scale, the lower part
+    skips what the scaler skips, and a λ that overflows makes it skip. The probes replay torch's random state, so
+    dropout masks below the cut agree. Where no submodule that is called holds both θ_c and the cut, they run
+    ``training_step`` up to the cut again, with ``self.log`` and metrics silenced. Manual optimization works where such
+    a submodule is called, with one optimizer and one ``manual_backward`` a batch; a GAN's two optimizers are refused.
+
+    The first batch is checked: by its graph, the loss reaches θ_c through the cut alone; by gradients, unless
+    ``verify=False``, backprop agrees with λ and a replay; a replay reproduces z. This costs a dozen forwards of the
+    lower part and a copy of θ_c, and to verify, its gradients and, in host memory, its graph.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -60,17 +70,23 @@ class HybridOrder(Callback):
         rule: Update rule below the cut; its learning rate is constant.
         client: Names of θ_c, as prefixes that end at a dot or as regular expressions. None: every trainable parameter
             registered before the cut. All that is trained below the cut must be in it.
-        probes: ``P``, forwards of the lower part a batch (``2P`` when central).
-        mu: ``μ``, smoothing length.
-        estimator: ``forward`` or ``central``.
+        probes: ``P``, forwards of the lower part a batch (``2P`` when central); unused when local.
+        mu: ``μ``, smoothing length; unused when local.
+        estimator: ``forward``, ``central``, or ``local``: the exact gradient of a side adapter, which is all that is
+            trained below the cut (`hosfl_lightning.split.side.attach_side`), by one more forward. Ranks then exchange
+            that gradient.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         seed: Of the directions; step ``t`` of the run uses those of round ``t``.
+        verify: On the first batch compare θ_c's gradient by the module's own backprop with that from λ.
+
+    Attributes:
+        working: Opened around all that is done below the cut after λ has come, such as a role of a `MemoryMeter`.
 
     Raises:
         ValueError: A setting out of range, a cut or client that does not fit (`CutError`), a Trainer setting that would
             break the method.
 
-    Reference: HO-SFL, arXiv 2603.14773.
+    Reference: HO-SFL, arXiv 2603.14773; the side adapter: Ladder Side-Tuning, arXiv 2206.06522.
     """
 
     def __init__(
@@ -83,14 +99,17 @@ class HybridOrder(Callback):
         estimator: str = "forward",
         distribution: str = "rademacher",
         seed: int = 0,
+        verify: bool = True,
     ) -> None:
-        check_probe_settings(probes, mu, estimator, distribution)
+        check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
-        self.cut, self.client = cut, [client] if isinstance(client, str) else client
-        self.rule = rule if rule is not None else SGD()
+        self.cut, self.client, self.verify = cut, [client] if isinstance(client, str) else client, verify
+        self.rule, self.local = rule if rule is not None else SGD(), estimator == "local"
         self.settings: dict[str, Any] = {
-            "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
+            "probes": probes, "mu": mu, "estimator": "forward" if self.local else estimator,
+            "distribution": distribution, "seed": seed,
         }  # fmt: skip
+        self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo = ExitStack()
         self._client: ReplayedClient | None = None
         self._restored: dict[str, Any] = {}
@@ -102,13 +121,21 @@ class HybridOrder(Callback):
         """Take θ_c from backprop: after the module is complete, before the strategy and the optimizers see it."""
         if stage != "fit":
             return
+        one_of_a_kind(HybridOrder, trainer)
+        self.lagrangian_update = one_of_a_kind(LagrangianUpdate, trainer) or LagrangianUpdate()
+        self.aggregation = one_of_a_kind(DimensionFreeAggregation, trainer) or DimensionFreeAggregation()
+        self.monitor = one_of_a_kind(CommunicationMonitor, trainer)
+        for step in (self.lagrangian_update, self.aggregation, self.monitor):
+            if step is not None:
+                self._undo.enter_context(adopted(step))
         # The one moment for that is the hook `configure_model`, which Trainer calls on the module only.
         complete = pl_module.configure_model
 
         def configure_model() -> None:
             complete()
-            refuse_what_would_break(trainer, pl_module)
-            self.lower = LowerPart(pl_module, self.cut, self.client, trainer.precision_plugin.forward_context)
+            trainer_check.refuse_what_would_break(trainer, pl_module)
+            context = trainer.precision_plugin.forward_context
+            self.lower = LowerPart(pl_module, self.cut, self.client, context, self.verify)
             self._undo.callback(self.lower.detach)
 
         self._undo.enter_context(replaced(configure_model, (pl_module, "configure_model")))
@@ -116,12 +143,15 @@ class HybridOrder(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the client, now that its parameters are on their device."""
+        trainer_check.refuse_several_optimizers(trainer)
+        self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
-        self._client = ReplayedClient(self.lower, self.rule, self.settings)
+        kind = ReplayedLocalClient if self.local else ReplayedClient
+        self._client = kind(self.lower, self.rule, self.settings)
         self._restore(self._client)
-        self.lagrangian_update, self.aggregation = LagrangianUpdate(), DimensionFreeAggregation()
+        self.lagrangian_update.on_train_start(trainer, pl_module)
         self._total: Tensor | None = None
-        self._stepped = False
+        self._backwards, self._due, self._stepped = 0, False, False
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -133,51 +163,80 @@ class HybridOrder(Callback):
         """The same when the run broke off, for which Trainer calls no teardown."""
         self.teardown(trainer, pl_module, "fit")
 
+    @property
+    def optimizers(self) -> list[ZerothOrder]:
+        """The one below the cut, once it is made; its ``state`` is part of what the run holds."""
+        return [] if self._client is None else [self._client.optimizer]
+
     # ---- the steps of a round
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The loss is there, and what it depends on."""
+        self._backwards += 1
+        if self._backwards > 1:
+            trainer_check.refuse_a_second_backward(pl_module)
+        self.lower.check(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Step 4: λ has arrived at the cut; answer with ``P`` scalars."""
         assert self._client is not None
-        if self._stepped:
-            raise ValueError("HybridOrder: the optimizer evaluates its closure more than once a step (LBFGS does); use "
-                             "one that needs a single gradient")  # fmt: skip
-        anchor, multiplier = self._client.receive()
-        cohort = Cohort(clients=[trainer.global_rank], batch={}, rows=[slice(None)], widths=[], num_terms=[1])
-        basis = self._client.optimizer.basis(self._client.optimizer.steps)
-        values = self.lagrangian_update.answer(self._client, {}, anchor, multiplier, cohort, basis)[0]
+        with self.working():
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            received = self._client.receive(1.0 if scaler is None else scaler.get_scale())
+            if scaler is not None and not trainer.strategy.reduce_boolean_decision(received is not None):
+                _overflow(trainer.optimizers[0])
+                return
+            assert received is not None
+            values = self._answer(trainer.global_rank, *received)
         # Trainer has divided the loss by the number of accumulated batches, so λ is a share and the scalars add up.
         self._total = values if self._total is None else self._total + values
 
+    def _answer(self, rank: int, anchor: Anchor, multiplier: Tensor) -> Tensor:
+        assert self._client is not None
+        cohort = Cohort(clients=[rank], batch={}, rows=[slice(None)], widths=[], num_terms=[1])
+        return self.lagrangian_update.answer(self._client, {}, anchor, multiplier, cohort, self._client.basis())[0]
+
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """The upper part takes its step, so the lower one is due."""
-        self._stepped = True
+        """The upper part is to take its step; a GradScaler may skip it."""
+        self._due = True
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # how a scaler tells a fused optimizer to do nothing
+        self._stepped = found_inf is None or not found_inf
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Steps 5 and 6: the mean over ranks, applied by every rank alike."""
-        stepped, self._stepped = self._stepped, False
-        if not stepped or self._total is None:
-            return
+        """Steps 5 and 6, where the upper part stepped: the mean over ranks, applied by every rank alike."""
+        if self._stepped and self.lower.untaken and not pl_module.automatic_optimization:
+            trainer_check.refuse_an_unheard_backward()
+        self.lower.rest()
+        due, stepped, self._due, self._stepped, self._backwards = self._due, self._stepped, False, False, 0
+        if stepped and self._total is not None:
+            with self.working():
+                self._step(trainer, self._total)
+            self._report(trainer, pl_module)
+        if due or stepped:
+            self._total = None
+            self.lagrangian_update.forget()
+
+    def _step(self, trainer: Trainer, total: Tensor) -> None:
         assert self._client is not None
-        optimizer = self._client.optimizer
-        basis = optimizer.basis(optimizer.steps)
-        # The sum of matrices that are zero but for one's own row: an all-gather, in rank order.
-        rows = self._total.new_zeros(trainer.world_size, basis.size)
-        rows[trainer.global_rank] = self._total
-        rows = trainer.strategy.reduce(rows, reduce_op="sum")
-        answers = [
-            ProjectedGradients(optimizer.steps, rank, basis.describe(), row, num_terms=1)
-            for rank, row in enumerate(rows)
-        ]
-        update = self.aggregation.aggregate(answers, optimizer)
-        self._client.apply(update)
-        self._total = None
-        self.lagrangian_update.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self.aggregation.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        optimizer, basis = self._client.optimizer, self._client.basis().describe()
+        rows = trainer.strategy.all_gather(total).view(trainer.world_size, -1)
+        answers = [ProjectedGradients(optimizer.steps, k, basis, row, num_terms=1) for k, row in enumerate(rows)]
+        self._client.apply(self.aggregation.aggregate(answers, optimizer))
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._total is not None
+        self.lagrangian_update.report(trainer, pl_module)
+        self.aggregation.report(trainer, pl_module)
+        if self.monitor is not None:
+            self.monitor.exchanged("projected_gradients", self._total.nbytes, trainer.world_size, pl_module)
 
     # ---- checkpoints
 
@@ -203,89 +262,30 @@ class HybridOrder(Callback):
         client.optimizer.load_state_dict(state["optimizer"])
 
 
-class ReplayedClient(ForwardOnlyClient):
-    """The forward-only client whose half is the lower part of somebody else's module.
-
-    Freezes nothing and changes no mode, unlike its base: the module is the user's.
-
-    Args:
-        lower: Runs ``f_c`` again.
-        rule: Update rule on θ_c.
-        settings: Further arguments of `ZerothOrder`.
-    """
-
-    def __init__(self, lower: LowerPart, rule: UpdateRule, settings: dict[str, Any]) -> None:
-        self.lower = lower
-        module: nn.Module = ([lower.module, *lower.holders])[-1]
-        self.optimizer = ZerothOrder(lower.parameters.items(), rule, module=module, **settings)
-        self.identity = {"client": list(lower.parameters), "rule": type(rule).__name__}
-        self._checked = False
-
-    @torch.no_grad()
-    def receive(self) -> tuple[Anchor, Tensor]:
-        """``z`` and ``λ`` of the last backward, ``(B, S, h)``."""
-        z, multiplier = (_three_dimensional(t) for t in self.lower.take())
-        if not self._checked:
-            self._check_replay(z)
-            self._checked = True
-        return Anchor(z), multiplier
-
-    def evaluate(self, batch: dict[str, Tensor]) -> Tensor:
-        """The lower part again, whatever the batch."""
-        return _three_dimensional(self.lower.again())
-
-    def _check_replay(self, z: Tensor) -> None:
-        """A replay gives z again, and layer-wise probes give what perturbing all of θ_c at once gives."""
-        optimizer = self.optimizer
-        basis = optimizer.basis(0)
-        unmoved = self.evaluate({})
-        with optimizer.perturbed(basis, 0, optimizer.mu):
-            layerwise = self.evaluate({})
-        module, optimizer.module = optimizer.module, None
-        with optimizer.perturbed(basis, 0, optimizer.mu):
-            moved = self.evaluate({})
-        drift, effect = (float((other.float() - z.float()).norm()) for other in (unmoved, moved))
-        if drift > 0.1 * effect:
-            raise CutError(
-                f"cut: running the part below {self.lower.cut!r} again changes its output by {drift:.1e}, a probe by "
-                f"{effect:.1e}; it must depend on nothing but the batch and torch's random state (no numpy or random, "
-                "no work in place on the batch, no state of its own)"
-            )
-        if torch.equal(layerwise, moved):
-            optimizer.module = module
-        else:
-            size = sum(p.numel() * p.element_size() for p in optimizer.parameters)
-            warnings.warn(
-                "a parameter below the cut is used outside the forward of the module that owns it, so probes perturb "
-                f"all of them at once and keep a copy ({size} bytes)",
-                stacklevel=2,
-            )
-
-
-def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Settings under which the method is not what it says.
+def one_of_a_kind(kind: type[C], trainer: Trainer) -> C | None:
+    """The Trainer's, if it has one.
 
     Raises:
-        ValueError: Names the setting and what to use instead.
+        ValueError: It has several.
     """
-    if sum(isinstance(callback, HybridOrder) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
-        raise ValueError("trainer.callbacks holds more than one HybridOrder; a model has one cut, remove the others")
-    if not pl_module.automatic_optimization:
-        raise ValueError("HybridOrder needs automatic_optimization=True; a module that steps by itself can use "
-                         "hosfl_lightning.optim.ZerothOrder directly")  # fmt: skip
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler scales λ, and skips steps; use "
-                         "bf16-mixed or 32-true")  # fmt: skip
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
-                         "single device or ddp")  # fmt: skip
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError("HybridOrder: a training_step that takes dataloader_iter cannot run a batch twice; take "
-                         "(batch, batch_idx)")  # fmt: skip
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
-        raise ValueError("HybridOrder: a compiled LightningModule has no hooks at the cut; compile the upper part only")
+    found = [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    if len(found) > 1:
+        raise ValueError(f"trainer.callbacks holds more than one {kind.__name__}; a model has one cut, remove the "
+                         "others")  # fmt: skip
+    return found[0] if found else None
 
 
-def _three_dimensional(tensor: Tensor) -> Tensor:
-    """``(B, …, h)`` as ``(B, S, h)``, the shape of a round's messages."""
-    return tensor.reshape(len(tensor), -1, tensor.shape[-1] if tensor.dim() > 1 else 1)
+@contextmanager
+def adopted(step: RoundCallback) -> Iterator[None]:
+    """While open, the step is run by a HybridOrder."""
+    step.adopted = True
+    try:
+        yield
+    finally:
+        step.adopted = False
+
+
+def _overflow(optimizer: torch.optim.Optimizer) -> None:
+    """What the scaler would find had backprop gone on below the cut: it skips the step and lowers its scale."""
+    gradients = (p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    next(gradients).fill_(torch.inf)

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, SplitClient
 from hosfl_lightning.optim import Basis
 
 
-class LagrangianUpdate(Callback):
+class LagrangianUpdate(RoundCallback):
     r"""``v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩``: λ arrives at the cut, scalars come out.
 
-    In the first round it also checks that μ is neither lost in rounding nor beyond the linear range, and warns.
+    In the first round it also checks that μ is neither lost in rounding nor beyond the linear range, and warns. In a
+    plain Trainer it is a step of `HybridOrder`, which makes one where ``callbacks`` has none; a round is then an
+    optimizer step, and the clients are its micro-batches on this rank.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -33,6 +35,7 @@ class LagrangianUpdate(Callback):
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """One process checks μ, so that a warning comes once."""
+        super().on_train_start(trainer, pl_module)
         self._checked = not trainer.is_global_zero
 
     def answer(self, client: SplitClient, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
@@ -50,7 +53,7 @@ class LagrangianUpdate(Callback):
         self._seen = []
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def report(self, trainer: Any, pl_module: Any) -> None:
         """Log what the round's cohorts left, in whatever process they ran."""
         seen = [[client, float(square), float(term)] for client, square, term in self._seen]
         self._seen = []

@@ -10,13 +10,21 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
 
-from hosfl_lightning.callbacks.cut_check import CutError, check_paths, client_parameters, leaves, refuse_compiled
+from hosfl_lightning.callbacks.batch_state import BatchState, Replay
+from hosfl_lightning.callbacks.cut_check import (
+    CutError,
+    check_passes,
+    check_paths,
+    client_parameters,
+    leaves,
+    refuse_compiled,
+)
+from hosfl_lightning.callbacks.lower_graph import ArrivingGradients, graph_below
+from hosfl_lightning.callbacks.silence import replaced, silenced
 from hosfl_lightning.optim.randomness import SameRandomness
 
-Phase = Literal["idle", "forward", "backward", "replay"]
-Replay = tuple[Callable[[], Any], SameRandomness]
+Phase = Literal["idle", "forward", "backward", "replay", "through"]
 
 
 class _CutReached(Exception):
@@ -35,8 +43,9 @@ class LowerPart:
     ``training_step`` itself, and stops at the cut.
 
     The first batch is traced: its graph must reach every parameter of θ_c before the cut and none after or around it.
-    The graph's shape is looked at, not gradients, so that a path which is still gated by a zero is found too. For that
-    batch the lower part keeps its graph as a first-order client would, with the saved tensors in host memory.
+    The graph's shape is looked at, not gradients, so that a path which is still gated by a zero is found too. Of the
+    tensors that this graph would save, none is kept; to verify, they are, in host memory, and backprop goes on below
+    the cut that once: what is `arriving` is the gradient of θ_c as the module has it without a cut.
 
     Args:
         module: The user's module.
@@ -44,6 +53,7 @@ class LowerPart:
         client: Names or regular expressions of θ_c; a match ends at a dot or at the end of the parameter's name. None:
             every trainable parameter registered before the cut.
         context: The precision context of a forward.
+        verify: Let gradients arrive below the cut until whoever compares them says that nothing is `unverified`.
 
     Raises:
         CutError: Names the setting that does not fit, here or at the first batch.
@@ -55,29 +65,37 @@ class LowerPart:
         cut: str,
         client: Sequence[str] | None,
         context: Callable[[], AbstractContextManager[Any]],
+        verify: bool = False,
     ) -> None:
-        self.module, self.cut, self.context = module, cut, context
+        self.module, self.cut, self.context, self.unverified = module, cut, context, verify
         self.parameters = client_parameters(module, cut, client)
         refuse_compiled(module, cut, list(self.parameters))
         self._phase: Phase = "idle"
         self._traced = False
         self._place: int | str | None = None
         self._below: set[int] = set()
-        self._anchor: Tensor | None = None
-        self._running: list[tuple[nn.Module, Replay]] = []
+        self._batch = BatchState()
+        self._left = 0
+        self.arriving = ArrivingGradients([])
         self._undo = ExitStack()
         self._undo.callback(self._require_grad, True)
         self._require_grad(False)
 
     def attach(self) -> None:
         """Watch ``training_step`` from now on."""
-        handles = [self.module.get_submodule(self.cut).register_forward_pre_hook(self._at_cut, with_kwargs=True)]
+        # First of all hooks: those at the cut are above it, and a replay of a holder passes through its others again.
+        cut = self.module.get_submodule(self.cut)
+        handles = [cut.register_forward_pre_hook(self._at_cut, prepend=True, with_kwargs=True)]
         for holder in self.holders:
-            # First of all hooks: a replay passes through the others again.
             handles.append(holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             handles.append(holder.register_forward_hook(self._leave))
         for handle in handles:
             self._undo.callback(handle.remove)
+        if self.unverified:  # not earlier: autograd remembers on which device a parameter was
+            self._require_grad(True)
+            self.arriving = ArrivingGradients(list(self.parameters.values()))
+            self._undo.callback(self.arriving.remove)
+            self._require_grad(False)
         self._original = self.module.training_step
 
         @functools.wraps(self._original)
@@ -89,8 +107,7 @@ class LowerPart:
     def detach(self) -> None:
         """Leave the module as it was found; forget the batch."""
         self._undo.close()
-        self._anchor, self._running = None, []
-        vars(self).pop("_replay", None)
+        self._batch = BatchState()
 
     @property
     def holders(self) -> list[nn.Module]:
@@ -103,104 +120,159 @@ class LowerPart:
         held = [n for n in names if all(p.startswith(f"{n}.") for p in self.parameters)]
         return [self.module.get_submodule(name) for name in held]
 
+    @property
+    def untaken(self) -> bool:
+        """There was a forward, and no backward that was heard of."""
+        return self._batch.anchor is not None
+
+    def check(self, loss: Tensor) -> None:
+        """What is about to be differentiated depends on θ_c through z alone.
+
+        Raises:
+            CutError: Names what does not fit.
+        """
+        self._phase = "backward"
+        check_passes(self.cut, self._batch.passes)
+        if not self._traced:
+            above = leaves(loss, end=self._batch.anchor)
+            check_paths(self.module, self.cut, self.parameters, self._below, above)
+            self._traced = True
+
     def take(self) -> tuple[Tensor, Tensor]:
         """``z`` and ``λ = ∂loss/∂z`` of the micro-batch, after its backward."""
-        anchor, self._anchor = self._anchor, None
-        self._phase = "idle"
+        anchor = self._batch.anchor
+        self.rest()
         if anchor is None or anchor.grad is None:
             raise CutError(f"cut: the loss does not depend on the input of {self.cut!r}; choose another cut")
         return anchor.detach(), anchor.grad
 
+    def rest(self) -> None:
+        """Backprop is over, or will not come; the batch may still be run again."""
+        self._batch.anchor, self._phase = None, "idle"
+        self._require_grad(False)
+
     def again(self) -> Tensor:
         """``f_c`` of the last batch at the parameters as they are now; nothing else is changed by it."""
-        function, same = self._replay
-        return same(lambda: self._up_to_cut(function))
+        return self._replay.same(lambda: self._up_to_cut("replay"))
 
-    def _up_to_cut(self, function: Callable[[], Any]) -> Tensor:
-        self._phase = "replay"
+    @property
+    def _replay(self) -> Replay:
+        assert self._batch.replay is not None
+        return self._batch.replay
+
+    def vjp(self, multiplier: Tensor) -> list[Tensor]:
+        """``∂⟨λ, f_c(x; θ_c)⟩/∂θ_c`` of the last batch by a replay with a graph, its tensors in host memory.
+
+        Args:
+            multiplier: λ, of the shape of z.
+        """
+        parameters = list(self.parameters.values())
+
+        def differentiate() -> tuple[Tensor | None, ...]:
+            # A checkpointed block around the cut has to end for its graph to be of use.
+            phase: Phase = "through" if self._batch.recomputed else "replay"
+            with torch.enable_grad(), self._graph():
+                z = self._up_to_cut(phase)
+            self._phase = "backward"
+            if not z.requires_grad:
+                return (None,) * len(parameters)
+            return torch.autograd.grad(z, parameters, multiplier, allow_unused=True)
+
+        try:
+            found = self._replay.same(differentiate)
+        finally:
+            self.rest()
+        return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
+
+    def _up_to_cut(self, phase: Phase) -> Tensor:
+        self._phase, self._left = phase, self._batch.skipped
         try:
             with silenced(self.module), self.context():
-                function()
+                self._replay.function()
         except _CutReached as reached:
             return reached.z
         finally:
             self._phase = "idle"
+        if phase == "through" and self._batch.z is not None:
+            z, self._batch.z = self._batch.z, None
+            return z
         raise CutError(f"cut: {self.cut!r} is not reached when the same batch runs again, or an except clause in the "
                        "module swallowed the exception that ends a probe there")  # fmt: skip
 
     # ---- while the user's step runs
 
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._anchor, self._running = None, []
-        self._replay = self._remember(functools.partial(self._original, *args, **kwargs))
+        self.arriving.clear()
+        self._batch = BatchState()
+        self._batch.replay = self._remember(functools.partial(self._original, *args, **kwargs))
         self._phase = "forward"
         try:
-            with nullcontext() if self._traced else self._graph_below():
-                output = self._original(*args, **kwargs)
-                loss: Any = output["loss"] if isinstance(output, dict) else output
-                if loss is not None:
-                    self._check(loss)
+            with nullcontext() if self._traced and not self.unverified else self._graph():
+                return self._original(*args, **kwargs)
         finally:
             # Activation checkpointing calls the cut once more, during backward.
-            self._phase = "backward"
-        return output
-
-    def _check(self, loss: Tensor) -> None:
-        if self._anchor is None:
-            raise CutError(f"cut: training_step never called {self.cut!r} with a graph; choose a module that it calls "
-                           "(under activation checkpointing: use_reentrant=False)")  # fmt: skip
-        if not self._traced:
-            check_paths(self.module, self.cut, self.parameters, self._below, leaves(loss))
-            self._traced = True
+            if self._phase == "forward":
+                self._phase = "backward"
 
     @contextmanager
-    def _graph_below(self) -> Iterator[None]:
-        """The lower part keeps a graph, its tensors in host memory, up to the cut."""
-
-        def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-            return tensor.device, tensor.cpu() if self._anchor is None else tensor
-
+    def _graph(self) -> Iterator[None]:
         self._require_grad(True)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[1].to(packed[0])):
-                yield
-        finally:
-            self._require_grad(False)
+        with graph_below(lambda: self._batch.anchor is None, self.unverified):
+            yield
 
     def _require_grad(self, required: bool) -> None:
         for parameter in self.parameters.values():
             parameter.requires_grad_(required)
 
     def _enter(self, holder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._phase == "forward" and self._anchor is None:
-            self._running.append((holder, self._remember(functools.partial(holder, *args, **kwargs))))
+        if self._phase == "forward" and self._batch.anchor is None:
+            self._batch.running.append((holder, self._remember(functools.partial(holder, *args, **kwargs))))
 
     def _leave(self, holder: nn.Module, *_: Any) -> None:
-        if self._running and self._running[-1][0] is holder:
-            self._running.pop()
+        if self._batch.running and self._batch.running[-1][0] is holder:
+            self._batch.running.pop()
 
     def _remember(self, function: Callable[[], Any]) -> Replay:
         device = next(iter(self.parameters.values())).device
-        return function, SameRandomness(self.module, device)
+        return Replay(function, SameRandomness(self.module, device), self._batch.calls)
 
     def _at_cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._phase in ("replay", "through") and self._left:
+            self._left -= 1  # one of the user's own passes without a graph
+            return None
         if self._phase == "replay":
             raise _CutReached(self._smashed(args, kwargs))
+        self._batch.calls += self._phase == "forward"
         if self._phase == "idle" or not torch.is_grad_enabled():
             return None
+        self._batch.passes += self._phase == "forward"
+        if self._phase == "forward" and self._batch.passes > 1:
+            return None
         z = self._smashed(args, kwargs)
-        anchor = z.detach().requires_grad_()
+        lifted = z.clone() if self.unverified else z.detach().requires_grad_()
         if self._phase == "forward":
-            if self._anchor is not None:
-                raise CutError(f"cut: {self.cut!r} is called more than once in one training_step; choose another cut")
-            self._below = set() if self._traced else leaves(z)
-            self._anchor = anchor
-            if self._running:
-                self._replay = self._running[-1][1]
-                self._running = []
+            self._meet(z, lifted)
+        elif self._phase == "through":
+            self._batch.z = z
+        else:
+            self._batch.recomputed = True
         # A clone, so that the module may work in place (ReLU) without touching the anchor.
-        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: anchor.clone()}
+        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: lifted.clone()}
         return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}
+
+    def _meet(self, z: Tensor, anchor: Tensor) -> None:
+        self._below = set() if self._traced else leaves(z)
+        anchor.retain_grad()
+        self._batch.anchor = anchor
+        if self._batch.running:
+            self._batch.replay = self._batch.running[-1][1]
+            self._batch.running = []
+        elif not self.module.automatic_optimization:
+            raise CutError(
+                f"cut: under manual optimization a probe must not run training_step again, with its optimizer steps; "
+                f"put {self.cut!r} and the modules below it into one submodule that training_step calls"
+            )
+        self._batch.skipped = self._batch.calls - self._replay.calls - 1
 
     def _smashed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """z among the inputs: at the first batch the one with a graph, from then on the one in the same place."""
@@ -212,27 +284,3 @@ class LowerPart:
                                "choose another cut, or another client")  # fmt: skip
             self._place = graphs[0]
         return inputs[self._place]
-
-
-@contextmanager
-def replaced(function: Callable[..., Any], *places: tuple[object, str]) -> Iterator[None]:
-    """Instance attributes that hide methods of the same name, until it is closed."""
-    missing = object()
-    saved = [vars(owner).get(name, missing) for owner, name in places]
-    for owner, name in places:
-        vars(owner)[name] = function
-    try:
-        yield
-    finally:
-        for (owner, name), value in zip(places, saved):
-            if value is missing:
-                del vars(owner)[name]
-            else:
-                vars(owner)[name] = value
-
-
-def silenced(module: LightningModule) -> AbstractContextManager[None]:
-    """``self.log`` and torchmetrics do nothing: user code that runs again has counted its batch already."""
-    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-    quiet = [(metric, name) for metric in metrics for name in ("update", "forward")]
-    return replaced(lambda *_, **__: None, (module, "log"), *quiet)

@@ -13,14 +13,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import override
 
+from hosfl_lightning.callbacks.step_memory import StepMemory
 from hosfl_lightning.clients import Client, Cohort, run
-from hosfl_lightning.memory import MemoryMeter, plain_forward_peak
+from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
 from hosfl_lightning.servers.server import loss_of
 
 Rehearse = Callable[[dict[str, Tensor], Cohort, Callable[[], int]], int]
@@ -48,14 +50,27 @@ class PeakMemoryMonitor(Callback):
 
     FLOPs are those of matrix products, convolutions and attention. Of a method whose rounds differ, memory is that of
     round 0, arithmetic and time are the mean.
+
+    In a plain Trainer, of each rank's own process, once, the run's second optimizer step (the first one makes the
+    optimizer's state), beside ``memory/cuda_peak_bytes`` of each batch:
+
+    | logged key | meaning | unit |
+    |---|---|---|
+    | ``memory/static_bytes`` | parameters, buffers, optimizer state | bytes |
+    | ``memory/step_working_bytes`` | peak of what the step makes: activations, graph, gradients | bytes |
+    | ``memory/lower_working_bytes`` | with `HybridOrder`: of what is done below the cut for λ, beside z and λ | bytes |
     """
 
     def __init__(self) -> None:
         self.report: dict[str, float] = {}
+        self._step: StepMemory | None = None
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Measure, then log once."""
+        """Measure, then log once; a plain Trainer's step is measured as it runs."""
+        if isinstance(trainer, Trainer):
+            self._step = StepMemory(trainer)
+            return
         client_id = next(iter(trainer.sample(0)), 0)
         cohort = trainer.minibatch(client_id, 0)
         batch = trainer.to_device(cohort.batch)
@@ -71,14 +86,32 @@ class PeakMemoryMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A round's peak begins at its start."""
-        if trainer.fabric.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(trainer.fabric.device)
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(trainer.strategy.root_device)
+        if self._step is not None:
+            self._step.begin_batch(trainer)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """The allocator's peak, where there is one."""
-        if trainer.fabric.device.type == "cuda":
-            pl_module.log("memory/cuda_peak_bytes", torch.cuda.max_memory_allocated(trainer.fabric.device))
+        """The step's report, and the allocator's peak, where there is one."""
+        if self._step is not None and self._step.end_batch(trainer, pl_module):
+            self.report = self._step.report
+            for name, value in self.report.items():
+                pl_module.log(f"memory/{name}", value)
+        if trainer.strategy.root_device.type == "cuda":
+            pl_module.log("memory/cuda_peak_bytes", torch.cuda.max_memory_allocated(trainer.strategy.root_device))
+
+    @override
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Meter no longer, whatever happened in the step."""
+        self.teardown(trainer, pl_module, "fit")
+
+    @override
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The run is over."""
+        if self._step is not None:
+            self._step.stop()
+            self._step = None
 
 
 def measure_client(client: Client, rehearse: Rehearse, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
@@ -185,9 +218,3 @@ def undone(client: Client) -> Iterator[None]:
             for parameter, bits in zip(optimizer.parameters, saved):
                 parameter.copy_(bits)
         optimizer.load_state_dict(state)
-
-
-def storage_bytes(tensors: Any) -> int:
-    """Bytes of the tensors' storages, a shared one once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())

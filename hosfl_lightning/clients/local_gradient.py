@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -15,6 +16,8 @@ from hosfl_lightning.optim.local_gradient import add_local_gradient_
 from hosfl_lightning.split.side import Bottleneck, ladder, of_side
 
 Taps = Literal["recompute", "keep"]
+Vjp = Callable[[int, Bottleneck, Tensor], None]
+"""What to do with the outputs of a tapped layer, of the examples from a first one on."""
 
 
 class LocalGradientClient(ForwardOnlyClient):
@@ -42,14 +45,22 @@ class LocalGradientClient(ForwardOnlyClient):
 
     def __init__(self, half: nn.Module, optimizer: ZerothOrder, taps: Taps = "recompute") -> None:
         super().__init__(half, optimizer)
+        self.find_side(half, taps)
+
+    def find_side(self, half: nn.Module, taps: Taps = "recompute") -> None:
+        """Tell what is known from what is probed.
+
+        Raises:
+            ValueError: The half has no side adapter.
+        """
         found = ladder(half)
         if found is None:
             raise ValueError("estimator: local needs a side adapter at the client, the one part whose path to the "
                              "smashed data is direct; set model.init_args.side")  # fmt: skip
         self.ladder, self.taps = found, taps
-        self.numbers = {id(p): i for i, p in enumerate(optimizer.parameters)}
+        self.numbers = {id(p): i for i, p in enumerate(self.optimizer.parameters)}
         side = {id(p) for name, p in half.named_parameters() if of_side(name)}
-        optimizer.probed = {i for key, i in self.numbers.items() if key not in side}
+        self.optimizer.probed = {i for key, i in self.numbers.items() if key not in side}
 
     @torch.no_grad()
     def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
@@ -102,10 +113,13 @@ class LocalGradientClient(ForwardOnlyClient):
                     add_local_gradient_([total[i] for i in own], bottleneck, part, factor)
 
         if self.taps == "recompute":
-            # λ is held now: beside it half of the examples run in less than the whole forward took.
-            width = -(-len(multiplier) // 2)
-            for first in range(0, len(multiplier), width):
-                with self.ladder.watching(partial(vjp, first)):
-                    self.evaluate({name: tensor[first : first + width] for name, tensor in batch.items()})
+            self._recompute(vjp, batch, len(multiplier))
         for bottleneck, h in anchor.kept:
             vjp(0, bottleneck, h)
+
+    def _recompute(self, vjp: Vjp, batch: Batch, examples: int) -> None:
+        # λ is held now: beside it half of the examples run in less than the whole forward took.
+        width = -(-examples // 2)
+        for first in range(0, examples, width):
+            with self.ladder.watching(partial(vjp, first)):
+                self.evaluate({name: tensor[first : first + width] for name, tensor in batch.items()})

@@ -288,9 +288,8 @@ def detach_side(model: nn.Module) -> None:
 
 
 def ladder(half: nn.Module) -> Ladder | None:
-    """The taps of a client half; None: it has no side adapter."""
-    layers: Any = half.layers
-    hooks = [hook for layer in layers.values() for hook in layer._forward_hooks.values()]
+    """The taps of a client half, or of a whole model; None: it has no side adapter."""
+    hooks = [hook for layer in half.modules() for hook in layer._forward_hooks.values()]
     return next((owner for owner in map(_owner, hooks) if isinstance(owner, Ladder)), None)
 
 

@@ -1,11 +1,11 @@
-"""The part below a cut: what a replay repeats and leaves alone, modules that need care, cuts that do not fit."""
+"""The part below a cut: what a replay repeats and leaves alone, modules that need care."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from hosfl_lightning.callbacks import lower_part
 from hosfl_lightning.callbacks.cut_check import CutError
-from hosfl_lightning.callbacks.hybrid_order import HybridOrder
+from hosfl_lightning.callbacks.lower_graph import graph_below
 from tests.callbacks.plain_modules import (
     CLASSES,
     FEATURES,
@@ -233,112 +234,55 @@ def test_a_call_that_ended_before_the_cut_is_not_replayed() -> None:
     assert same_bits(aside, plain)
 
 
-# ---- what is refused
+def test_a_pass_without_a_graph_before_the_step_is_not_taken_for_the_cut() -> None:
+    """As pseudo-labels are made: a replay stops at the second call."""
 
+    class PseudoLabels(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x, y = batch
+            with torch.no_grad():
+                self.net[2](self.net[:2](2 * x))
+            return cross_entropy(self.net[2:](self.net[:2](x)), y)
 
-class Skip(Sequential):
-    """A gated path around the cut, the gate still at zero."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.gate = nn.Parameter(torch.zeros(()))
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        z = self.net[:2](batch[0])
-        return cross_entropy(self.net[4](self.net[2:4](z) + self.gate * z), batch[1])
-
-
-class Tied(Sequential):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + 0 * self.net[0].weight.sum()
-
-
-class Twice(Sequential):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
-
-
-class Detached(Sequential):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return cross_entropy(self.net[4](self.net[2:4](self.net[:2](batch[0])).detach()), batch[1])
-
-
-class Noisy(Sequential):
-    """Draws where no replay of torch's random state reaches."""
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.generator = np.random.default_rng(0)
-        self.net[1].register_forward_hook(lambda m, x, out: out + float(self.generator.normal()))
-
-
-class Swallows(Sequential):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        z = self.net[:2](x)
-        try:
-            z = self.net[2](z)
-        except Exception:
-            z = torch.zeros_like(z)
-        return cross_entropy(self.net[3:](z), y)
-
-
-class Manual(Sequential):
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__(*layers)
-        self.automatic_optimization = False
-
-
-class Closures(Sequential):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.LBFGS(p for p in self.parameters() if p.requires_grad)
-
-
-class Iterates(Sequential):
-    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
-        return super().training_step(next(dataloader_iter)[0], 0)
-
-
-@pytest.mark.parametrize(
-    ("kind", "order", "message"),
-    [
-        (Skip, hybrid(), r"net.0.weight, net.0.bias by a path around 'net.2'"),
-        (Tied, hybrid(), r"net.0.weight by a path around"),
-        (
-            Sequential,
-            hybrid(client=["net.0", "net.4"]),
-            r"client: net.4.weight, net.4.bias are used at or after 'net.2'",
-        ),
-        (Sequential, hybrid("net.4", client="net.0"), r"net.2.weight, net.2.bias are trained and used before 'net.4'"),
-        (Sequential, hybrid(client="net.2"), r"client: net.2.weight is in 'net.2'"),
-        (Sequential, hybrid(client=["net.0", "nett"]), r"client: 'nett' matches no trainable parameter"),
-        (Sequential, hybrid("net.9"), r"cut: the module has no submodule 'net.9'"),
-        (Sequential, hybrid("net.0"), r"no trainable parameter is registered before 'net.0'"),
-        (Twice, hybrid(), r"'net.2' is called more than once"),
-        (Detached, hybrid(), r"the loss does not depend on the input of 'net.2'"),
-        (Noisy, hybrid(), r"again changes its output"),
-        (Swallows, hybrid(), r"'net.2' is not reached when the same batch runs again"),
-        (Manual, hybrid(), r"automatic_optimization=True"),
-        (Closures, hybrid(), r"closure more than once"),
-        (Iterates, hybrid(), r"dataloader_iter"),
-    ],
-)
-def test_modules_and_cuts_that_do_not_fit(kind: type[Sequential], order: HybridOrder, message: str) -> None:
-    module = kind(*mlp().net)
-    with pytest.raises(ValueError, match=message):
-        fit(module, order)
-    assert all(p.requires_grad for p in module.parameters())
-
-
-def test_an_unused_parameter_is_not_moved_by_noise() -> None:
-    module = mlp()
-    module.net[0].register_parameter("spare", nn.Parameter(torch.zeros(3)))
-    with pytest.raises(CutError, match=r"net.0.spare are not used before 'net.2'"):
+    pseudo, plain = PseudoLabels(*mlp().net), mlp()
+    for module in (pseudo, plain):
         fit(module, hybrid())
+    assert same_bits(pseudo, plain)
 
 
-def test_a_cut_that_is_never_called() -> None:
-    module = mlp()
-    module.register_module("spare", nn.Linear(2, 2))
-    with pytest.raises(CutError, match="never called 'spare'"):
-        fit(module, hybrid("spare", client="net.0"))
+def test_a_checkpointed_block_with_layers_on_both_sides_of_the_cut() -> None:
+    class Straddling(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return cross_entropy(self.net[4](checkpoint(self.net[:4], batch[0], use_reentrant=False)), batch[1])
+
+    saving, plain = Straddling(*mlp().net), mlp()
+    for module in (saving, plain):
+        fit(module, hybrid())
+    assert same_bits(saving, plain)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_the_first_graph_saves_below_the_cut(verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+
+    @contextmanager
+    def watched(below: Any, keep: bool) -> Iterator[None]:
+        with graph_below(below, keep):
+            yield
+            kept.append(keep)
+
+    monkeypatch.setattr(lower_part, "graph_below", watched)
+    fit(mlp(), hybrid(verify=verify))
+    assert kept == ([True, True] if verify else [False])  # the batch's own graph, and that of the replay
+
+
+def test_a_step_that_differentiates_below_the_cut_itself_is_refused() -> None:
+    class Penalty(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            x = batch[0].requires_grad_()
+            z = self.net[1](self.net[0](x))
+            slope = torch.autograd.grad(z.sum(), x, retain_graph=True)[0]
+            return cross_entropy(self.net[2:](z), batch[1]) + slope.square().mean()
+
+    with pytest.raises(CutError, match="training_step itself differentiates what is below the cut"):
+        fit(Penalty(*mlp().net), hybrid(verify=False))

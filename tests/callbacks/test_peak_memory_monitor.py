@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.callbacks import PeakMemoryMonitor, peak_memory_monitor
-from hosfl_lightning.callbacks.peak_memory_monitor import measure_compute, storage_bytes
+from hosfl_lightning.callbacks.peak_memory_monitor import measure_compute
 from hosfl_lightning.clients import Cohort, ForwardOnlyClient
+from hosfl_lightning.memory import storage_bytes
 from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
 from tests.conftest import RandomTokens
 

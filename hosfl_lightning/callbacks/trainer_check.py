@@ -1,0 +1,60 @@
+"""Settings of a plain Trainer and of its module under which hybrid order is not what it says."""
+
+from __future__ import annotations
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+
+def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Before anything runs.
+
+    Raises:
+        ValueError: Names the setting and what to use instead.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
+                         "single device or ddp")  # fmt: skip
+    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        raise ValueError("HybridOrder: a training_step that takes dataloader_iter cannot run a batch twice; take "
+                         "(batch, batch_idx)")  # fmt: skip
+    if getattr(pl_module, "_compiler_ctx", None) is not None:
+        raise ValueError("HybridOrder: a compiled LightningModule has no hooks at the cut; compile the upper part only")
+
+
+def refuse_several_optimizers(trainer: Trainer) -> None:
+    """Once they are configured.
+
+    Raises:
+        ValueError: There is not exactly one.
+    """
+    if len(trainer.optimizers) != 1:
+        raise ValueError(
+            f"HybridOrder: configure_optimizers gives {len(trainer.optimizers)} optimizers (as a GAN does), and the "
+            "lower part steps with exactly one; train such a module with hosfl_lightning.optim.ZerothOrder in its own "
+            "training_step"
+        )
+
+
+def refuse_a_second_backward(pl_module: LightningModule) -> None:
+    """In one batch.
+
+    Raises:
+        ValueError: Always; says what may have asked for it.
+    """
+    if pl_module.automatic_optimization:
+        raise ValueError("HybridOrder: the optimizer evaluates its closure more than once a step (LBFGS does); use one "
+                         "that needs a single gradient")  # fmt: skip
+    raise ValueError("HybridOrder: training_step calls manual_backward more than once, so that the cut has no single "
+                     "λ; add up the losses and call it once")  # fmt: skip
+
+
+def refuse_an_unheard_backward() -> None:
+    """In manual optimization.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError("HybridOrder: the optimizer stepped without self.manual_backward(loss), so the gradient at the "
+                     "cut was never read; call it in place of loss.backward()")  # fmt: skip
