@@ -49,7 +49,7 @@ class CommunicationMonitor(RoundCallback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Say so where there is nothing to count."""
         super().on_train_start(trainer, pl_module)
-        if isinstance(trainer, Trainer) and trainer.world_size == 1:
+        if isinstance(trainer, Trainer) and self.adopted and trainer.world_size == 1:
             rank_zero_warn("CommunicationMonitor has nothing to count in one process; use strategy='ddp' with several "
                            "devices, or leave it out")  # fmt: skip
 

@@ -195,7 +195,7 @@ class HybridOrder(Callback):
 
     def _answer(self, rank: int, anchor: Anchor, multiplier: Tensor) -> Tensor:
         assert self._client is not None
-        cohort = Cohort(clients=[rank], batch={}, rows=[slice(None)], widths=[], num_terms=[1])
+        cohort = Cohort(clients=[rank], batch={}, rows=[slice(0, len(multiplier))], widths=[], num_terms=[1])
         return self.lagrangian_update.answer(self._client, {}, anchor, multiplier, cohort, self._client.basis())[0]
 
     @override

@@ -8,11 +8,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, DistributedSampler
 
+from hosfl_lightning.callbacks import (
+    CommunicationMonitor,
+    DimensionFreeAggregation,
+    LagrangianUpdate,
+    PeakMemoryMonitor,
+)
 from hosfl_lightning.callbacks.cut_check import CutError
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.optim import SGD, AdamW
@@ -59,16 +65,6 @@ def test_clipping_acts_above_the_cut_only() -> None:
     assert float(moved.norm()) == pytest.approx(0.1 * 1e-4, rel=1e-2)
 
 
-def test_bf16_mixed_agrees_with_fp32() -> None:
-    narrow, wide, start = mlp(), mlp(), mlp()
-    dtypes: list[torch.dtype] = []
-    narrow.net[0].register_forward_hook(lambda m, args, out: dtypes.append(out.dtype))
-    fit(narrow, hybrid(mu=0.03, estimator="central"), precision="bf16-mixed", max_steps=2)
-    fit(wide, hybrid(mu=0.03, estimator="central"), max_steps=2)
-    assert distance(narrow.net[0], wide.net[0]) < 0.2 * distance(wide.net[0], start.net[0])
-    assert set(dtypes) == {torch.bfloat16}  # probes run in the precision of the step
-
-
 def test_a_module_built_in_configure_model() -> None:
     class Late(Sequential):
         def configure_model(self) -> None:
@@ -105,6 +101,88 @@ def test_a_skipped_batch_is_skipped_below_too() -> None:
     assert order._client.optimizer.steps == 2  # type: ignore[union-attr]
 
 
+class Scheduled(Sequential):
+    """With what users add: a schedule, validation, a metric to stop at."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)}
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val/loss", cross_entropy(self.net(batch[0]), batch[1]))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return loader(32)
+
+
+class Hooks(Callback):
+    """The order in which Trainer calls, and what is logged and saved."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.checkpoint: dict[str, Any] = {}
+
+    def __getattribute__(self, name: str) -> Any:
+        hook = super().__getattribute__(name)
+        if name.startswith("on_") and name != "on_save_checkpoint":
+            self.order.append(name)
+        return hook
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        self.checkpoint = checkpoint
+
+
+def test_nothing_else_changes(tmp_path: Path) -> None:
+    runs = []
+    for callbacks in ([hybrid(verify=True)], []):
+        hooks, module = Hooks(), Scheduled(*mlp().net)
+        save = ModelCheckpoint(tmp_path / str(len(runs)), monitor="val/loss")
+        trainer = fit(module, hooks, save, *callbacks, max_epochs=2, enable_checkpointing=True)
+        ours = {name for name in trainer.callback_metrics if name.startswith("client/")}
+        logged = set(trainer.callback_metrics) - ours
+        checkpoint = {
+            name: set(value) if isinstance(value, dict) else value for name, value in hooks.checkpoint.items()
+        }
+        checkpoint = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+        checkpoint["callbacks"] = {name for name in checkpoint["callbacks"] if name != "HybridOrder"}
+        lr, steps = trainer.optimizers[0].param_groups[0]["lr"], trainer.global_step
+        state = list(hooks.checkpoint["state_dict"])
+        runs.append((hooks.order, logged, str(checkpoint).replace("/0/", "/1/"), lr, steps, state))
+    assert runs[0][3:5] == (0.1 / 4, 8)
+    assert runs[0] == runs[1]
+
+
+def test_early_stopping_and_max_steps_stop_it() -> None:
+    stop = EarlyStopping("val/loss", patience=1, min_delta=100.0)
+    for settings, callbacks, steps in (({"max_steps": 3}, [], 3), ({"max_epochs": 9}, [stop], 8)):
+        order = hybrid()
+        trainer = fit(Scheduled(*mlp().net), order, *callbacks, **settings)
+        assert trainer.global_step == order._client.optimizer.steps == steps  # type: ignore[union-attr]
+
+
+def test_the_trainers_own_steps_are_taken_and_report_once_a_step() -> None:
+    update, aggregation = LagrangianUpdate(), DimensionFreeAggregation()
+    order, reports = hybrid(), []
+    report = aggregation.report
+    aggregation.report = lambda *args: reports.append(report(*args))  # type: ignore[method-assign]
+    given = fit(mlp(), update, order, aggregation, accumulate_grad_batches=2)
+    made = fit(mlp(), hybrid(), accumulate_grad_batches=2)
+    assert order.lagrangian_update is update
+    assert len(reports) == given.global_step == 2
+    assert {k: float(v) for k, v in given.callback_metrics.items()} == {
+        k: float(v) for k, v in made.callback_metrics.items()
+    }
+    assert not update.adopted
+    with pytest.raises(ValueError, match="more than one LagrangianUpdate"):
+        fit(mlp(), hybrid(), LagrangianUpdate(), LagrangianUpdate())
+
+
+@pytest.mark.parametrize("kind", [LagrangianUpdate, DimensionFreeAggregation, CommunicationMonitor])
+def test_a_step_of_a_round_without_rounds_says_so(kind: type[Callback]) -> None:
+    with pytest.warns(UserWarning, match=f"{kind.__name__} has nothing to report in this Trainer.*add HybridOrder"):
+        fit(mlp(), kind(), max_steps=1)
+
+
 # ---- checkpoints
 
 
@@ -135,7 +213,8 @@ class SaveRank(Callback):
         self.folder = folder
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.save(pl_module.state_dict(), self.folder / f"rank{trainer.global_rank}.pt")
+        logged = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        torch.save({"state": pl_module.state_dict(), "logged": logged}, self.folder / f"rank{trainer.global_rank}.pt")
 
 
 class Interleaved(Sequential):
@@ -150,14 +229,20 @@ class Interleaved(Sequential):
 def test_two_ranks_are_one_process_with_the_double_batch(tmp_path: Path) -> None:
     one, two = Interleaved(*mlp().net), Interleaved(*mlp().net)
     trainers = [L.Trainer(**QUIET, callbacks=[hybrid()], max_epochs=1)]
-    trainers += [L.Trainer(**(QUIET | {"devices": 2}), callbacks=[hybrid(), SaveRank(tmp_path)], max_epochs=1,
+    callbacks = [CommunicationMonitor(), hybrid(), PeakMemoryMonitor(), SaveRank(tmp_path)]
+    trainers += [L.Trainer(**(QUIET | {"devices": 2}), callbacks=callbacks, max_epochs=1,
                            strategy="ddp_spawn", use_distributed_sampler=False)]  # fmt: skip
     for trainer, module in zip(trainers, (one, two)):
         trainer.fit(module)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    saved = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    ranks, logged = [s["state"] for s in saved], saved[0]["logged"]
     assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
     assert all(torch.allclose(ranks[0][name], value, atol=1e-5) for name, value in one.state_dict().items())
     assert distance(one, mlp()) > 1e-2
+    # Two scalars in fp32 from each rank to the other, four steps.
+    assert logged["comm/projected_gradients_bytes"] == logged["comm/up_bytes"] == 2 * 2 * 4
+    assert (logged["comm/down_bytes"], logged["comm/total_bytes"]) == (0, 4 * 16)
+    assert logged["memory/step_working_bytes"] > logged["memory/lower_working_bytes"] > 0
 
 
 def test_trainer_settings_that_would_break_it() -> None:
