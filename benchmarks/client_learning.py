@@ -3,7 +3,7 @@
     python -m benchmarks.client_learning --data DATA --minilm MODEL --out docs/results/client_learning
 
 DATA holds a folder a data set, MODEL all-MiniLM-L6-v2. Every cell is one comparison (``hosfl compare``): the same data,
-partition, server, client samples and seeds for each row, equal rounds, six pairs of learning rates a row chosen on the
+partition, server, client samples and seeds for each row, equal rounds, four pairs of learning rates a row chosen on the
 validation set at one seed, the test set touched once. What is finished is not run again, and the table holds all of it,
 whichever ``--cells`` are named. ``--quick`` makes two cells in minutes, with one pair of learning rates and two seeds:
 it shows the table, not the answer. ``--list`` shows the cells.
@@ -44,7 +44,7 @@ def comparison(cell: Cell, places: dict[str, str], out: Path) -> Comparison:
         "out": str(out / "cells" / cell.name), "recipe": str(ROOT / "recipes" / task.recipe), "overrides": overrides,
         "methods": {name: one | {"grid": one["grid"][: cell.points]} for name, one in chosen.items()},
         "budget": {"rounds": cell.rounds or task.rounds}, "metric": task.metric, "mode": task.mode,
-        "seeds": [*cell.seeds], "first_order": FIRST_ORDER, "validations": 5,
+        "seeds": [*cell.seeds], "first_order": FIRST_ORDER, "validations": 4,
     }  # fmt: skip
     path = out / "cells" / f"{cell.name}.json"
     write_whole(path, lambda file: file.write(json.dumps(settings, indent=2).encode()))
