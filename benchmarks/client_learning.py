@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.client_learning_cells import CELLS, FIRST_ORDER, FROZEN, QUICK, TASKS, Cell, methods
+from benchmarks.client_learning_overview import overview
 from benchmarks.client_learning_pictures import draw
 from hosfl_lightning.compare.command import compare, parse
 from hosfl_lightning.compare.settings import Comparison
@@ -162,7 +163,7 @@ def write(found: list[tuple[Cell, dict[str, Any]]], out: Path, command: str) -> 
     content = {"command": command, "rows": table, "cells_left_out": [c.name for c in CELLS if c not in done]}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     write_whole(out / "client_learning.json", lambda file: file.write(text.encode() + b"\n"))
-    parts = [f"# What a client's learning is worth\n\n`{command}`\n"]
+    parts = [f"# What a client's learning is worth\n\n`{command}`\n", overview(table)]
     parts += [f"## {cell.name}\n\n{markdown(results)}" for cell, results in found]
     write_whole(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
     draw(table, dict(methods(TASKS["shakespeare"], strong=True)), out)

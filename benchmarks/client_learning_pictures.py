@@ -1,4 +1,4 @@
-"""The pictures of ``benchmarks.client_learning``: gap closed by method, and over what it costs a client."""
+"""The pictures of ``benchmarks.client_learning``: gap closed by cell and method, and over what it costs a client."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN
+from benchmarks.client_learning_overview import title
 from hosfl_lightning.compare.pictures import style
 
 #: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
 LIMITS = (-60.0, 160.0)
+#: Rows of a cell of the usual height.
+FEW = 6
 LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 COSTS = {
     "client_forward_equivalents": "client arithmetic a round, in plain forwards of its half (log scale)",
@@ -31,6 +34,7 @@ def draw(rows: Iterable[dict[str, Any]], settings: dict[str, dict[str, Any]], ou
         settings: Every method by name, in the order of the picture; its ``algorithm`` says which are controls.
         out: Folder of ``gap_closed.png`` and ``gap_closed_over_*.png``.
     """
+    rows = [*rows]
     known = [row for row in rows if row["gap_closed"] is not None]
     if not known:
         return
@@ -38,34 +42,48 @@ def draw(rows: Iterable[dict[str, Any]], settings: dict[str, dict[str, Any]], ou
     styles = {name: {"color": one["color"], "marker": one["marker"] or "s"}
               for name, one in style({"methods": kinds}).items()}  # fmt: skip
     with matplotlib.rc_context(LOOK):
-        by_method(known, styles).savefig(out / "gap_closed.png")
+        by_cell(rows, styles).savefig(out / "gap_closed.png")
         for cost, label in COSTS.items():
             over(known, styles, cost, label).savefig(out / f"gap_closed_over_{cost}.png")
 
 
-def by_method(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> Figure:
-    """A line a method, a column of dots a cell; the controls are 0 and 100."""
-    cells: dict[str, list[dict[str, Any]]] = {}
+def by_cell(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> Figure:
+    """A band a cell, a dot a method in it with its interval; the controls are 0 and 100."""
+    cells: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cells.setdefault(_title(row), []).append(row)
-    there = {row["method"] for row in rows} - {FROZEN, FIRST_ORDER}
-    names = [name for name in reversed(styles) if name in there]
-    figure = _figure(2.2 + 1.9 * len(cells), 4.2)
-    for axes, (title, found) in zip(figure.subplots(1, len(cells), sharey=True, squeeze=False)[0], cells.items()):
-        for row in (row for row in found if row["method"] in names):
-            place, chosen = names.index(row["method"]), styles[row["method"]]
-            ends = [min(max(100 * end, LIMITS[0]), LIMITS[1]) for end in row["gap_closed_interval"]]
-            axes.plot(ends, [place, place], color=chosen["color"], linewidth=2)
-            _dot(axes, 100 * row["gap_closed"], place, chosen, upright=False)
-        for control, line in ((0, "--"), (100, "-.")):
-            axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
-        axes.set(xlim=LIMITS, yticks=range(len(names)), yticklabels=names)
-        axes.set_title(title, fontsize=9)
-        axes.grid(alpha=0.25)
-    figure.supxlabel(
+        cells.setdefault(title(row), {})[row["method"]] = row
+    names = [n for n in styles if n not in (FROZEN, FIRST_ORDER) and any(n in found for found in cells.values())]
+    figure = _figure(10.5, 1.3 + 0.42 * len(cells) + 0.24 * sum(len(found) > FEW for found in cells.values()))
+    axes, top, ticks = figure.subplots(), 0.0, []
+    for found in cells.values():
+        shown = [name for name in names if name in found]
+        height = max(1.0, len(shown) / 4)
+        ticks.append(top - height / 2)
+        for number, name in enumerate(shown):
+            _closed(axes, found[name], top - height * (number + 0.5) / len(shown), styles[name])
+        if all(row["gap_closed"] is None for row in found.values()):
+            axes.annotate("no gap between the controls", (50, ticks[-1]), ha="center", va="center", fontsize=8)
+        top -= height
+        axes.axhline(top, color="#dddddd", linewidth=0.8)
+    for control, line in ((0, "--"), (100, "-.")):
+        axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
+    for name in names:
+        axes.plot([], [], linestyle="", label=name, **styles[name])
+    axes.set(xlim=LIMITS, ylim=(top, 0), yticks=ticks, yticklabels=[*cells])
+    axes.set_xlabel(
         "gap closed, % (0: frozen client, 100: first-order client; line: 95 % interval over seeds)", fontsize=9
     )
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _closed(axes: Axes, row: dict[str, Any], place: float, chosen: dict[str, Any]) -> None:
+    """A row's share of the gap and its interval, if there is a gap."""
+    if row["gap_closed"] is None:
+        return
+    ends = [min(max(100 * end, LIMITS[0]), LIMITS[1]) for end in row["gap_closed_interval"]]
+    axes.plot(ends, [place, place], color=chosen["color"], linewidth=1.5)
+    _dot(axes, 100 * row["gap_closed"], place, chosen, upright=False)
 
 
 def over(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], cost: str, label: str) -> Figure:
@@ -97,11 +115,6 @@ def _dot(axes: Axes, value: float, place: float, chosen: dict[str, Any], upright
     shift = (6, 6 * inward) if upright else (8 * inward, 4)
     side = "left" if upright or inward > 0 else "right"
     axes.annotate(f"{value:.0f} %", (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
-
-
-def _title(row: dict[str, Any]) -> str:
-    skew = "" if row["alpha"] is None else f", {row['partition']}({row['alpha']})"
-    return f"{row['task']}, cut {row['cut']}\n{row['server']} server, {row['clients']} client(s){skew}"
 
 
 def _figure(width: float, height: float) -> Figure:

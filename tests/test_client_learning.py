@@ -12,7 +12,8 @@ import pytest
 from benchmarks import client_learning
 from benchmarks.client_learning import arguments, entries, main, shown, write
 from benchmarks.client_learning_cells import CELLS, FIRST_ORDER, FROZEN, QUICK, TASKS, Cell, methods
-from benchmarks.client_learning_pictures import by_method, over
+from benchmarks.client_learning_overview import DIVERGED, NO_GAP, overview
+from benchmarks.client_learning_pictures import by_cell, over
 from hosfl_lightning.compare.command import untuned
 from hosfl_lightning.compare.results import reckon
 from hosfl_lightning.compare.runs import Group, Run
@@ -208,17 +209,38 @@ class TestCommand:
         assert "/home/me" not in text + json.dumps(written)
 
 
+class TestOverview:
+    def test_a_line_a_cell_and_a_share_a_method(self) -> None:
+        failed = {"side adapter, int4": [None, None]}
+        gap, none = results(**failed), results(**{FIRST_ORDER: [2.9, 3.2]})
+        other = next(cell for cell in CELLS if cell.clients == 1)
+        for one in none["methods"].values():
+            one["accuracy"] = one["perplexity"]
+        head, _, first, second = overview([*entries(CELL, gap), *entries(other, none)]).splitlines()
+        assert head == f"| task | metric | {FROZEN} | {FIRST_ORDER} | side adapter | side adapter, int4 |"
+        controls = "3.0500 ± 0.0707 | 2.5000 ± 0.0000"
+        named = "shakespeare, cut 3, strong server, 8 clients"
+        assert first == f"| {named} | test loss | {controls} | 64% [51%, 79%] | {DIVERGED} |"
+        assert second.startswith("| digits, cut 2, strong server, 1 client |")
+        assert second.endswith(f"| {NO_GAP} | – |")
+
+
 class TestPictures:
     STYLES = {name: {"color": "#332288", "marker": "o"} for name in (FROZEN, FIRST_ORDER, "side adapter")}
 
     def test_a_row_far_away_is_an_arrow_and_its_number(self) -> None:
         rows = [*table(results(**{"side adapter": [9.0, 9.1]})).values()]
         far = f"{100 * rows[-1]['gap_closed']:.0f} %"
-        for figure in (by_method(rows, self.STYLES), over(rows, self.STYLES, "bytes_up", "bytes")):
+        for figure in (by_cell(rows, self.STYLES), over(rows, self.STYLES, "bytes_up", "bytes")):
             (axes,) = figure.axes
             assert [text.get_text() for text in axes.texts] == [far]
             assert {"<", "v"} & {line.get_marker() for line in axes.lines}
             assert figure.texts == [] or far not in figure.texts[0].get_text()
+
+    def test_a_cell_without_a_gap_says_so(self) -> None:
+        rows = [*table(results(**{FIRST_ORDER: [2.9, 3.2]})).values()]
+        (axes,) = by_cell(rows, self.STYLES).axes
+        assert [text.get_text() for text in axes.texts] == ["no gap between the controls"]
 
     def test_a_dot_a_row_and_cell_over_its_cost(self) -> None:
         rows = [*table(results()).values(), *table(results(**{"side adapter": [2.9, 2.9]})).values()]
