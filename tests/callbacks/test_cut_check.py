@@ -131,11 +131,14 @@ def test_a_cut_that_is_never_called() -> None:
 
 
 def test_a_cut_without_its_prefix_finds_the_whole_name() -> None:
-    model = nn.ModuleDict({"backbone": nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))})})
-    with pytest.raises(CutError, match=r"'layers\.8'; the nearest names are backbone\.layers\.8, "):
-        client_parameters(model, "layers.8", None)
-    with pytest.raises(CutError, match=r"'backbone\.layer\.3'; the nearest names are backbone\.layers\.3, "):
-        client_parameters(model, "backbone.layer.3", None)
+    layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))
+    model = nn.ModuleDict({"layer_norm": nn.LayerNorm(2), "backbone": nn.ModuleDict({"encoder_layers": layers})})
+    with pytest.raises(CutError, match=r"'encoder_layers\.8'; the nearest names are backbone\.encoder_layers\.8, "):
+        client_parameters(model, "encoder_layers.8", None)
+    with pytest.raises(CutError, match=r"'8'; the nearest names are backbone\.encoder_layers\.8, "):
+        client_parameters(model, "8", None)
+    with pytest.raises(CutError, match=r"'backbone\.encoder_layer\.3'; the nearest .* backbone\.encoder_layers\.3, "):
+        client_parameters(model, "backbone.encoder_layer.3", None)
 
 
 def test_nothing_trainable_below_the_cut() -> None:

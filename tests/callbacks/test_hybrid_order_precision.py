@@ -9,9 +9,20 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
-from tests.callbacks.plain_modules import CLASSES, LIGHTNING_WARNINGS, Sequential, distance, fit, hybrid, mlp, same_bits
+from tests.callbacks.plain_modules import (
+    CLASSES,
+    LIGHTNING_WARNINGS,
+    Sequential,
+    distance,
+    fit,
+    hybrid,
+    loader,
+    mlp,
+    same_bits,
+)
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -70,6 +81,24 @@ def test_what_the_scaler_skips_is_skipped_below_too(kind: type[Counted], accumul
     state = trainer.optimizers[0].state[module.net[2].weight]
     assert order._client.optimizer.steps == int(state["step"]) < trainer.global_step  # type: ignore[union-attr]
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_a_skipped_step_leaves_nothing_to_the_next_one() -> None:
+    """The second batch alone, or after one whose gradient above the cut overflows."""
+    after, alone = mlp(), mlp()
+    calls: list[int] = []
+
+    def overflow(gradient: Tensor) -> Tensor:
+        calls.append(1)
+        return torch.full_like(gradient, torch.inf) if len(calls) == 1 else gradient
+
+    after.net[2].weight.register_hook(overflow)
+    both = loader(16)
+    second = DataLoader(Subset(both.dataset, range(16, 32)), 16)
+    fit(after, coarse(), plugins=half(2.0**11), data=both)
+    fit(alone, coarse(), plugins=half(2.0**10), data=second)
+    assert distance(alone, mlp()) > 1e-2
+    assert same_bits(after, alone)
 
 
 class Steep(nn.Module):
