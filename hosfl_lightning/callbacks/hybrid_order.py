@@ -184,7 +184,7 @@ class HybridOrder(Callback):
         assert self._client is not None
         with self.working():
             scaler = getattr(trainer.precision_plugin, "scaler", None)
-            received = self._client.receive(1.0 if scaler is None else scaler.get_scale())
+            received = self._client.receive(None if scaler is None else scaler.get_scale())
             if scaler is not None and not trainer.strategy.reduce_boolean_decision(received is not None):
                 _overflow(trainer.optimizers[0])
                 return

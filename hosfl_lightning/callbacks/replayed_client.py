@@ -38,19 +38,21 @@ class ReplayedClient(ForwardOnlyClient):
         self._checked = False
 
     @torch.no_grad()
-    def receive(self, scale: float = 1.0) -> tuple[Anchor, Tensor] | None:
-        """``z`` and ``λ`` of the last backward, ``(B, S, h)``; None if λ is not finite under a scale.
+    def receive(self, scale: float | None = None) -> tuple[Anchor, Tensor] | None:
+        """``z`` and ``λ`` of the last backward, ``(B, S, h)``; None: λ overflowed.
 
         Args:
-            scale: Of the loss that was differentiated, by a GradScaler.
+            scale: Of the loss that was differentiated, by a GradScaler; None: there is none, and nothing overflows.
         """
         z, multiplier = self.lower.take()
-        if scale != 1.0 and not multiplier.isfinite().all():
+        unverified = self.lower.unverified
+        finite = bool(multiplier.isfinite().all()) if unverified or scale is not None else True
+        if scale is not None and not finite:
             return None
-        if self.lower.unverified:
+        if unverified and finite:
             self._verify(multiplier)
         z, multiplier = _three_dimensional(z), _three_dimensional(multiplier)
-        if scale != 1.0:
+        if scale is not None:
             multiplier = multiplier.float() / scale
         if not self._checked:
             self.check_replay(z)

@@ -130,15 +130,12 @@ def test_a_cut_that_is_never_called() -> None:
 # ---- names
 
 
-def test_a_cut_without_its_prefix_finds_the_whole_name() -> None:
-    layers = nn.Sequential(*(nn.Linear(2, 2) for _ in range(9)))
-    model = nn.ModuleDict({"layer_norm": nn.LayerNorm(2), "backbone": nn.ModuleDict({"encoder_layers": layers})})
-    with pytest.raises(CutError, match=r"'encoder_layers\.8'; the nearest names are backbone\.encoder_layers\.8, "):
-        client_parameters(model, "encoder_layers.8", None)
-    with pytest.raises(CutError, match=r"'8'; the nearest names are backbone\.encoder_layers\.8, "):
-        client_parameters(model, "8", None)
-    with pytest.raises(CutError, match=r"'backbone\.encoder_layer\.3'; the nearest .* backbone\.encoder_layers\.3, "):
-        client_parameters(model, "backbone.encoder_layer.3", None)
+def test_the_nearest_names_begin_with_the_one_that_lacks_a_prefix() -> None:
+    backbone = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(2, 2) for _ in range(9))), "norm": nn.LayerNorm(2)})
+    model = nn.ModuleDict({"norms": nn.LayerNorm(2), "backbone": backbone})
+    for cut, near in (("norm", "backbone.norm, norms, "), ("backbone.layer.3", "backbone.layers.3, ")):
+        with pytest.raises(CutError, match=rf"no submodule {cut!r}; the nearest names are {near}"):
+            client_parameters(model, cut, None)
 
 
 def test_nothing_trainable_below_the_cut() -> None:
@@ -210,3 +207,13 @@ def test_gradients_agree_to_a_twentieth_of_their_norm(scale: float, agrees: bool
 
 def test_gradients_that_vanish_agree() -> None:
     check_gradient("cut", ["a"], [torch.zeros(2)], [torch.zeros(2)], "hint")
+
+
+def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_cut() -> None:
+    class Diverges(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * torch.nan
+
+    module = Diverges(*mlp().net)
+    fit(module, hybrid(), max_steps=1)
+    assert module.net[0].weight.isnan().all()  # as without the callback
