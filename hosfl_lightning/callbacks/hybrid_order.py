@@ -228,9 +228,7 @@ class HybridOrder(Callback):
         assert self._client is not None
         optimizer, basis = self._client.optimizer, self._client.basis().describe()
         rows = trainer.strategy.all_gather(total).view(trainer.world_size, -1)
-        if not rows.isfinite().all():
-            raise ValueError(f"HybridOrder: at step {optimizer.steps} the loss or its gradient at the cut is not finite; "
-                             "lower rule.lr or the optimizer's learning rate")  # fmt: skip
+        trainer_check.refuse_divergence(rows, optimizer.steps)
         answers = [ProjectedGradients(optimizer.steps, k, basis, row, num_terms=1) for k, row in enumerate(rows)]
         self._client.apply(self.aggregation.aggregate(answers, optimizer))
 

@@ -68,6 +68,7 @@ class LowerPart:
         verify: bool = False,
     ) -> None:
         self.module, self.cut, self.context, self.unverified = module, cut, context, verify
+        refuse_compiled(module, cut, [])  # which renames what is in it
         self.parameters = client_parameters(module, cut, client)
         refuse_compiled(module, cut, list(self.parameters))
         self._phase: Phase = "idle"

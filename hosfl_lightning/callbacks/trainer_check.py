@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 
 
 def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,3 +59,14 @@ def refuse_an_unheard_backward() -> None:
     """
     raise ValueError("HybridOrder: the optimizer stepped without self.manual_backward(loss), so the gradient at the "
                      "cut was never read; call it in place of loss.backward()")  # fmt: skip
+
+
+def refuse_divergence(answers: Tensor, step: int) -> None:
+    """What the ranks answered to λ is to be applied.
+
+    Raises:
+        ValueError: Some of it is not finite.
+    """
+    if not answers.isfinite().all():
+        raise ValueError(f"HybridOrder: at step {step} the loss or its gradient at the cut is not finite; lower "
+                         "rule.lr or the optimizer's learning rate")  # fmt: skip

@@ -251,6 +251,10 @@ def test_trainer_settings_that_would_break_it() -> None:
     with pytest.raises(ValueError, match="a compiled LightningModule"):
         fit(torch.compile(mlp(), backend="eager"), hybrid())  # type: ignore[arg-type]
     module = mlp()
+    module.net = torch.compile(module.net, backend="eager")
+    with pytest.raises(CutError, match=r"'net' is compiled"):
+        fit(module, hybrid())
+    module = mlp()
     module.net[0].compile(backend="eager")
     with pytest.raises(CutError, match=r"'net.0' is compiled"):
         fit(module, hybrid())
