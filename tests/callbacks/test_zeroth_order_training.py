@@ -61,7 +61,9 @@ def test_it_learns_and_makes_neither_graph_nor_gradient() -> None:
     graphs: list[bool] = []
     module.net.register_forward_hook(lambda m, args, out: graphs.append(out.requires_grad))
     gradients = Each(lambda trainer: [p.grad for p in module.parameters()])
-    trainer = fit(module, zeroth(probes=4), gradients, max_epochs=30)
+    order = zeroth(probes=4)
+    trainer = fit(module, order, gradients, max_epochs=30)
+    assert order._optimizer.module is module  # type: ignore[union-attr]  # so its probes are layer-wise
     assert loss_of(module) < before - 0.3
     assert trainer.global_step == 120
     assert len(graphs) > 120 and not any(graphs)
