@@ -25,17 +25,20 @@ class Panel:
     keys: tuple[str, ...]
 
 
-#: Controls are runs of the same project (docs/wandb.md), so each panel has one line a run and key.
-SECTIONS: dict[str, list[Panel]] = {
+CLIENT = [
+    Panel("Projected gradient, rms", "nats / unit", ("client/projected_gradient_rms",)),
+    Panel("Multiplier, norm", "nats / activation", ("client/multiplier_norm",)),
+    Panel("Lagrangian term", "nats", ("client/lagrangian_term",)),
+    Panel("Learning rate", "", ("client/lr",)),
+]
+#: Of an Orchestrator's run. Controls are runs of the same project (docs/wandb.md), so a panel has a line a run and key.
+ROUNDS: dict[str, list[Panel]] = {
     "Loss, beside the controls": [
         Panel("Validation loss", "nats", ("val/loss",)),
         Panel("Training loss", "nats", ("train/loss",)),
     ],
     "Client": [
-        Panel("Projected gradient, rms", "nats / unit", ("client/projected_gradient_rms",)),
-        Panel("Multiplier, norm", "nats / activation", ("client/multiplier_norm",)),
-        Panel("Lagrangian term", "nats", ("client/lagrangian_term",)),
-        Panel("Learning rate", "", ("client/lr",)),
+        *CLIENT,
         Panel("Cosine with the gradient", "", ("alignment/cosine",)),
         Panel("Decrease by each half", "nats", ("alignment/client_decrease", "alignment/server_decrease")),
     ],
@@ -56,23 +59,33 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("A client's part, in plain forwards", "forwards", ("compute/client_forwards",)),
     ],
 }
+#: Of a plain Trainer's run with HybridOrder and PeakMemoryMonitor; the losses are the module's own, under its names.
+TRAINER: dict[str, list[Panel]] = {
+    "Below the cut": CLIENT,
+    "Memory": [
+        Panel("Parameters and optimizer", "bytes", ("memory/static_bytes",)),
+        Panel("A step", "bytes", ("memory/step_working_bytes", "memory/lower_working_bytes")),
+    ],
+}
 
 
-def workspace(entity: str, project: str, x_axis: str = "round") -> Workspace:
+def workspace(entity: str, project: str, trainer: bool = False) -> Workspace:
     """The view, not saved yet.
 
     Args:
         entity: User or team.
         project: Of the runs.
-        x_axis: ``round``; ``trainer/global_step`` for runs of a plain Trainer.
+        trainer: They are runs of a plain Trainer.
     """
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
+    x_axis, parts = ("trainer/global_step", TRAINER) if trainer else ("round", ROUNDS)
+
     def plot(panel: Panel) -> Any:
         return wr.LinePlot(title=panel.title, x=x_axis, y=list(panel.keys), title_y=panel.unit)
 
-    sections = [ws.Section(name=name, panels=list(map(plot, part)), is_open=True) for name, part in SECTIONS.items()]
+    sections = [ws.Section(name=name, panels=list(map(plot, part)), is_open=True) for name, part in parts.items()]
     settings = ws.WorkspaceSettings(x_axis=x_axis)
     return ws.Workspace(entity=entity, project=project, name="HO-SFL", sections=sections, settings=settings)
 
@@ -82,10 +95,10 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entity", required=True, help="user or team")
     parser.add_argument("--project", default="hosfl")
-    parser.add_argument("--x-axis", default="round", help="trainer/global_step for runs of a plain Trainer")
+    parser.add_argument("--trainer", action="store_true", help="for runs of a plain Trainer")
     parser.add_argument("--dry-run", action="store_true", help="print the view as W&B would get it")
     given = parser.parse_args(args)
-    view = workspace(given.entity, given.project, given.x_axis)
+    view = workspace(given.entity, given.project, given.trainer)
     if given.dry_run:
         print(json.dumps(view._to_model().spec.model_dump(mode="json", exclude_none=True), indent=2))
     else:

@@ -24,7 +24,9 @@ class Budget(Callback):
     attempts count, but the samples and forwards of the one that succeeded alone.
 
     Args:
-        samples, bytes, client_forwards: The limits; None: counted only.
+        samples: Limit of ``budget/samples``; None: counted only, as of the others.
+        bytes: Limit of ``comm/total_bytes``.
+        client_forwards: Limit of ``budget/client_forwards``.
 
     Raises:
         ValueError: A limit is not above 0.
