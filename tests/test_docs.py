@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import yaml
 
 from hosfl_lightning import callbacks
 from hosfl_lightning.callbacks.communication_monitor import KINDS
+from hosfl_lightning.cli import main
 from tests.callbacks.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
-from tests.recipe_runs import ROOT, header_commands, name_of
+from tests.recipe_runs import ROOT, command_line, header_commands, name_of
 from tests.small_run import SmallRun
 
 DOCS = ROOT / "docs"
@@ -85,6 +87,33 @@ class TestExamples:
             if code.startswith(RUNNABLE):
                 exec(code, names)
         assert "trainer" in names
+
+
+def commands_of(path: Path) -> list[list[str]]:
+    """What begins with ``hosfl`` in a page's indented blocks and starts from a recipe, split as a shell would."""
+    found = re.findall(r"^ {4}.*?\b(hosfl .*--config recipes/.*)$", path.read_text().replace("\\\n", " "), re.MULTILINE)
+    return [shlex.split(command) for command in found]
+
+
+COMMANDS = [words for path in PAGES for words in commands_of(path)]
+
+
+class TestCommands:
+    def test_there_are_some(self) -> None:
+        assert {words[1] for words in COMMANDS} == {"fit", "compare"}
+
+    @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+    def test_is_understood(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with command_line(), pytest.raises(SystemExit) as end:
+            main([*words[1:], "--print_config"])
+        assert end.value.code == 0, capsys.readouterr().err
+
+    def test_scripts_are_there(self) -> None:
+        text = "".join(path.read_text() for path in PAGES)
+        files = re.findall(r"python ((?:tools|benchmarks)/\w+\.py)", text)
+        files += [f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m (benchmarks\.\w+)", text)]
+        assert len(files) >= 4
+        assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
 class TestCallbacks:
