@@ -33,19 +33,15 @@ class BatchState:
     Attributes:
         replay: Gives z again.
         anchor: z where the upper part starts; its ``.grad`` will be λ.
-        z: What a replay found that was not stopped at the cut.
         running: The calls around the cut that have not ended.
         calls: Of the cut by the user's step, with or without a graph.
         passes: Of these, with one.
         skipped: How many calls of the cut without a graph come first in the replay.
-        recomputed: Backprop called the cut again, as activation checkpointing does.
     """
 
     replay: Replay | None = None
     anchor: Tensor | None = None
-    z: Tensor | None = None
     running: list[tuple[nn.Module, Replay]] = field(default_factory=list)
     calls: int = 0
     passes: int = 0
     skipped: int = 0
-    recomputed: bool = False

@@ -24,7 +24,7 @@ from hosfl_lightning.callbacks.lower_graph import ArrivingGradients, graph_below
 from hosfl_lightning.callbacks.silence import replaced, silenced
 from hosfl_lightning.optim.randomness import SameRandomness
 
-Phase = Literal["idle", "forward", "backward", "replay", "through"]
+Phase = Literal["idle", "forward", "backward", "replay"]
 
 
 class _CutReached(Exception):
@@ -154,7 +154,7 @@ class LowerPart:
 
     def again(self) -> Tensor:
         """``f_c`` of the last batch at the parameters as they are now; nothing else is changed by it."""
-        return self._replay.same(lambda: self._up_to_cut("replay"))
+        return self._replay.same(self._up_to_cut)
 
     @property
     def _replay(self) -> Replay:
@@ -170,10 +170,8 @@ class LowerPart:
         parameters = list(self.parameters.values())
 
         def differentiate() -> tuple[Tensor | None, ...]:
-            # A checkpointed block around the cut has to end for its graph to be of use.
-            phase: Phase = "through" if self._batch.recomputed else "replay"
             with torch.enable_grad(), self._graph():
-                z = self._up_to_cut(phase)
+                z = self._up_to_cut()
             self._phase = "backward"
             if not z.requires_grad:
                 return (None,) * len(parameters)
@@ -185,8 +183,8 @@ class LowerPart:
             self.rest()
         return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found)]
 
-    def _up_to_cut(self, phase: Phase) -> Tensor:
-        self._phase, self._left = phase, self._batch.skipped
+    def _up_to_cut(self) -> Tensor:
+        self._phase, self._left = "replay", self._batch.skipped
         try:
             with silenced(self.module), self.context():
                 self._replay.function()
@@ -194,9 +192,6 @@ class LowerPart:
             return reached.z
         finally:
             self._phase = "idle"
-        if phase == "through" and self._batch.z is not None:
-            z, self._batch.z = self._batch.z, None
-            return z
         raise CutError(f"cut: {self.cut!r} is not reached when the same batch runs again, or an except clause in the "
                        "module swallowed the exception that ends a probe there")  # fmt: skip
 
@@ -238,11 +233,11 @@ class LowerPart:
         return Replay(function, SameRandomness(self.module, device), self._batch.calls)
 
     def _at_cut(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._phase in ("replay", "through") and self._left:
+        if self._phase == "replay":
+            if not self._left:
+                raise _CutReached(self._smashed(args, kwargs))
             self._left -= 1  # one of the user's own passes without a graph
             return None
-        if self._phase == "replay":
-            raise _CutReached(self._smashed(args, kwargs))
         self._batch.calls += self._phase == "forward"
         if self._phase == "idle" or not torch.is_grad_enabled():
             return None
@@ -253,10 +248,6 @@ class LowerPart:
         lifted = z.clone() if self.unverified else z.detach().requires_grad_()
         if self._phase == "forward":
             self._meet(z, lifted)
-        elif self._phase == "through":
-            self._batch.z = z
-        else:
-            self._batch.recomputed = True
         # A clone, so that the module may work in place (ReLU) without touching the anchor.
         inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: lifted.clone()}
         return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -110,6 +112,26 @@ def test_only_the_first_batch_makes_a_graph_below_the_cut() -> None:
     fit(module, hybrid())
     assert graphs[:2] == [True, True]  # the batch, and what it is verified by
     assert not any(graphs[2:])
+
+
+def test_all_that_is_done_for_the_lower_part_is_inside_of_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, opened = hybrid(), [0]
+    open_now: list[int] = []
+
+    @contextmanager
+    def working() -> Iterator[None]:
+        opened[0] += 1
+        yield
+        opened[0] -= 1
+
+    order.working = working
+    module = mlp()
+    module.net[0].register_forward_hook(lambda *_: open_now.append(opened[0]))
+    monkeypatch.setattr(SGD, "update_", lambda *_: open_now.append(opened[0] + 1))
+    fit(module, order, max_steps=2, accumulate_grad_batches=2)
+    checks = len(open_now) - 4 * 3 - 2 * 2
+    # The user's own forward, then with the checks of the first batch its probes; at the end two tensors are updated.
+    assert open_now == [0, *[1] * (checks + 2), *[0, 1, 1], 2, 2, *[0, 1, 1] * 2, 2, 2]
 
 
 def test_one_callback_serves_two_runs() -> None:

@@ -96,9 +96,16 @@ def test_a_skipped_batch_is_skipped_below_too() -> None:
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx in (0, 2) else loss
 
+    held: list[bool] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            held.append(order.lower.untaken or pl_module.net[0].weight.requires_grad)
+
     order = hybrid()
-    fit(Skips(*mlp().net), order)
+    fit(Skips(*mlp().net), order, Watch())
     assert order._client.optimizer.steps == 2  # type: ignore[union-attr]
+    assert held == [False] * 4
 
 
 class Scheduled(Sequential):
