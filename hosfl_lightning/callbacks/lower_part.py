@@ -172,7 +172,6 @@ class LowerPart:
         def differentiate() -> tuple[Tensor | None, ...]:
             with torch.enable_grad(), self._graph():
                 z = self._up_to_cut()
-            self._phase = "backward"
             if not z.requires_grad:
                 return (None,) * len(parameters)
             return torch.autograd.grad(z, parameters, multiplier, allow_unused=True)

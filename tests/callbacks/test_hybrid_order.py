@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -21,6 +21,7 @@ from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.optim import SGD, AdamW, SharedDirections
 from hosfl_lightning.rng import add_direction_
 from tests.callbacks.plain_modules import (
+    CLASSES,
     LIGHTNING_WARNINGS,
     Sequential,
     distance,
@@ -94,14 +95,24 @@ def test_equals_the_method_in_plain_pytorch() -> None:
     assert distance(module, plain) < 2e-7
 
 
-def test_the_projected_gradients_are_those_of_the_true_gradient() -> None:
-    order = hybrid(probes=2, mu=1e-3, estimator="central", distribution="gauss16")
+def convolution() -> Sequential:
+    """The smashed data is a map."""
+    torch.manual_seed(0)
+    return Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, CLASSES))
+
+
+@pytest.mark.parametrize(("make", "below"), [(mlp, [0]), (convolution, [0, 1])])
+def test_the_projected_gradients_are_those_of_the_true_gradient(
+    make: Callable[[], Sequential], below: list[int]
+) -> None:
+    order = hybrid(f"net.{below[-1] + 1}", probes=2, mu=1e-3, estimator="central", distribution="gauss16")
     record = Record(order)
-    fit(mlp(), order, record, max_steps=1)
-    module = mlp()
+    fit(make(), order, record, max_steps=1)
+    module = make()
     x, y = next(iter(loader()))
     cross_entropy(module.net(x), y).backward()
-    exact = SharedDirections(0, 0, 2, "gauss16").project([p.grad for p in module.net[0].parameters()])  # type: ignore[misc]
+    gradient = [p.grad for number in below for p in module.net[number].parameters()]
+    exact = SharedDirections(0, 0, 2, "gauss16").project(gradient)  # type: ignore[arg-type]
     torch.testing.assert_close(record.coefficients[0], exact, rtol=1e-3, atol=1e-5)
 
 
