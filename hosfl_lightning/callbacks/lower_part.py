@@ -73,6 +73,8 @@ class LowerPart:
         refuse_compiled(module, cut, list(self.parameters))
         self._phase: Phase = "idle"
         self._traced = False
+        self._works_in_place = True
+        self._given: Tensor | None = None
         self._place: int | str | None = None
         self._below: set[int] = set()
         self._batch = BatchState()
@@ -138,6 +140,8 @@ class LowerPart:
             above = leaves(loss, end=self._batch.anchor)
             check_paths(self.module, self.cut, self.parameters, self._below, above)
             self._traced = True
+            self._works_in_place = self._given is None or self._given._version > 0
+            self._given = None
 
     def take(self) -> tuple[Tensor, Tensor]:
         """``z`` and ``λ = ∂loss/∂z`` of the micro-batch, after its backward."""
@@ -245,14 +249,16 @@ class LowerPart:
             return None
         z = self._smashed(args, kwargs)
         lifted = z.clone() if self.unverified else z.detach().requires_grad_()
+        # A clone, until it is known that no module works in place (ReLU) on what it is given here.
+        given = lifted.clone() if self._works_in_place else lifted
         if self._phase == "forward":
-            self._meet(z, lifted)
-        # A clone, so that the module may work in place (ReLU) without touching the anchor.
-        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: lifted.clone()}
+            self._meet(z, lifted, given)
+        inputs: dict[Any, Any] = {**dict(enumerate(args)), **kwargs, self._place: given}
         return tuple(inputs[i] for i in range(len(args))), {name: inputs[name] for name in kwargs}
 
-    def _meet(self, z: Tensor, anchor: Tensor) -> None:
-        self._below = set() if self._traced else leaves(z)
+    def _meet(self, z: Tensor, anchor: Tensor, given: Tensor) -> None:
+        if not self._traced:
+            self._below, self._given = leaves(z), given
         anchor.retain_grad()
         self._batch.anchor = anchor
         if self._batch.running:
