@@ -57,7 +57,9 @@ def lower_parameters() -> list[torch.nn.Parameter]:
 def test_on_sequences_the_methods_are_in_their_order(found: dict[str, Any]) -> None:
     rows = by_length(found)[128]
     forward, backprop, checkpointed, frozen, hybrid, both, zeroth = (rows[name]["peak_bytes"] for name in NAMES)
-    assert forward < zeroth < both < frozen < hybrid < 0.65 * backprop
+    assert forward < zeroth < both < hybrid < 0.65 * backprop
+    z = 4 * 2 * 128 * 32
+    assert hybrid < frozen + z / 2  # z is held once
     assert both < checkpointed < backprop
     assert zeroth < 1.5 * forward
     assert 1 < ratio(rows, "HybridOrder", "lower_working_bytes", NAMES[0]) < 1.4
