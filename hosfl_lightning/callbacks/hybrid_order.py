@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -138,7 +139,9 @@ class HybridOrder(Callback):
             self.lower = LowerPart(pl_module, self.cut, self.client, context, self.verify)
             self._undo.callback(self.lower.detach)
 
-        self._undo.enter_context(replaced(configure_model, (pl_module, "configure_model")))
+        # WeightAveraging asks whether the module overrides it, and calls it once more if so.
+        once = functools.wraps(complete)(functools.cache(configure_model))
+        self._undo.enter_context(replaced(once, (pl_module, "configure_model")))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Can a step that user code computes be probed? Looked at on the first batch."""
+"""Can what user code computes be probed? Looked at on the first batch."""
 
 from __future__ import annotations
 
@@ -12,44 +12,50 @@ from hosfl_lightning.optim import ZerothOrder
 
 
 @torch.no_grad()
-def check_repeats(optimizer: ZerothOrder, objective: Callable[[], Tensor], loss: Tensor) -> None:
-    """The step repeats itself, μ is felt, and layer-wise probes give what moving all of θ at once gives.
+def check_repeats(
+    optimizer: ZerothOrder,
+    evaluate: Callable[[], Tensor],
+    before: Tensor,
+    what: str,
+    error: type[ValueError] = ValueError,
+) -> float:
+    """It repeats itself, and layer-wise probes give what moving all of θ at once gives.
 
-    Warns where μ is not felt. Where a probe misses a parameter, warns and makes the optimizer move all at once.
+    Where a layer-wise probe misses a parameter, warns and makes the optimizer move all at once.
 
     Args:
         optimizer: Probes its module layer by layer; changed in that only.
-        objective: Runs the step again, from the random state of the first time.
-        loss: What the first time gave, 0-d.
+        evaluate: Runs it again, from the random state of the first time.
+        before: What the first time gave.
+        what: That it is run again, and what must stay the same, in words.
+        error: Raised if it does not.
+
+    Returns:
+        By how much a probe changes it, ``‖·‖₂``.
 
     Raises:
-        ValueError: Another loss than the first time, by more than a tenth of what a probe changes.
+        ValueError: It does not stay the same, by more than a tenth of what a probe changes.
     """
     basis = optimizer.basis(optimizer.steps)
-    unmoved = objective()
+    unmoved = evaluate()
     with optimizer.perturbed(basis, 0, optimizer.mu):
-        layerwise = objective()
+        layerwise = evaluate()
     module, optimizer.module = optimizer.module, None
     with optimizer.perturbed(basis, 0, optimizer.mu):
-        moved = objective()
-    drift, effect = (float((other.double() - loss.double()).abs()) for other in (unmoved, moved))
+        moved = evaluate()
+    drift, effect = (float((other.double() - before.double()).norm()) for other in (unmoved, moved))
     if drift > 0.1 * effect:
-        raise ValueError(
-            f"running training_step again on a batch changes its loss by {drift:.1e}, a probe by {effect:.1e}; it must "
-            "depend on nothing but the batch and torch's random state (no numpy or random, no work in place on the "
-            "batch, no state of its own)"
-        )
-    if not effect:
-        warnings.warn(
-            f"mu={optimizer.mu:g} does not change the loss in {loss.dtype}: raise mu, or compute it in a wider dtype",
-            stacklevel=2,
+        raise error(
+            f"{what} changes by {drift:.1e}, under a probe by {effect:.1e}; it must depend on nothing but the batch "
+            "and torch's random state (no numpy or random, no work in place on the batch, no state of its own)"
         )
     if torch.equal(layerwise, moved):
         optimizer.module = module
-        return
+        return effect
     size = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     warnings.warn(
-        "a parameter is used outside the forward of the module that owns it, so probes perturb all of them at once and "
-        f"keep a copy ({size} bytes)",
+        "a parameter that is probed is used outside the forward of the module that owns it, so probes perturb all of "
+        f"them at once and keep a copy ({size} bytes)",
         stacklevel=2,
     )
+    return effect

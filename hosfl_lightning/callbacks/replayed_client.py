@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.callbacks.cut_check import CutError, check_gradient
 from hosfl_lightning.callbacks.lower_part import LowerPart
+from hosfl_lightning.callbacks.repeat_check import check_repeats
 from hosfl_lightning.clients import Anchor, ForwardOnlyClient, LocalGradientClient
 from hosfl_lightning.clients.local_gradient import Vjp
 from hosfl_lightning.optim import Basis, Dense, UpdateRule, ZerothOrder
@@ -79,30 +79,8 @@ class ReplayedClient(ForwardOnlyClient):
 
     def check_replay(self, z: Tensor) -> None:
         """A replay gives z again, and layer-wise probes give what perturbing all of θ_c at once gives."""
-        optimizer = self.optimizer
-        basis = optimizer.basis(0)
-        unmoved = self.evaluate({})
-        with optimizer.perturbed(basis, 0, optimizer.mu):
-            layerwise = self.evaluate({})
-        module, optimizer.module = optimizer.module, None
-        with optimizer.perturbed(basis, 0, optimizer.mu):
-            moved = self.evaluate({})
-        drift, effect = (float((other.float() - z.float()).norm()) for other in (unmoved, moved))
-        if drift > 0.1 * effect:
-            raise CutError(
-                f"cut: running the part below {self.lower.cut!r} again changes its output by {drift:.1e}, a probe by "
-                f"{effect:.1e}; it must depend on nothing but the batch and torch's random state (no numpy or random, "
-                "no work in place on the batch, no state of its own)"
-            )
-        if torch.equal(layerwise, moved):
-            optimizer.module = module
-        else:
-            size = sum(p.numel() * p.element_size() for p in optimizer.parameters)
-            warnings.warn(
-                "a parameter below the cut is used outside the forward of the module that owns it, so probes perturb "
-                f"all of them at once and keep a copy ({size} bytes)",
-                stacklevel=2,
-            )
+        what = f"cut: running the part below {self.lower.cut!r} again, its output"
+        check_repeats(self.optimizer, lambda: self.evaluate({}), z, what, CutError)
 
 
 class ReplayedLocalClient(ReplayedClient, LocalGradientClient):

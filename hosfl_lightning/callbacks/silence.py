@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -27,8 +28,24 @@ def replaced(function: Callable[..., Any], *places: tuple[object, str]) -> Itera
                 vars(owner)[name] = value
 
 
-def silenced(module: LightningModule) -> AbstractContextManager[None]:
-    """While open, ``self.log``, ``self.log_dict`` and torchmetrics do nothing."""
+@contextmanager
+def silenced(module: LightningModule) -> Iterator[None]:
+    """While open, ``self.log``, ``self.log_dict`` and torchmetrics do nothing.
+
+    A metric that is called gives what it gave last, since user code may compute with it.
+    """
     metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
-    quiet = [(metric, name) for metric in metrics for name in ("update", "forward")]
-    return replaced(lambda *_, **__: None, (module, "log"), *quiet)
+    with ExitStack() as quiet:
+        quiet.enter_context(replaced(_nothing, (module, "log"), *((metric, "update") for metric in metrics)))
+        for metric in metrics:
+            if isinstance(metric, Metric):  # a collection calls its own
+                quiet.enter_context(replaced(partial(_last_value, metric), (metric, "forward")))
+        yield
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _last_value(metric: Metric, *_: Any, **__: Any) -> Any:
+    return metric._forward_cache

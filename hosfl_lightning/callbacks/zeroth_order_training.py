@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
-from hosfl_lightning.callbacks.lower_part import replaced, silenced
 from hosfl_lightning.callbacks.repeat_check import check_repeats
+from hosfl_lightning.callbacks.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.randomness import SameRandomness
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
@@ -147,8 +148,9 @@ class ZerothOrderTraining(Callback):
         assert self._optimizer is not None
         same = SameRandomness(pl_module, self._optimizer.device)
         output = step()
-        if output is None:
-            return None
+        # StochasticWeightAveraging has Trainer skip backward while norm statistics settle on the average.
+        if output is None or pl_module.trainer.fit_loop._skip_backward:
+            return output
 
         def again() -> Tensor:
             with silenced(pl_module):
@@ -157,10 +159,19 @@ class ZerothOrderTraining(Callback):
         objective = functools.partial(same, again)
         loss = loss_of(output).detach().squeeze()
         if not self._checked:
-            check_repeats(self._optimizer, objective, loss)
+            self._check(self._optimizer, objective, loss)
             self._checked = True
         self._values = self._optimizer.project(objective, base=loss)
         return output
+
+    def _check(self, optimizer: ZerothOrder, objective: Callable[[], Tensor], loss: Tensor) -> None:
+        effect = check_repeats(optimizer, objective, loss, "running training_step again on a batch, its loss")
+        if not effect:
+            warnings.warn(
+                f"mu={optimizer.mu:g} does not change the loss in {loss.dtype}: raise mu, or compute it in a wider "
+                "dtype",
+                stacklevel=2,
+            )
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

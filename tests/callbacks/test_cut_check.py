@@ -100,7 +100,7 @@ class Iterates(Sequential):
         (Twice, hybrid(), r"called 'net.2' 2 times, not once"),
         (Elsewhere, hybrid(), r"called 'net.2' 0 times with a graph"),
         (Detached, hybrid(), r"the loss does not depend on the input of 'net.2'"),
-        (Noisy, hybrid(), r"again changes its output"),
+        (Noisy, hybrid(), r"again, its output changes"),
         (Swallows, hybrid(), r"'net.2' is not reached when the same batch runs again"),
         (Closures, hybrid(), r"closure more than once"),
         (Iterates, hybrid(), r"dataloader_iter"),
