@@ -59,7 +59,7 @@ def classification(name: str, labels: int) -> dict[str, Any]:
 
 TEXT: dict[str, Any] = {
     "recipe": "minilm/banking77_hosfl_lora.yaml", "metric": "accuracy", "mode": "max", "rounds": 60, "width": 64,
-    "server": (0.0005, 0.0015), "first_order": (0.0015, 0.004), "side": (0.003, 0.01), "zeroth": (0.0001, 0.0005),
+    "server": (0.0015, 0.003), "first_order": (0.0005, 0.0015), "side": (0.0003, 0.001), "zeroth": (0.0001, 0.0005),
     "attention": ("query", "value"),
 }  # fmt: skip
 TASKS = {
@@ -85,8 +85,8 @@ TASKS = {
             "model.init_args.image_size": 32, "data.init_args.image_size": 32,
             "data.init_args.max_validation_examples": 256, "data.init_args.max_test_examples": 1000,
         },
-        metric="accuracy", mode="max", rounds=60, width=32,
-        server=(0.00015, 0.0005), first_order=(0.0003, 0.001), side=(0.0015, 0.005), zeroth=(0.00001, 0.0001),
+        metric="accuracy", mode="max", rounds=100, width=32,
+        server=(0.00015, 0.0003), first_order=(0.0001, 0.0003), side=(0.0005, 0.0015), zeroth=(0.00001, 0.0001),
     ),
     "digits": Task(
         recipe="vision/digits_hosfl.yaml", overrides={}, metric="accuracy", mode="max", rounds=150, width=16,
