@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -129,19 +128,17 @@ class HybridOrder(Callback):
         for step in (self.lagrangian_update, self.aggregation, self.monitor):
             if step is not None:
                 self._undo.enter_context(adopted(step))
-        # The one moment for that is the hook `configure_model`, which Trainer calls on the module only.
-        complete = pl_module.configure_model
+        # The one moment for that. The hook before it, `configure_model`, is called by WeightAveraging too.
+        go_on = trainer.strategy.setup
 
-        def configure_model() -> None:
-            complete()
+        def strategy_setup(trainer: Trainer) -> None:
             trainer_check.refuse_what_would_break(trainer, pl_module)
             context = trainer.precision_plugin.forward_context
             self.lower = LowerPart(pl_module, self.cut, self.client, context, self.verify)
             self._undo.callback(self.lower.detach)
+            go_on(trainer)
 
-        # WeightAveraging asks whether the module overrides it, and calls it once more if so.
-        once = functools.wraps(complete)(functools.cache(configure_model))
-        self._undo.enter_context(replaced(once, (pl_module, "configure_model")))
+        self._undo.enter_context(replaced(strategy_setup, (trainer.strategy, "setup")))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
