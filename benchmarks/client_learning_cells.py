@@ -58,7 +58,7 @@ def classification(name: str, labels: int) -> dict[str, Any]:
 
 
 TEXT: dict[str, Any] = {
-    "recipe": "minilm/banking77_hosfl_lora.yaml", "metric": "accuracy", "mode": "max", "rounds": 60, "width": 64,
+    "recipe": "minilm/banking77_hosfl_lora.yaml", "metric": "accuracy", "mode": "max", "rounds": 60, "width": 16,
     "server": (0.0015, 0.003), "first_order": (0.0005, 0.0015), "side": (0.0003, 0.001), "zeroth": (0.0001, 0.0005),
     "attention": ("query", "value"),
 }  # fmt: skip
@@ -143,10 +143,10 @@ CELLS = [
     Cell("digits", 2, partition=IID, rows=SMALL, seeds=(0, 1, 2, 3, 4)),
     Cell("snips", 4, partition=IID, rows=(*FEW, COSTS[-1])),
     Cell("fashion_mnist", 8, partition=DIRICHLET, rows=FEW),
-    Cell("banking77", 4, partition=DIRICHLET, rows=(*FEW, COSTS[-1])),
     Cell("digits", 2, partition=DIRICHLET, rows=FEW), Cell("digits", 2, "weak", partition=IID, rows=FEW),
     Cell("digits", 2, clients=1, partition=IID, rows=FEW), Cell("digits", 2, clients=32, partition=IID, rows=FEW),
     Cell("digits", 3, partition=IID, rows=FEW),
+    Cell("banking77", 4, partition=DIRICHLET, rows=(*FEW, COSTS[-1])),
     Cell("shakespeare", 2, rows=FEW), Cell("shakespeare", 3, "weak", rows=FEW),
     Cell("banking77", 3, partition=IID, rows=FEW), Cell("mr_polarity", 4, partition=IID, rows=FEW),
 ]  # fmt: skip
