@@ -64,7 +64,7 @@ def table(length: int, rows: dict[str, Row]) -> str:
     for name, row in rows.items():
         peak, seconds = ratio(rows, name), ratio(rows, name, "seconds")
         lines.append(f"| {name} | {size(row['peak_bytes'])} | {peak:.3f} | {size(row['held_bytes'])} "
-                     f"| {row['seconds']:.3g} | {seconds:.2f} |")  # fmt: skip
+                     f"| {row['seconds']:#.3g} | {seconds:.2f} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -83,7 +83,8 @@ def vocabularies(found: dict[str, Any]) -> str:
     """The head is above the cut whatever the method, so its share decides how much there is to save."""
     lines = [
         "The head's activations, about `V / (4 h L)` of the layers' for `V` words, `L` layers of `h` features, stay "
-        "above the cut. So does half of the optimizer's state. Measured at the same length:\n",
+        "above the cut (OPT-125M: 1.36, OPT-6.7B: 0.10). So does half of the optimizer's state. Measured at the same "
+        "length:\n",
         "| vocabulary | `V / (4 h L)` | backprop | HybridOrder | ratio |",
         "|---|---|---|---|---|",
     ]
@@ -109,7 +110,7 @@ def picture(found: dict[str, Any]) -> Figure:
             ratios = [ratio(rows, name) for name in names]
             axes.barh(names, ratios, color=[_colour(name) for name in names], height=0.7)
             for place, name in enumerate(names):
-                label = f"{size(rows[name]['peak_bytes'])}, {rows[name]['seconds']:.2g} s"
+                label = f"{size(rows[name]['peak_bytes'])}, {rows[name]['seconds']:#.2g} s"
                 axes.text(1.05 * max(ratios), place, label, va="center", fontsize=8.5)
             axes.axvline(1, color="#777777", linestyle="--", linewidth=1)
             axes.set(xlim=(0, 1.8 * max(ratios)), xticks=(0, 0.5, 1), title=f"{length:,} tokens")
