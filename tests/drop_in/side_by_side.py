@@ -133,12 +133,13 @@ def assert_checkpoints_agree(plain: Outcome, ours: Outcome) -> None:
 
 
 def left_behind(run: Outcome) -> dict[str, Any]:
-    """Of module and optimizer, what a callback could forget to undo."""
+    """Of module, optimizer and strategy, what a callback could forget to undo."""
     left: dict[str, Any] = {n: p.requires_grad for n, p in run.module.named_parameters()}
     for name, module in run.module.named_modules():
         left[f"{name}()"] = (module.training, set(vars(module)), *(len(hooks) for hooks in hooks_of(module)))
     for optimizer in run.trainer.optimizers:
         left[type(optimizer).__name__] = len(optimizer._optimizer_step_post_hooks)
+    left["strategy"] = set(vars(run.trainer.strategy))
     left["accumulation hooks"] = [len(p._post_accumulate_grad_hooks or {}) for p in run.module.parameters()]
     return left
 

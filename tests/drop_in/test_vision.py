@@ -32,7 +32,7 @@ class ImageClassifier(L.LightningModule):
         self.save_hyperparameters()
         self.stem = block(1, 4)
         self.body = block(4, 8)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(8, classes))
         self.train_accuracy, self.val_accuracy = MulticlassAccuracy(classes), MulticlassAccuracy(classes)
 
     def forward(self, x: Tensor) -> Tensor:
