@@ -55,7 +55,9 @@ def test_backprop_above_and_forwards_below(page: dict[str, Any]) -> None:
     assert all(p.grad is None for p in model.lower.parameters())
     torch.manual_seed(0)
     start = page["Hybrid"]().state_dict()
-    assert not any(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+    # Weight decay alone would take 2 % of it.
+    moved = [(value - start[name]).norm() / start[name].norm() for name, value in model.state_dict().items()]
+    assert min(moved) > 0.1
 
 
 def test_fabric(page: dict[str, Any]) -> None:
