@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 #: Relative error up to which two gradients of one function agree, in any precision.
 TOLERANCE = 0.05
+#: Names that a message lists at most.
+READABLE = 16
 
 
 class CutError(ValueError):
@@ -108,7 +110,27 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
     for wrong, message in complaints:
         found = [name for number, name in names.items() if number in wrong]
         if found:
-            raise CutError(message % (", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")))
+            shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise CutError(message % shown + _suggestion(names, below - above))
+
+
+def _suggestion(names: dict[int, str], below: set[int]) -> str:
+    """The setting that fits what the graph has shown, if a list that one can read says it."""
+    plain = {number: name.partition(" (tied to ")[0] for number, name in names.items()}
+    wanted = [name for number, name in plain.items() if number in below]
+    fitting = prefixes(wanted, [name for number, name in plain.items() if number not in below])
+    return f". What trains below it is client={fitting}" if 0 < len(fitting) <= READABLE else ""
+
+
+def prefixes(wanted: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The shortest dotted prefixes that hold all the wanted names and none of the others."""
+    found: list[str] = []
+    for name in wanted:
+        parts = name.split(".")
+        starts = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        if not set(starts) & set(found):
+            found.append(next(s for s in starts if not any(f"{other}.".startswith(f"{s}.") for other in others)))
+    return found
 
 
 def _names(module: nn.Module) -> dict[int, str]:

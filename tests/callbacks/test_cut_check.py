@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import OPTConfig, OPTForCausalLM
 
 from hosfl_lightning.callbacks.cut_check import CutError, check_gradient, client_parameters
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
@@ -118,6 +122,37 @@ def test_an_unused_parameter_is_not_moved_by_noise() -> None:
     module.net[0].register_parameter("spare", nn.Parameter(torch.zeros(3)))
     with pytest.raises(CutError, match=r"net.0.spare are not used before 'net.2'"):
         fit(module, hybrid())
+
+
+class Opt(L.LightningModule):
+    """Registers its last norm before its layers, so that what comes before the cut by name does not do so by graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = OPTForCausalLM(OPTConfig(
+            vocab_size=16, hidden_size=8, num_hidden_layers=3, ffn_dim=8, num_attention_heads=1, word_embed_proj_dim=8,
+            max_position_embeddings=16, tie_word_embeddings=False,
+        ))  # fmt: skip
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_error_names_the_client_that_fits() -> None:
+    data = DataLoader(TensorDataset(torch.randint(0, 16, (4, 6))), batch_size=2)
+    module, cut = Opt(), "model.model.decoder.layers.2"
+    with pytest.raises(CutError, match=r"final_layer_norm.weight.* are used at or after .*client=\[") as refused:
+        fit(module, hybrid(cut), data=data)
+    client = ast.literal_eval(str(refused.value).rpartition("client=")[2])
+    decoder = "model.model.decoder"
+    inside = ["embed_tokens", "embed_positions", "layers.0", "layers.1"]
+    assert client == [f"{decoder}.{name}" for name in inside]
+    before = module.model.model.decoder.layers[0].fc1.weight.clone()
+    fit(module, hybrid(cut, client=client), data=data)
+    assert not torch.equal(before, module.model.model.decoder.layers[0].fc1.weight)
 
 
 def test_a_cut_that_is_never_called() -> None:
