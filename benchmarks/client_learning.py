@@ -28,7 +28,7 @@ from hosfl_lightning.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 #: In what a client's update travels, by the compression of a gradient that it knows.
-BASES = {"Uncompressed": "dense", "RandomProjections": "shared_directions", "RandomSubset": "coordinates"}
+BASES = {"Uncompressed": "dense", "RandomSubset": "coordinates"}
 
 
 def comparison(cell: Cell, places: dict[str, str], out: Path) -> Comparison:
@@ -84,8 +84,8 @@ def strings(value: Any) -> Iterator[str]:
 def entries(cell: Cell, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The rows of ``client_learning.json``: bytes are a client-round's, forwards those of the client half.
 
-    ``edge`` names the rates at an end of those that were tried (of the server's two, always); ``failed`` says why, by
-    seed. A row without a finished run has no costs. ``gap_closed_std`` is that of ``gap_closed_each_seed``.
+    ``edge`` names the rates at an end of those that were tried (of two, always); ``failed`` says why, by seed. A row
+    without a finished run has no costs. ``gap_closed_std`` is that of ``gap_closed_each_seed``.
     """
     task = TASKS[cell.task]
     settings = dict(methods(task, cell.server == "strong"))

@@ -179,7 +179,6 @@ def methods(task: Task, strong: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "side adapter, 8 probes", row(hosfl(probes=8), side, task.zeroth, task)
     yield "side adapter", row(known("Uncompressed"), side, task.side, task)
     yield "side adapter, int4", row(known("Uncompressed"), side | {"trainer.codec.gradient": "int4"}, task.side, task)
-    yield "side adapter, 1,024 projections", row(known("RandomProjections", count=1024), side, task.zeroth, task)
     yield "side adapter, 1,024 coordinates", row(known("RandomSubset", count=1024), side, task.side, task)
     yield "side adapter, random signs", row(known("Uncompressed"), side | signs, task.side, task)
 
