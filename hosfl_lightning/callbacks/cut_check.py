@@ -169,11 +169,15 @@ def check_gradient(cut: str, names: Sequence[str], exact: Sequence[Tensor], ours
         hint: What may be the cause.
 
     Raises:
-        CutError: They differ; names the parameter that differs most.
+        CutError: They differ, or ``g`` is not finite; names the parameter that differs most.
     """
     pairs = [(g.double(), o.to(g.device).double()) for g, o in zip(exact, ours, strict=True)]
     errors = torch.stack([(g - o).norm() for g, o in pairs])
-    size = torch.stack([g.norm() for g, _ in pairs]).norm()
+    sizes = torch.stack([g.norm() for g, _ in pairs])
+    if not sizes.isfinite().all():
+        raise CutError(f"verify: below {cut!r} the gradient of {names[int(sizes.isfinite().int().argmin())]} is not "
+                       "finite; mend what divides by zero or overflows there, or take verify=False")  # fmt: skip
+    size = sizes.norm()
     if not errors.norm() <= TOLERANCE * size:
         raise CutError(
             f"verify: below {cut!r} the gradient from λ differs by {float(errors.norm() / size):.0%} from that of the "

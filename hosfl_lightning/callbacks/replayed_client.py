@@ -39,7 +39,7 @@ class ReplayedClient(ForwardOnlyClient):
 
     @torch.no_grad()
     def receive(self, scale: float | None = None) -> tuple[Anchor, Tensor] | None:
-        """``z`` and ``λ`` of the last backward, ``(B, S, h)``; None: λ overflowed.
+        """``z`` and ``λ`` of the last backward, ``(B, S, h)``; None: λ overflowed, or a gradient to compare.
 
         Args:
             scale: Of the loss that was differentiated, by a GradScaler; None: there is none, and nothing overflows.
@@ -47,6 +47,8 @@ class ReplayedClient(ForwardOnlyClient):
         z, multiplier = self.lower.take()
         unverified = self.lower.unverified
         finite = bool(multiplier.isfinite().all()) if unverified or scale is not None else True
+        if unverified and scale is not None:
+            finite = finite and all(gradient.isfinite().all() for gradient in self.lower.arriving.values)
         if scale is not None and not finite:
             return None
         if unverified and finite:

@@ -244,6 +244,13 @@ def test_gradients_that_vanish_agree() -> None:
     check_gradient("cut", ["a"], [torch.zeros(2)], [torch.zeros(2)], "hint")
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_called_that(value: float) -> None:
+    exact = [torch.ones(2), torch.tensor([1.0, value])]
+    with pytest.raises(CutError, match="the gradient of b is not finite"):
+        check_gradient("cut", ["a", "b"], exact, [torch.ones(2)] * 2, "hint")
+
+
 def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_cut() -> None:
     class Diverges(Sequential):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -146,3 +146,19 @@ def test_verifying_waits_for_a_finite_multiplier() -> None:
     fit(plain, coarse(verify=False), plugins=half(2.0**24), max_epochs=5)
     assert not order.lower.unverified
     assert same_bits(verified, plain)
+
+
+def test_verifying_waits_for_finite_gradients_below() -> None:
+    """λ fits into fp16 from the start, the weight's gradient, with its large inputs, at a lower scale."""
+    torch.manual_seed(0)
+    module = Sequential(Steep(), nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, CLASSES))
+    module.net[1].weight.data /= 4096
+    order, scales = hybrid("net.2", lr=1e-9), Scales()
+    before = module.net[3].weight.detach().clone()
+    fit(module, order, scales, plugins=half(2.0**13), max_steps=1)
+    assert scales.seen == [2.0**12]
+    assert order.lower.unverified
+    assert order._client.optimizer.steps == 0  # type: ignore[union-attr]
+    assert torch.equal(module.net[3].weight, before)
+    fit(module, order, plugins=half(2.0**13), max_epochs=3)
+    assert not order.lower.unverified
