@@ -132,7 +132,7 @@ class HybridOrder(Callback):
         go_on = trainer.strategy.setup
 
         def strategy_setup(trainer: Trainer) -> None:
-            trainer_check.refuse_what_would_break(trainer, pl_module)
+            trainer_check.refuse_what_would_break("HybridOrder", trainer, pl_module)
             context = trainer.precision_plugin.forward_context
             self.lower = LowerPart(pl_module, self.cut, self.client, context, self.verify)
             self._undo.callback(self.lower.detach)

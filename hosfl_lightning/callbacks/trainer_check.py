@@ -1,27 +1,43 @@
-"""Settings of a plain Trainer and of its module under which hybrid order is not what it says."""
+"""Settings of a plain Trainer and of its module under which probes are not what they say."""
 
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    XLAStrategy,
+)
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+#: Subclasses of those that keep parameters whole, which divide them or run a step later than it is written.
+OTHER_STRATEGIES = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
-def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> None:
+
+def refuse_what_would_break(name: str, trainer: Trainer, pl_module: LightningModule) -> None:
     """Before anything runs.
+
+    Args:
+        name: Of the callback that probes.
+        trainer: Its strategy is looked at.
+        pl_module: Its training_step is to run again on a batch.
 
     Raises:
         ValueError: Names the setting and what to use instead.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
-                         "single device or ddp")  # fmt: skip
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, OTHER_STRATEGIES):
+        raise ValueError(f"trainer.strategy={type(strategy).__name__}: {name} probes whole parameters in eager steps; "
+                         "use a single device or ddp")  # fmt: skip
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError("HybridOrder: a training_step that takes dataloader_iter cannot run a batch twice; take "
-                         "(batch, batch_idx)")  # fmt: skip
+        raise ValueError(f"{name}: a training_step that takes dataloader_iter cannot run a batch twice; take (batch, "
+                         "batch_idx)")  # fmt: skip
     if getattr(pl_module, "_compiler_ctx", None) is not None:
-        raise ValueError("HybridOrder: a compiled LightningModule has no hooks at the cut; compile the upper part only")
+        raise ValueError(f"{name}: a compiled LightningModule runs no hooks, by which probes work; give the Trainer "
+                         "the module itself (HybridOrder: only what is above the cut may be compiled)")  # fmt: skip
 
 
 def refuse_several_optimizers(trainer: Trainer) -> None:
@@ -30,6 +46,8 @@ def refuse_several_optimizers(trainer: Trainer) -> None:
     Raises:
         ValueError: There is not exactly one.
     """
+    if not trainer.optimizers:
+        raise ValueError("HybridOrder: configure_optimizers gives no optimizer; return one of the part above the cut")
     if len(trainer.optimizers) != 1:
         raise ValueError(
             f"HybridOrder: configure_optimizers gives {len(trainer.optimizers)} optimizers (as a GAN does), and the "

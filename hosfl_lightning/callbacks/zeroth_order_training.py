@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.callbacks import trainer_check
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.repeat_check import check_repeats
 from hosfl_lightning.callbacks.silence import replaced, silenced
@@ -257,15 +257,7 @@ def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> Non
     if not pl_module.automatic_optimization:
         raise ValueError("ZerothOrderTraining needs automatic_optimization=True; a module that steps by itself can use "
                          "hosfl_lightning.optim.ZerothOrder directly (docs/manual_optimization.md)")  # fmt: skip
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(f"trainer.strategy={type(trainer.strategy).__name__}: probes need whole parameters; use a "
-                         "single device or ddp")  # fmt: skip
-    if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
-        raise ValueError("ZerothOrderTraining: a training_step that takes dataloader_iter cannot run a batch twice; "
-                         "take (batch, batch_idx)")  # fmt: skip
-    if getattr(pl_module, "_compiler_ctx", None) is not None:
-        raise ValueError("ZerothOrderTraining: a compiled LightningModule runs no hooks, by which probes move its "
-                         "parameters; give the Trainer the module itself")  # fmt: skip
+    trainer_check.refuse_what_would_break("ZerothOrderTraining", trainer, pl_module)
     refuse_what_needs_a_gradient(trainer, pl_module)
 
 

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy, XLAStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy, linear
@@ -480,9 +481,21 @@ def test_modules_it_cannot_train(kind: type[Sequential], message: str) -> None:
         fit(kind(*mlp().net), zeroth())
 
 
-def test_a_compiled_module_and_divided_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="a compiled LightningModule"):
+def test_a_compiled_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="ZerothOrderTraining: a compiled LightningModule"):
         fit(torch.compile(mlp(), backend="eager"), zeroth())  # type: ignore[arg-type]
-    divided: Any = SimpleNamespace(callbacks=[], strategy=L.pytorch.strategies.FSDPStrategy())
-    with pytest.raises(ValueError, match="strategy=FSDPStrategy: probes need whole parameters"):
-        zeroth().setup(divided, mlp(), "fit")
+
+
+@pytest.mark.parametrize("order", [zeroth(), HybridOrder("net.2")], ids=lambda order: type(order).__name__)
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy])
+def test_strategies_that_divide_parameters_or_run_steps_later_are_refused(kind: type[Any], order: Callback) -> None:
+    strategy = object.__new__(kind)  # what they need need not be installed
+    trainer: Any = SimpleNamespace(callbacks=[], strategy=strategy)
+
+    def set_up() -> None:
+        order.setup(trainer, mlp(), "fit")
+        strategy.setup(trainer)  # when HybridOrder looks
+
+    with pytest.raises(ValueError, match=f"strategy={kind.__name__}: {type(order).__name__} probes whole parameters"):
+        set_up()
+    order.teardown(trainer, mlp(), "fit")
