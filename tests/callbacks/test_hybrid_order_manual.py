@@ -80,6 +80,14 @@ class Adversarial(Manual):
             optimizer.step()
 
 
+class Without(Manual):
+    def configure_optimizers(self) -> Any:
+        return []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(cross_entropy(self.net(batch[0]), batch[1]))
+
+
 class Again(Manual):
     """A second loss of the same batch, after the first one's backward."""
 
@@ -98,6 +106,7 @@ class Unheard(Manual):
     [
         (Scattered, r"must not run training_step again.*put 'net.2' and the modules below it into one submodule"),
         (Adversarial, r"configure_optimizers gives 2 optimizers \(as a GAN does\)"),
+        (Without, r"gives no optimizer; return one of the part above the cut"),
         (Again, r"calls manual_backward more than once"),
         (Unheard, r"stepped without self.manual_backward"),
     ],
