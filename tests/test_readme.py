@@ -6,19 +6,25 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 @pytest.mark.filterwarnings("ignore:the two sides of a probe")
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word but for its size."""
-    [code] = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    small = code.replace("max_rounds=20", "max_rounds=1").replace(
+    small = BLOCKS[0].replace("max_rounds=20", "max_rounds=1").replace(
         "DocstringData()", "DocstringData(batch_size=1, sequence_length=32, max_bytes_per_client=20000, **held_out)"
     )
     assert small.count("max_rounds=1") == small.count("held_out") == 1
     monkeypatch.chdir(tmp_path)
     exec(small, {"held_out": {"validation_bytes_per_client": 1500, "test_bytes_per_client": 1500}})
     assert (tmp_path / "runs" / "version_0" / "summary.json").is_file()
+
+
+def test_the_step_by_hand_is_the_one_that_is_tested() -> None:
+    [_, by_hand] = BLOCKS
+    assert by_hand.startswith("class ForwardOnly")
+    assert by_hand in (README.parent / "docs" / "manual_optimization.md").read_text()
 
 
 def test_links_and_pictures_are_there() -> None:
