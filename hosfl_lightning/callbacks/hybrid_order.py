@@ -67,7 +67,7 @@ class HybridOrder(Callback):
 
     Args:
         cut: Dotted name, in the LightningModule, of the submodule whose input is the smashed data z.
-        rule: Update rule below the cut; its learning rate is constant.
+        rule: Update rule below the cut; its learning rate is constant, and on resuming that of this rule.
         client: Names of θ_c, as prefixes that end at a dot or as regular expressions. None: every trainable parameter
             registered before the cut. All that is trained below the cut must be in it.
         probes: ``P``, forwards of the lower part a batch (``2P`` when central); unused when local.
@@ -106,8 +106,7 @@ class HybridOrder(Callback):
         self.cut, self.client, self.verify = cut, [client] if isinstance(client, str) else client, verify
         self.rule, self.local = rule if rule is not None else SGD(), estimator == "local"
         self.settings: dict[str, Any] = {
-            "probes": probes, "mu": mu, "estimator": "forward" if self.local else estimator,
-            "distribution": distribution, "seed": seed,
+            "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
         self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo = ExitStack()
@@ -246,7 +245,7 @@ class HybridOrder(Callback):
         """The optimizer below the cut; its step is the number of the directions."""
         if self._client is None:
             return {}
-        return {**self._client.identity, "optimizer": self._client.optimizer.state_dict()}
+        return {**self._client.identity, **self.settings, "optimizer": self._client.optimizer.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -257,10 +256,12 @@ class HybridOrder(Callback):
         state, self._restored = self._restored, {}
         if not state:
             return
-        for name, value in client.identity.items():
+        for name, value in {**client.identity, **self.settings}.items():
             if state[name] != value:
                 raise ValueError(f"ckpt_path: HybridOrder was saved with {name}={state[name]}, now it is {value}")
         client.optimizer.load_state_dict(state["optimizer"])
+        for group in client.optimizer.param_groups:
+            group["lr"] = self.rule.lr
 
 
 def one_of_a_kind(kind: type[C], trainer: Trainer) -> C | None:

@@ -100,7 +100,7 @@ class ReplayedLocalClient(ReplayedClient, LocalGradientClient):
     hint = "the side adapter does not end at the cut, or something below it is not repeated; cut where the adapter ends"
 
     def __init__(self, lower: LowerPart, rule: UpdateRule, settings: dict[str, Any]) -> None:
-        super().__init__(lower, rule, settings)
+        super().__init__(lower, rule, {**settings, "estimator": "forward"})  # of an optimizer that probes nothing
         try:
             self.find_side(lower.module)
         except ValueError as error:

@@ -212,6 +212,27 @@ def test_a_checkpoint_of_another_rule_is_refused(tmp_path: Path) -> None:
         fit(mlp(), HybridOrder("net.2", AdamW()), max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    fit(mlp(), hybrid(), ModelCheckpoint(folder, save_last=True), enable_checkpointing=True)
+    return folder / "last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("probes", 3), ("mu", 0.01), ("estimator", "central"), ("distribution", "gauss16"), ("seed", 1)],
+)
+def test_a_checkpoint_of_other_settings_is_refused(checkpoint: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"saved with {name}=.*, now it is {value}"):
+        fit(mlp(), hybrid(**{name: value}), max_epochs=2, ckpt_path=checkpoint)
+
+
+def test_a_resumed_run_has_the_learning_rate_of_its_rule(checkpoint: Path) -> None:
+    trainer = fit(mlp(), hybrid(lr=0.02), max_epochs=2, ckpt_path=checkpoint)
+    assert float(trainer.callback_metrics["client/lr"]) == pytest.approx(0.02)
+
+
 # ---- several processes
 
 

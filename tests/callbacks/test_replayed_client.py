@@ -101,8 +101,10 @@ def test_hybrid_order_with_a_known_gradient_is_first_order_training(
 def test_it_takes_one_more_forward_and_logs_the_gradient() -> None:
     module, runs = Causal(), [0]
     module.model.model.layers[0].register_forward_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
-    trainer = fit(module, local("model.model.layers.2", verify=False), data=TOKENS, max_epochs=2)
+    order = local("model.model.layers.2", verify=False)
+    trainer = fit(module, order, data=TOKENS, max_epochs=2)
     assert runs[0] == 2 * 4
+    assert order.state_dict()["estimator"] == "local"
     assert float(trainer.callback_metrics["client/projected_gradient_rms"]) > 0
 
 
