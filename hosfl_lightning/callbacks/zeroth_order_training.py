@@ -131,7 +131,7 @@ class ZerothOrderTraining(Callback):
 
     def _take_over(self, trainer: Trainer, pl_module: LightningModule) -> ZerothOrder:
         groups = [
-            {"params": [p for p in group["params"] if p.requires_grad], "users_lr": starting_lr(group)}
+            {"params": trainable(group), "users_lr": starting_lr(group)}
             for optimizer in trainer.optimizers
             for group in optimizer.param_groups
         ]
@@ -180,6 +180,7 @@ class ZerothOrderTraining(Callback):
         if values is None:  # training_step skipped the batch
             return
         assert self._optimizer is not None
+        refuse_other_parameters(self._optimizer, optimizer)
         # Gathered and summed in rank order, so that all ranks have the same bits.
         rows: Any = pl_module.all_gather(values)
         values = rows.view(-1, len(values)).mean(0)
@@ -226,6 +227,24 @@ class ZerothOrderTraining(Callback):
                     f"ckpt_path: ZerothOrderTraining was saved with {name}={state[name]}, now it is {value}"
                 )
         optimizer.load_state_dict(state["optimizer"])
+
+
+def trainable(group: dict[str, Any]) -> list[Tensor]:
+    """What of a parameter group is not frozen."""
+    return [p for p in group["params"] if p.requires_grad]
+
+
+def refuse_other_parameters(own: torch.optim.Optimizer, users: torch.optim.Optimizer) -> None:
+    """Moments and directions are of the parameters taken when training started.
+
+    Raises:
+        ValueError: The module's optimizer would train others now.
+    """
+    taken = {id(p) for group in own.param_groups for p in group["params"]}
+    if taken != {id(p) for group in users.param_groups for p in trainable(group)}:
+        raise ValueError("ZerothOrderTraining: parameters were frozen or unfrozen since training started, as by "
+                         "BackboneFinetuning, and the rule trains those of the start; remove such a callback, set "
+                         "requires_grad before fit, and train each phase by a fit of its own")  # fmt: skip
 
 
 def starting_lr(group: dict[str, Any]) -> float:

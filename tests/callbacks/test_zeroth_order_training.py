@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import BackboneFinetuning, Callback, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceXLAStrategy, XLAStrategy
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -124,6 +124,24 @@ def test_what_the_users_optimizer_does_not_hold_or_is_frozen_stays() -> None:
     fit(module, zeroth())
     changed = [not torch.equal(p, q) for p, q in zip(module.parameters(), start.parameters())]
     assert changed == [False, False, False, True, True, True]
+
+
+def test_parameters_unfrozen_or_frozen_after_the_start_are_told() -> None:
+    class Backbone(Sequential):
+        @property
+        def backbone(self) -> nn.Module:
+            return self.net[0]
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=self.lr)
+
+    module, order = Backbone(*mlp().net), zeroth()
+    with pytest.raises(ValueError, match="unfrozen since training started, as by BackboneFinetuning"):
+        fit(module, order, BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False), max_epochs=2)
+    assert order.state_dict()["optimizer"]["param_groups"][0]["step"] == 4
+    fit(Backbone(*mlp().net), zeroth(), BackboneFinetuning(unfreeze_backbone_at_epoch=2, verbose=False), max_epochs=2)
+    with pytest.raises(ValueError, match="parameters were frozen or unfrozen"):
+        fit(mlp(), zeroth(), Each(lambda trainer: trainer.model.net[2].requires_grad_(False)))
 
 
 # ---- the user's step, as often as the user wrote it
