@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder, one_of_a_kind
+from hosfl_lightning.callbacks.zeroth_order_training import ZerothOrderTraining
 from hosfl_lightning.memory import MemoryMeter, storage_bytes
 
 ROLE = "step"
@@ -67,6 +68,8 @@ class StepMemory:
             yield
 
     def _static(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        optimizers = [*trainer.optimizers, *([] if self._order is None else self._order.optimizers)]
+        kinds = HybridOrder | ZerothOrderTraining
+        ours = [o for c in trainer.callbacks if isinstance(c, kinds) for o in c.optimizers]  # type: ignore[attr-defined]
+        optimizers = [*trainer.optimizers, *ours]
         state = [t for o in optimizers for s in o.state.values() for t in s.values() if isinstance(t, Tensor)]
         return storage_bytes([*pl_module.parameters(), *pl_module.buffers(), *state])

@@ -140,6 +140,11 @@ class ZerothOrderTraining(Callback):
                              "return an optimizer of those that are to be trained")  # fmt: skip
         return ZerothOrder(groups, self.rule, module=pl_module, **self.settings)
 
+    @property
+    def optimizers(self) -> list[ZerothOrder]:
+        """The one that steps, once it is made; its ``state`` is part of what the run holds."""
+        return [] if self._optimizer is None else [self._optimizer]
+
     # ---- a step
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
+from hosfl_lightning.callbacks import CommunicationMonitor, HybridOrder, PeakMemoryMonitor, ZerothOrderTraining
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak
+from hosfl_lightning.optim import SGD, AdamW
 from tests.callbacks.plain_modules import (
     CLASSES,
     FEATURES,
@@ -84,6 +87,14 @@ def test_hybrid_order_needs_less_and_below_the_cut_no_more_than_a_forward() -> N
     # Beside the forward: a layer's saved bits, and what the generator of directions needs.
     assert forward <= ours["lower_working_bytes"] <= 1.1 * forward
     assert ours["lower_working_bytes"] < ours["step_working_bytes"]
+
+
+@pytest.mark.parametrize("order", [partial(HybridOrder, "net.10"), ZerothOrderTraining], ids=["hybrid", "whole"])
+def test_static_bytes_count_the_moments_of_what_is_trained_by_probes(order: Callable[..., Callback]) -> None:
+    few, many = (measured(order(rule=rule))["static_bytes"] for rule in (SGD(lr=1e-3), AdamW(lr=1e-3)))
+    module = deep()
+    moved = module.net if order is ZerothOrderTraining else module.net[:10]
+    assert many - few == 2 * sum(p.nbytes for p in moved.parameters())
 
 
 def test_the_first_step_is_not_measured_and_all_batches_of_the_second_are() -> None:
