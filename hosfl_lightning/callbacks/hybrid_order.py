@@ -145,8 +145,7 @@ class HybridOrder(Callback):
         trainer_check.refuse_several_optimizers(trainer)
         self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
-        kind = ReplayedLocalClient if self.local else ReplayedClient
-        self._client = kind(self.lower, self.rule, self.settings)
+        self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
         self._restore(self._client)
         self.lagrangian_update.on_train_start(trainer, pl_module)
         self._total: Tensor | None = None
@@ -168,6 +167,11 @@ class HybridOrder(Callback):
         return [] if self._client is None else [self._client.optimizer]
 
     # ---- the steps of a round
+
+    @override
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """What no step has used is given up above the cut, so below it too."""
+        self._give_up()
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -220,8 +224,11 @@ class HybridOrder(Callback):
                 self._step(trainer, self._total)
             self._report(trainer, pl_module)
         if due or stepped:
-            self._total = None
-            self.lagrangian_update.forget()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._total = None
+        self.lagrangian_update.forget()
 
     def _step(self, trainer: Trainer, total: Tensor) -> None:
         assert self._client is not None

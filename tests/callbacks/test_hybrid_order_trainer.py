@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from hosfl_lightning.callbacks import (
     CommunicationMonitor,
@@ -54,6 +54,27 @@ def test_an_incomplete_accumulation_steps_at_the_end_of_the_epoch() -> None:
     order = hybrid()
     trainer = fit(mlp(), order, data=loader(8, size=24), accumulate_grad_batches=2)
     assert trainer.global_step == order._client.optimizer.steps == 2  # type: ignore[union-attr]
+
+
+def test_what_an_optimizer_step_of_the_users_own_gives_up_is_given_up_below_too() -> None:
+    """Lightning zeroes the gradients in each closure, so a step every other batch uses the second one alone."""
+
+    class Every(Sequential):
+        def optimizer_step(  # type: ignore[override]
+            self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any
+        ) -> None:
+            if batch_idx % 2:
+                optimizer.step(closure=optimizer_closure)
+            else:
+                optimizer_closure()
+
+    every, second, order = Every(*mlp().net), mlp(), hybrid()
+    rows = [i for i in range(32) if i % 16 >= 8]
+    trainers = [fit(every, order), fit(second, hybrid(), data=DataLoader(Subset(loader().dataset, rows), 8))]
+    assert order._client.optimizer.steps == 2  # type: ignore[union-attr]
+    assert same_bits(every, second)
+    norms = [float(trainer.callback_metrics["client/multiplier_norm"]) for trainer in trainers]
+    assert norms[0] == norms[1]
 
 
 def test_clipping_acts_above_the_cut_only() -> None:
