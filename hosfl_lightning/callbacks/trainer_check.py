@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -10,6 +11,7 @@ from lightning.pytorch.strategies import (
     SingleDeviceXLAStrategy,
     XLAStrategy,
 )
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
@@ -38,6 +40,27 @@ def refuse_what_would_break(name: str, trainer: Trainer, pl_module: LightningMod
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         raise ValueError(f"{name}: a compiled LightningModule runs no hooks, by which probes work; give the Trainer "
                          "the module itself (HybridOrder: only what is above the cut may be compiled)")  # fmt: skip
+
+
+def refuse_what_needs_a_gradient(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Settings that would have no effect where no gradient is.
+
+    Raises:
+        ValueError: Names the setting and what to use instead.
+    """
+    if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
+        raise ValueError("trainer.gradient_clip_val and configure_gradient_clipping have no gradient to clip under "
+                         "ZerothOrderTraining; remove them and lower the rule's lr")  # fmt: skip
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    if trainer.accumulate_grad_batches > 1 or any(c.going_to_accumulate_grad_batches() for c in schedules):
+        raise ValueError("trainer.accumulate_grad_batches has no gradient to accumulate under ZerothOrderTraining; use "
+                         "a larger batch, or more probes")  # fmt: skip
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler has no gradient to scale under "
+                         "ZerothOrderTraining; use bf16-mixed or 32-true")  # fmt: skip
+    if is_overridden("backward", pl_module):
+        raise ValueError(f"{type(pl_module).__name__} overrides backward, which ZerothOrderTraining never calls; "
+                         "remove it")  # fmt: skip
 
 
 def refuse_several_optimizers(trainer: Trainer) -> None:

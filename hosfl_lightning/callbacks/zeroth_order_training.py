@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from typing_extensions import override
 
@@ -41,12 +40,14 @@ class ZerothOrderTraining(Callback):
 
         Trainer(callbacks=[ZerothOrderTraining(rule=SGD(lr=1e-6))]).fit(model, data)
 
-    Nothing in the module changes. ``training_step`` runs once as ever, then once a probe with torch's random state
-    replayed and ``self.log`` and metrics silenced. Trainer goes on to step the module's optimizer, which finds no
-    gradient and lends its schedule only: the learning rate of a parameter group is the rule's, times the group's own
-    over what that was at the start (over ``max_lr`` where a schedule has one). So schedulers, hooks, ``global_step``,
-    checkpoints and resuming work as without it. The first batch costs three more forwards and a copy of θ, to see that
-    ``training_step`` repeats itself.
+    The module is written as ever. ``training_step`` runs once, then once a forward of the probes with torch's random
+    state replayed and ``self.log`` and metrics silenced. What else it does happens once a forward: what it appends,
+    counts, or hands to ``self.logger`` belongs in ``on_train_batch_end``, from ``outputs``.
+
+    Trainer goes on to step the module's optimizer, which finds no gradient and lends its schedule only: the learning
+    rate of a parameter group is the rule's, times the group's own over what that was at the start (over ``max_lr``
+    where a schedule has one). So schedulers, hooks, ``global_step``, checkpoints and resuming work as without it. The
+    first batch costs three more forwards and a copy of θ, to see that ``training_step`` repeats itself.
 
     Under DDP ranks exchange ``P`` scalars a step; DDP's own wrapper is left away, so norm statistics stay each rank's.
 
@@ -282,25 +283,4 @@ def refuse_what_would_break(trainer: Trainer, pl_module: LightningModule) -> Non
         raise ValueError("ZerothOrderTraining needs automatic_optimization=True; a module that steps by itself can use "
                          "hosfl_lightning.optim.ZerothOrder directly (docs/manual_optimization.md)")  # fmt: skip
     trainer_check.refuse_what_would_break("ZerothOrderTraining", trainer, pl_module)
-    refuse_what_needs_a_gradient(trainer, pl_module)
-
-
-def refuse_what_needs_a_gradient(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Settings that would have no effect where no gradient is.
-
-    Raises:
-        ValueError: Names the setting and what to use instead.
-    """
-    if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
-        raise ValueError("trainer.gradient_clip_val and configure_gradient_clipping have no gradient to clip under "
-                         "ZerothOrderTraining; remove them and lower the rule's lr")  # fmt: skip
-    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
-    if trainer.accumulate_grad_batches > 1 or any(c.going_to_accumulate_grad_batches() for c in schedules):
-        raise ValueError("trainer.accumulate_grad_batches has no gradient to accumulate under ZerothOrderTraining; use "
-                         "a larger batch, or more probes")  # fmt: skip
-    if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ValueError(f"trainer.precision={trainer.precision}: a GradScaler has no gradient to scale under "
-                         "ZerothOrderTraining; use bf16-mixed or 32-true")  # fmt: skip
-    if is_overridden("backward", pl_module):
-        raise ValueError(f"{type(pl_module).__name__} overrides backward, which ZerothOrderTraining never calls; "
-                         "remove it")  # fmt: skip
+    trainer_check.refuse_what_needs_a_gradient(trainer, pl_module)
