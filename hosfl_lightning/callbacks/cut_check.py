@@ -114,6 +114,25 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
             raise CutError(message % shown + _suggestion(names, below - above))
 
 
+def refuse_unfrozen(module: nn.Module, cut: str, client: dict[str, nn.Parameter], z: Tensor) -> None:
+    """After the first batch, z has a graph: of an input's, or of what has been unfrozen since.
+
+    Args:
+        module: Holds all parameters.
+        cut: For the message.
+        client: θ_c.
+        z: The input of the module at the cut.
+
+    Raises:
+        CutError: Names the first parameter that is trained now.
+    """
+    late = leaves(z) - {id(p) for p in client.values()}
+    found = [name for number, name in _names(module).items() if number in late]
+    if found:
+        raise CutError(f"cut: {found[0]} was unfrozen during the run and is used before {cut!r}, where backprop no "
+                       "longer arrives; unfreeze it before fit, or leave it frozen")  # fmt: skip
+
+
 def _suggestion(names: dict[int, str], below: set[int]) -> str:
     """The setting that fits what the graph has shown, if a list that one can read says it."""
     plain = {number: name.partition(" (tied to ")[0] for number, name in names.items()}

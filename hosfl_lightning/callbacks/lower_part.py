@@ -19,6 +19,7 @@ from hosfl_lightning.callbacks.cut_check import (
     client_parameters,
     leaves,
     refuse_compiled,
+    refuse_unfrozen,
 )
 from hosfl_lightning.callbacks.lower_graph import ArrivingGradients, graph_below
 from hosfl_lightning.callbacks.silence import replaced, silenced
@@ -259,6 +260,8 @@ class LowerPart:
     def _meet(self, z: Tensor, anchor: Tensor, given: Tensor) -> None:
         if not self._traced:
             self._below, self._given = leaves(z), given
+        elif z.requires_grad:
+            refuse_unfrozen(self.module, self.cut, self.parameters, z)
         anchor.retain_grad()
         self._batch.anchor = anchor
         if self._batch.running:

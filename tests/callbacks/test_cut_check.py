@@ -10,6 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -242,6 +243,23 @@ def test_gradients_agree_to_a_twentieth_of_their_norm(scale: float, agrees: bool
 
 def test_gradients_that_vanish_agree() -> None:
     check_gradient("cut", ["a"], [torch.zeros(2)], [torch.zeros(2)], "hint")
+
+
+def test_a_parameter_unfrozen_below_the_cut_during_the_run_is_refused() -> None:
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[0].bias.requires_grad_(trainer.current_epoch > 0)
+
+    module = mlp()
+    module.net[0].bias.requires_grad_(False)
+    with pytest.raises(CutError, match=r"net\.0\.bias was unfrozen during the run and is used before 'net\.2'"):
+        fit(module, hybrid(), Unfreeze(), max_epochs=2)
+
+
+def test_an_input_that_requires_a_gradient_is_no_parameter() -> None:
+    module = mlp()
+    module.net.register_forward_pre_hook(lambda m, args: (args[0].clone().requires_grad_(),))
+    assert fit(module, hybrid()).global_step == 4
 
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
