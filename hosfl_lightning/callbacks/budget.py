@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
+from hosfl_lightning.callbacks.trainer_check import refuse_no_rounds
 
 
 class Budget(Callback):
@@ -29,7 +30,7 @@ class Budget(Callback):
         client_forwards: Limit of ``budget/client_forwards``.
 
     Raises:
-        ValueError: A limit is not above 0.
+        ValueError: A limit is not above 0; or at setup, in a Trainer without rounds.
     """
 
     def __init__(
@@ -40,6 +41,11 @@ class Budget(Callback):
             if limit is not None and limit <= 0:
                 raise ValueError(f"{name}={limit}: a budget must be above 0")
         self.spent: dict[str, float] = dict.fromkeys(self.limits, 0)
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a plain Trainer."""
+        refuse_no_rounds(type(self).__name__, trainer)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
+from hosfl_lightning.callbacks.trainer_check import refuse_no_rounds
 from hosfl_lightning.clients import Anchor, Cohort, SplitClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.rng import Domain, Stream, direction
@@ -30,11 +31,19 @@ class RandomSigns(LagrangianUpdate):
     Args:
         seed: Another one draws other signs in the same run. They follow from it and from the run's seed, the round and
             the client.
+
+    Raises:
+        ValueError: At setup, in a Trainer without rounds.
     """
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.seed = seed
+
+    @override
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a plain Trainer."""
+        refuse_no_rounds(type(self).__name__, trainer)
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

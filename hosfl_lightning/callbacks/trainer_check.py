@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import (
@@ -17,6 +19,20 @@ from torch import Tensor
 
 #: Subclasses of those that keep parameters whole, which divide them or run a step later than it is written.
 OTHER_STRATEGIES = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
+
+
+def refuse_no_rounds(name: str, trainer: Any) -> None:
+    """A callback that works on an Orchestrator's rounds.
+
+    Args:
+        name: Of the callback.
+        trainer: Orchestrator or plain Trainer.
+
+    Raises:
+        ValueError: It has no rounds.
+    """
+    if not hasattr(trainer, "transport"):
+        raise ValueError(f"{name} works on the rounds of an Orchestrator; remove it from this Trainer")
 
 
 def refuse_what_would_break(name: str, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -11,6 +11,8 @@ from hosfl_lightning import Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedV2
 from hosfl_lightning.callbacks import Budget, PeakMemoryMonitor
 from hosfl_lightning.optim import SGD
+from tests.callbacks.plain_modules import fit as fit_plain
+from tests.callbacks.plain_modules import mlp
 from tests.conftest import RandomTokens
 
 Make = Callable[..., Any]
@@ -71,3 +73,8 @@ def test_a_resumed_run_goes_on_counting(make_orchestrator: Make, make_model: Mak
 def test_a_limit_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="samples=0: a budget must be above 0"):
         Budget(samples=0)
+
+
+def test_a_plain_trainer_is_refused() -> None:
+    with pytest.raises(ValueError, match="Budget works on the rounds of an Orchestrator; remove it from this Trainer"):
+        fit_plain(mlp(), Budget(samples=1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
@@ -16,6 +17,7 @@ from hosfl_lightning.callbacks import LagrangianUpdate, RandomSigns
 from hosfl_lightning.optim import SGD, RandomSubset, Uncompressed
 from hosfl_lightning.split import Lora, LoraHalf, Side
 from hosfl_lightning.wire import ProjectedGradients
+from tests.callbacks.plain_modules import fit, hybrid, mlp
 from tests.conftest import RandomTokens
 from tests.small_run import SmallRun, contents
 
@@ -104,3 +106,9 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path) -> None:
 def test_a_method_without_the_step_refuses_it(make_orchestrator: Callable[..., Orchestrator]) -> None:
     with pytest.raises(ValueError, match="SplitFedSGD has no step for RandomSigns; remove it"):
         make_orchestrator(SplitFedSGD(), callbacks=[RandomSigns()])
+
+
+@pytest.mark.parametrize("others", [[], [hybrid()]], ids=["alone", "with HybridOrder"])
+def test_a_plain_trainer_is_refused(others: list[Callback]) -> None:
+    with pytest.raises(ValueError, match="RandomSigns works on the rounds of an Orchestrator; remove it"):
+        fit(mlp(), *others, RandomSigns())
