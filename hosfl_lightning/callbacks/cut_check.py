@@ -38,7 +38,8 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
     else:
         wanted = set()
         for pattern in client:
-            matches = {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
+            prefixed = {n for n in trainable if pattern.endswith(".") and n.startswith(pattern)}
+            matches = prefixed or {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
             if not matches:
                 raise CutError(f"client: {pattern!r} matches no trainable parameter; the nearest names are "
                                f"{_nearest(pattern, list(trainable))}")  # fmt: skip

@@ -256,6 +256,10 @@ def test_a_parameter_unfrozen_below_the_cut_during_the_run_is_refused() -> None:
         fit(module, hybrid(), Unfreeze(), max_epochs=2)
 
 
+def test_a_prefix_may_be_written_with_its_dot() -> None:
+    assert list(client_parameters(mlp(), "net.2", ["net.0."])) == ["net.0.weight", "net.0.bias"]
+
+
 def test_an_input_that_requires_a_gradient_is_no_parameter() -> None:
     module = mlp()
     module.net.register_forward_pre_hook(lambda m, args: (args[0].clone().requires_grad_(),))
