@@ -217,7 +217,7 @@ class HybridOrder(Callback):
         """Steps 5 and 6, where the upper part stepped: the mean over ranks, applied by every rank alike."""
         if self._stepped and self.lower.untaken and not pl_module.automatic_optimization:
             trainer_check.refuse_an_unheard_backward()
-        self.lower.rest()
+        self.lower.forget()
         due, stepped, self._due, self._stepped, self._backwards = self._due, self._stepped, False, False, 0
         if stepped and self._total is not None:
             with self.working():

@@ -157,6 +157,11 @@ class LowerPart:
         self._batch.anchor, self._phase = None, "idle"
         self._require_grad(False)
 
+    def forget(self) -> None:
+        """The batch is over, and nobody runs it again."""
+        self.rest()
+        self._batch = BatchState()
+
     def again(self) -> Tensor:
         """``f_c`` of the last batch at the parameters as they are now; nothing else is changed by it."""
         return self._replay.same(self._up_to_cut)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,6 +63,22 @@ def test_a_run_that_breaks_off_leaves_the_module_as_found() -> None:
     assert set(vars(module)) - attributes <= {"_hparams"}  # Trainer's
     assert all(p.requires_grad for p in module.parameters())
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+
+
+def test_nothing_refers_to_a_batch_that_is_over() -> None:
+    batches: list[Any] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            batches.append(weakref.ref(batch[0]))
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            gc.collect()
+            alive.extend(batch() is not None for batch in batches)
+
+    alive: list[bool] = []
+    fit(mlp(), hybrid(), Watch(), accumulate_grad_batches=2)
+    assert alive == [False] * 4
 
 
 def test_gradients_taken_between_the_steps_pass_the_cut() -> None:
