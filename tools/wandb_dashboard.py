@@ -95,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entity", required=True, help="user or team")
     parser.add_argument("--project", default="hosfl")
-    parser.add_argument("--trainer", action="store_true", help="for runs of a plain Trainer")
+    parser.add_argument("--trainer", action="store_true", help="for runs of a plain Trainer with HybridOrder")
     parser.add_argument("--dry-run", action="store_true", help="print the view as W&B would get it")
     given = parser.parse_args(args)
     view = workspace(given.entity, given.project, given.trainer)
