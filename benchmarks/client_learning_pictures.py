@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN
 from benchmarks.client_learning_overview import title
@@ -17,6 +19,8 @@ from hosfl_lightning.compare.pictures import style
 
 #: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
 LIMITS = (-60.0, 160.0)
+#: Costs this near to each other, by the logarithm of their ratio, would have one number over the other.
+NEAR = 0.3
 #: Rows of a cell of the usual height.
 FEW = 6
 LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -112,7 +116,9 @@ def _dot(axes: Axes, value: float, place: float, chosen: dict[str, Any], upright
     arrow = ("v^" if upright else "<>")[value > 0]
     axes.plot(x, y, marker=arrow, linestyle="", color=chosen["color"], clip_on=False)
     inward = -1 if value > 0 else 1
-    shift = (6, 6 * inward) if upright else (8 * inward, 4)
+    numbers = [text.xy[0] for text in axes.texts if isinstance(text, Annotation)]
+    near = sum(abs(math.log(other / x)) < NEAR for other in numbers) if upright else 0
+    shift = (6, (6 + 11 * near) * inward) if upright else (8 * inward, 4)
     side = "left" if upright or inward > 0 else "right"
     axes.annotate(f"{value:.0f} %", (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
 

@@ -236,6 +236,13 @@ class TestPictures:
             assert {"<", "v"} & {line.get_marker() for line in axes.lines}
             assert figure.texts == [] or far not in figure.texts[0].get_text()
 
+    def test_numbers_of_rows_far_away_do_not_hide_each_other(self) -> None:
+        rows = [*table(results(**{"side adapter": [9.0, 9.1]})).values()] + [
+            one for one in table(results(**{"side adapter": [8.0, 8.1]})).values() if one["method"] == "side adapter"
+        ]
+        (axes,) = over(rows, self.STYLES, "bytes_up", "bytes").axes
+        assert len({text.xyann for text in axes.texts}) == len(axes.texts) == 2
+
     def test_a_cell_without_a_gap_says_so(self) -> None:
         rows = [*table(results(**{FIRST_ORDER: [2.9, 3.2]})).values()]
         (axes,) = by_cell(rows, self.STYLES).axes
