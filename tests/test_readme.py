@@ -12,8 +12,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 @pytest.mark.filterwarnings("ignore:the two sides of a probe")
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Word for word but for its size."""
-    small = BLOCKS[0].replace("max_rounds=20", "max_rounds=1").replace(
-        "DocstringData()", "DocstringData(batch_size=1, sequence_length=32, max_bytes_per_client=20000, **held_out)"
+    small = (
+        BLOCKS[0]
+        .replace("max_rounds=20", "max_rounds=1")
+        .replace(
+            "DocstringData()", "DocstringData(batch_size=1, sequence_length=32, max_bytes_per_client=20000, **held_out)"
+        )
     )
     assert small.count("max_rounds=1") == small.count("held_out") == 1
     monkeypatch.chdir(tmp_path)
