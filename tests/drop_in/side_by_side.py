@@ -59,7 +59,7 @@ class Bystander(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Of its own: which epoch a ModelCheckpoint finds best depends on the weights.
-        trainer.save_checkpoint(checkpoint_of(trainer), weights_only=False)
+        trainer.save_checkpoint(checkpoint_of(trainer))  # written whole; read with weights_only=True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._look(trainer, pl_module)
