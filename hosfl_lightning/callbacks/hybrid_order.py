@@ -18,6 +18,7 @@ from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAg
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.lower_part import LowerPart
 from hosfl_lightning.callbacks.replayed_client import ReplayedClient, ReplayedLocalClient
+from hosfl_lightning.callbacks.resumed import resume
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.callbacks.silence import replaced
 from hosfl_lightning.clients import Anchor, Cohort
@@ -146,7 +147,9 @@ class HybridOrder(Callback):
         self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
-        self._restore(self._client)
+        own = {**self._client.identity, **self.settings}
+        resume("HybridOrder", self._client.optimizer, self.rule, self._restored, own)
+        self._restored = {}
         self.lagrangian_update.on_train_start(trainer, pl_module)
         self._total: Tensor | None = None
         self._backwards, self._due, self._stepped = 0, False, False
@@ -258,17 +261,6 @@ class HybridOrder(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the parameters are on their device."""
         self._restored = dict(state_dict)
-
-    def _restore(self, client: ReplayedClient) -> None:
-        state, self._restored = self._restored, {}
-        if not state:
-            return
-        for name, value in {**client.identity, **self.settings}.items():
-            if state[name] != value:
-                raise ValueError(f"ckpt_path: HybridOrder was saved with {name}={state[name]}, now it is {value}")
-        client.optimizer.load_state_dict(state["optimizer"])
-        for group in client.optimizer.param_groups:
-            group["lr"] = self.rule.lr
 
 
 def one_of_a_kind(kind: type[C], trainer: Trainer) -> C | None:

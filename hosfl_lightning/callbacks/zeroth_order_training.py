@@ -18,6 +18,7 @@ from typing_extensions import override
 from hosfl_lightning.callbacks import trainer_check
 from hosfl_lightning.callbacks.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.repeat_check import check_repeats
+from hosfl_lightning.callbacks.resumed import resume
 from hosfl_lightning.callbacks.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.randomness import SameRandomness
@@ -107,7 +108,8 @@ class ZerothOrderTraining(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the parameters from the module's optimizer, now that they are on their device, and its backward."""
         self._optimizer = self._take_over(trainer, pl_module)
-        self._restore(self._optimizer)
+        resume("ZerothOrderTraining", self._optimizer, self.rule, self._restored, self._identity)
+        self._restored = {}
         self._checked = False
         self._values: Tensor | None = None
         self._rms: Tensor | None = None
@@ -222,17 +224,6 @@ class ZerothOrderTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the parameters are on their device."""
         self._restored = dict(state_dict)
-
-    def _restore(self, optimizer: ZerothOrder) -> None:
-        state, self._restored = self._restored, {}
-        if not state:
-            return
-        for name, value in self._identity.items():
-            if state[name] != value:
-                raise ValueError(
-                    f"ckpt_path: ZerothOrderTraining was saved with {name}={state[name]}, now it is {value}"
-                )
-        optimizer.load_state_dict(state["optimizer"])
 
 
 def trainable(group: dict[str, Any]) -> list[Tensor]:

@@ -242,9 +242,11 @@ def test_a_skipped_batch_is_skipped() -> None:
 
 
 def test_a_step_that_does_not_repeat_itself_is_refused() -> None:
+    draws = random.Random(0)
+
     class Augments(Sequential):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            return super().training_step([batch[0] * random.random(), batch[1]], batch_idx)
+            return super().training_step([batch[0] * draws.random(), batch[1]], batch_idx)
 
     class InPlace(Sequential):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
