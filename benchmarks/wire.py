@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from hosfl_lightning.identity import hardware
-from hosfl_lightning.wire import CODECS, SmashedData, decode, encode
+from hosfl_lightning.wire import TOKEN_CODECS, SmashedData, decode, encode
 
 SHAPES = ((8, 128, 768), (32, 128, 768))
 
@@ -61,7 +61,7 @@ def main() -> None:
     for shape in SHAPES:
         z, mask = torch.randn(shape, generator=generator), torch.ones(shape[:2], dtype=torch.bool)
         labels = torch.randint(0, 32000, shape[:2], generator=generator)
-        for codec in CODECS:
+        for codec in TOKEN_CODECS:
             data, times = measure(partial(SmashedData.pack, 0, 0, z, labels, mask, codec), arguments.repeats)
             rates = "".join(f"{4e-6 * z.numel() / taken:20.0f}" for taken in times)
             size = f"{len(data):10} {len(data) / (4 * z.numel()):8.3f}"

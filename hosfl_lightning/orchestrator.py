@@ -72,7 +72,7 @@ class Orchestrator(TrainerFace):
         devices: Processes over which the clients of a round are spread, each on a device of its own (on ``cpu``, each
             with a share of the cores). Run it as a script or from the command line: the others run the same command.
         codec: In what z, λ and a client's gradient travel: ``fp32`` (as computed), ``bf16``, ``fp16``, ``int8`` or
-            ``int4``; the client keeps its own z as computed.
+            ``int4``, a gradient also ``ternary``; the client keeps its own z as computed.
         availability: Which clients are online in a round; None: all. One that was away replays what it missed.
         catch_up: When a returning client replays records and when it is sent a snapshot.
         min_clients: Valid answers, of clients that have a loss term, that a round needs.

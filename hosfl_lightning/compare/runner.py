@@ -32,7 +32,7 @@ PLACES = ("out", "jobs", "wandb", "catalogue")
 
 
 class Runner:
-    """Runs a comparison; started again in the same folder it goes on.
+    """Runs a comparison; started again in the same folder it goes on, also with more methods than before.
 
     Args:
         comparison: Checked.
@@ -54,7 +54,7 @@ class Runner:
             ComparisonError: A recipe is refused, or the methods do not meet equal conditions.
         """
         with self._lock(), self._pool() as each:
-            rehearsals = self._known() or self._rehearse(each)
+            rehearsals = self._rehearse(each, self._known())
             self.plans = {name: schedule(self.comparison, one.spent) for name, one in rehearsals.items()}
             tuning, methods = self.comparison.tuning, self.comparison.methods
             points = range(self.comparison.grid_size)
@@ -100,8 +100,9 @@ class Runner:
         path = self.out / "comparison.json"
         if not path.is_file():
             return {}
-        theirs = json.loads(path.read_text())
-        names = [*_differences(theirs["settings"], self._settings())]
+        theirs, mine = json.loads(path.read_text()), self._settings()
+        added = {f"methods.{name}" for name in mine["methods"].keys() - theirs["settings"]["methods"].keys()}
+        names = [name for name in _differences(theirs["settings"], mine) if name not in added]
         if names:
             raise ComparisonError(
                 f"out: {self.comparison.out} holds another comparison, which differs in {', '.join(names[:5])}; "
@@ -114,18 +115,23 @@ class Runner:
         settings = {name: value for name, value in asdict(self.comparison).items() if name not in PLACES}
         return json.loads(json.dumps(settings | {"recipe": self.base}))
 
-    def _rehearse(self, each: Callable[..., Iterator[tuple[Any, Any]]]) -> dict[str, Rehearsal]:
-        """One round of every method, so that what is refused is refused before the first run."""
+    def _rehearse(
+        self, each: Callable[..., Iterator[tuple[Any, Any]]], known: dict[str, Rehearsal]
+    ) -> dict[str, Rehearsal]:
+        """One round of every method but those known, so that what is refused is refused before the first run."""
+        new = [name for name in self.comparison.methods if name not in known]
+        if not new:
+            return known
         root, seed = self.out / "rehearsal", self.comparison.tuning.seed
         tasks: dict[str, tuple[list[Job]]] = {}
-        for name, method in self.comparison.methods.items():
-            jobs = [Job(name, point, seed, str(root)) for point in range(len(method.grid))]
+        for name in new:
+            jobs = [Job(name, point, seed, str(root)) for point in range(len(self.comparison.methods[name].grid))]
             for job in jobs:
                 write_config(job, self.comparison, self.base, 1, 1)
             tasks[name] = (jobs,)
         print(f"One round of each of {len(tasks)} methods, to see that all can run", flush=True)
-        found = dict(each(worker.rehearse, tasks))
-        rehearsals = {name: found[name] for name in tasks}
+        found = known | dict(each(worker.rehearse, tasks))
+        rehearsals = {name: found[name] for name in self.comparison.methods}
         self.check(rehearsals)
         _see_equal(jobs[0] for (jobs,) in tasks.values())
         content = {"settings": self._settings(), "rehearsals": {name: asdict(one) for name, one in rehearsals.items()}}

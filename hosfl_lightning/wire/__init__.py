@@ -1,7 +1,7 @@
 """What crosses the cut: the messages, their bytes, and the errors of a bad one."""
 
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
-from hosfl_lightning.wire.codecs import CODECS, Codecs, Coded
+from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
 from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, peek
@@ -29,6 +29,7 @@ __all__ = [
     "LIMIT",
     "MESSAGES",
     "PROTOCOL",
+    "TOKEN_CODECS",
     "AddressError",
     "CatchUpRequest",
     "ChecksumError",

@@ -6,6 +6,8 @@
     fp16    x/s to nearest, one s for the tensor               within 2^-11 |x|, or s 2^-25 where that is more
     int8    q = floor(x/s + r), a scale s per row              q·s, |q·s - x| < s, E q·s = x
     int4    the same in four bits, two columns a byte          the same
+    ternary q = sgn(x) where |x| > t, else 0; five columns     q·s, the nearest to x of this form where a row is normal
+            a byte
 
 fp16: s is the power of two that puts max|x| into [2^14, 2^15), so that scaling is exact and a small λ does not
 underflow. int8 and int4: s = max_j |x_j| / 127 (or 7) rounded *up* to bf16. Up, so that the largest entry does not
@@ -14,9 +16,15 @@ significant bits: the product is exact in fp32 and the same on every device. r i
 (seed, ROUNDING, round, client, local step), so that the rounding is unbiased and can be done again; element e of x is
 row-major. float64 goes through fp32.
 
+ternary: t = 3/4 of the row's mean |x_j|, s = the mean of the |x_j| above t, in bf16. It is biased, so z and λ do not
+travel in it: for normal rows of 128, ⟨q·s, x⟩ = 0.81 ‖x‖² and ‖q·s - x‖² = 0.19 ‖x‖² (1.26 ‖x‖² if three values were
+rounded to without bias, with s = max|x_j|). The sums are of integers, |x_j| over the row's largest in 2^-16, so that no
+device's order of adding shows.
+
 A row is a token's z or λ, or 128 coefficients of a gradient.
 
-Reference: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding with a scale per bucket.
+References: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding with a scale per bucket; F. Li et al.,
+"Ternary Weight Networks" (arXiv 1605.04711), equations 5 and 6, for t and s.
 """
 
 from __future__ import annotations
@@ -30,21 +38,28 @@ from hosfl_lightning.rng import Stream, uniform16
 from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
 from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
 
-_FORMS = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": torch.uint8}
+_FORMS = {
+    "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": torch.uint8, "ternary": torch.uint8
+}  # fmt: skip
 _LARGEST = {"int8": 127, "int4": 7}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_COLUMNS = {"int4": 2, "ternary": 5}
+"""Of one byte."""
 CODECS = ("fp32", *_FORMS)
+TOKEN_CODECS = tuple(codec for codec in CODECS if codec != "ternary")
+"""Those that z and λ may travel in."""
 
 
 @dataclass(frozen=True)
 class Codecs:
-    """In what z, λ and the coefficients of a client's gradient travel, each one of `CODECS`.
+    """In what z, λ and the coefficients of a client's gradient travel.
 
     Attributes:
-        smashed_data: Of z.
-        multiplier: Of λ.
-        gradient: Of what a client answers to λ. For one that sends many coefficients (HOSFL with ``estimator: local``,
-            SplitFedSGD): int4 is an eighth of fp32. The few scalars of a probing client are smaller as they are.
+        smashed_data: Of z, one of `TOKEN_CODECS`.
+        multiplier: Of λ, one of `TOKEN_CODECS`.
+        gradient: Of what a client answers to λ, one of `CODECS`. For one that sends many coefficients (HOSFL with
+            ``estimator: local``, SplitFedSGD): int4 is an eighth of fp32, ternary an eighteenth, for rules that bear a
+            biased gradient (AdamW). The few scalars of a probing client are smaller as they are.
 
     Raises:
         ValueError: An unknown codec.
@@ -56,8 +71,9 @@ class Codecs:
 
     def __post_init__(self) -> None:
         for name, codec in vars(self).items():
-            if codec not in CODECS:
-                raise ValueError(f"trainer.codec.{name} must be one of {', '.join(CODECS)}, got {codec!r}")
+            allowed = CODECS if name == "gradient" else TOKEN_CODECS
+            if codec not in allowed:
+                raise ValueError(f"trainer.codec.{name} must be one of {', '.join(allowed)}, got {codec!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +84,9 @@ class Coded:
         codec: One of `CODECS`.
         dtype: Of what was coded and of what comes back, e.g. ``float32``.
         width: h.
-        values: (n, h) in the codec's dtype; int4: (n, (h + 1) // 2) uint8, the even column in the lower four bits.
-        scale: bf16; (1,) for fp16, (n,) for int8 and int4, else None.
+        values: (n, h) in the codec's dtype; int4: (n, ⌈h/2⌉) uint8, the even column in the lower four bits;
+            ternary: (n, ⌈h/5⌉) uint8, Σ_i (q_i + 1) 3^i.
+        scale: bf16; (1,) for fp16, (n,) for int8, int4 and ternary, else None.
     """
 
     codec: str
@@ -106,14 +123,17 @@ class Coded:
             r = uniform16(stream, tensor, x.numel(), x.device).view(x.shape)
             values, scale = _round(x.float(), r, _LARGEST[codec])
             values = _pack_nibbles(values) if codec == "int4" else values
+        elif codec == "ternary":
+            values, scale = _signs(x.float())
+            values = _pack_trits(values)
         return cls(codec, str(x.dtype).removeprefix("torch."), x.shape[1], values, scale)
 
     def restore(self) -> Tensor:
         """x as the receiver knows it: (n, h) in ``dtype``, finite where values and scale are."""
         if self.codec == "fp32":
             return self.values
-        values = _unpack_nibbles(self.values, self.width) if self.codec == "int4" else self.values
-        x = values.float()
+        unpack = {"int4": _unpack_nibbles, "ternary": _unpack_trits}.get(self.codec)
+        x = (unpack(self.values, self.width) if unpack else self.values).float()
         if self.scale is not None:
             x.mul_(self.scale.float()[:, None])
         dtype = _DTYPES[self.dtype]
@@ -138,10 +158,10 @@ class Coded:
             raise DtypeError(f"{kind}: {name}.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.80}")
         check_counts(kind, **{f"{name}.width": self.width})
         check_tensor(kind, f"{name}.values", self.values, 2, (_FORMS.get(self.codec, _DTYPES[self.dtype]),))
-        columns = (self.width + 1) // 2 if self.codec == "int4" else self.width
+        columns = -(-self.width // _COLUMNS.get(self.codec, 1))
         if not self.width or self.values.shape[1] != columns:
             raise ShapeError(f"{kind}: {name}.values must have {columns} > 0 columns, got {[*self.values.shape]}")
-        scales = {"fp16": 1, "int8": len(self.values), "int4": len(self.values)}.get(self.codec)
+        scales = {"fp16": 1, **dict.fromkeys(("int8", "int4", "ternary"), len(self.values))}.get(self.codec)
         if scales is None:
             if self.scale is not None:
                 raise FieldError(f"{kind}: {name} has a scale, but {self.codec} knows none")
@@ -167,6 +187,18 @@ def _round(x: Tensor, r: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     return (x / divisor).add_(r).floor_().clamp_(-largest, largest).to(torch.int8), scale
 
 
+def _signs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 (n, h) of -1, 0, 1 and bf16 (n,): 0 for a row that is zero, not finite for one that is not."""
+    size = x.abs()
+    largest = size.amax(1)
+    steps = (size / torch.where(largest > 0, largest, 1)[:, None] * 65536).to(torch.int32)
+    kept = steps > (3 * steps.sum(1, keepdim=True) // (4 * x.shape[1])).to(torch.int32)
+    mean = (steps * kept).sum(1).float() / kept.sum(1).clamp(min=1).float() / 65536
+    scale = (largest * mean).to(torch.bfloat16)
+    top = torch.finfo(torch.bfloat16).max  # to which the nearest may not be rounded up
+    return x.sign().to(torch.int8) * kept, torch.where(largest.isfinite(), scale.clamp(max=top), largest.bfloat16())
+
+
 def _up_to_bf16(s: Tensor) -> Tensor:
     """The least bf16 number >= s, for fp32 s >= 0; infinite and NaN stay (CUDA's NaN would carry over into -0)."""
     up = (s.view(torch.int32) + 0xFFFF & -0x10000).view(torch.float32)
@@ -181,3 +213,13 @@ def _pack_nibbles(q: Tensor) -> Tensor:
 def _unpack_nibbles(packed: Tensor, width: int) -> Tensor:
     signed = packed.view(torch.int8)
     return torch.stack([signed << 4 >> 4, signed >> 4], dim=2).flatten(1)[:, :width]
+
+
+def _pack_trits(q: Tensor) -> Tensor:
+    digits = torch.nn.functional.pad(q, (0, -q.shape[1] % 5)).unflatten(1, (-1, 5)) + 1
+    return (digits * digits.new_tensor([1, 3, 9, 27, 81], dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+
+
+def _unpack_trits(packed: Tensor, width: int) -> Tensor:
+    powers = packed.new_tensor([1, 3, 9, 27, 81])
+    return (packed[:, :, None] // powers % 3).to(torch.int8).flatten(1)[:, :width] - 1

@@ -14,7 +14,7 @@ from hosfl_lightning.wire.errors import DtypeError, ShapeError
 from hosfl_lightning.wire.padding import rounding_stream
 
 ROW = 128
-"""Coefficients that share a scale: int8 takes 8.125 bits a coefficient, int4 4.125."""
+"""Coefficients that share a scale: int8 takes 8.125 bits a coefficient, int4 4.125, ternary 1.75."""
 TENSOR = 0xFFFF
 """Index in the stream of the rounding, behind those of z, λ and the probes."""
 

@@ -132,7 +132,7 @@ class TestBytes:
 
 
 class TestRound:
-    @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4"])
+    @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4", "ternary"])
     def test_the_server_knows_what_the_codec_leaves_batched_as_one_by_one(self, tmp_path: Path, codec: str) -> None:
         known = []
         for simulation in ("batched", "per_client"):

@@ -132,7 +132,7 @@ def test_its_noise_has_the_last_place_of_the_first_step(codec: str) -> None:
 def test_what_a_codec_saves() -> None:
     g, header = torch.ones(8192), 500
     sizes = {codec: encoded_size(_packed(g, codec)) for codec in CODECS}
-    for codec, bits in {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.125, "int4": 4.125}.items():
+    for codec, bits in {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.125, "int4": 4.125, "ternary": 1.75}.items():
         assert 0 < sizes[codec] - bits / 8 * len(g) < header
 
 
@@ -145,7 +145,9 @@ def test_what_fills_up_the_last_row_is_zero_and_is_not_read(codec: str) -> None:
     values = coded.values.clone()
     if codec == "int4":
         values[1, 0] |= 0x70  # the byte that the last coefficient shares
-    values[1, 1:] = 0x33
+    if codec == "ternary":
+        values[1, 0] += 3 + 9 + 27 + 81
+    values[1, 1:] = 242 if codec == "ternary" else 0x33
     filled = replace(message, coefficients=replace(coded, values=values))
     assert filled.coefficients.restore()[1, 1:].all()
     assert same(_sent(filled).unpack(), message.unpack())
@@ -184,7 +186,7 @@ def test_what_is_no_vector_of_fp32_is_not_packed() -> None:
         _packed(torch.ones(2, 128), "int4")
     with pytest.raises(DtypeError, match=r"coded_gradient: coefficients must be torch\.float32, got torch\.float64"):
         _packed(torch.ones(3).double(), "int4")
-    with pytest.raises(FieldError, match="codec must be one of fp32, bf16, fp16, int8, int4, got 'int2'"):
+    with pytest.raises(FieldError, match="codec must be one of fp32, bf16, fp16, int8, int4, ternary, got 'int2'"):
         _packed(torch.ones(3), "int2")
 
 

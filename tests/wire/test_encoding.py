@@ -81,6 +81,7 @@ GOLDEN = {
     "fp16": ["8223a171950ba80c", "ff6ebb6bcaebd6a5", "b58158e8752ccf36", "3bca9d3f0a863130"],
     "int8": ["5f70b36b3bf5cb63", "4427538075b083fc", "afd8c846b958036d", "216d9b438a8d3887"],
     "int4": ["e87c5caa5d8faed2", "e1bcbcc54d93b627", "5f82ea22132d6e46", "16c1960ee0509e4f"],
+    "ternary": ["e7601004376a4dd3", "38b344c0a6341cb2", "65a7cf8011148603", "d1ec68c03e2eb683"],
 }
 """First 16 hex digits of the SHA-256 of `_fixed`'s frames; of coded ones beyond fp32. Another is another protocol."""
 

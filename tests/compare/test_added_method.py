@@ -1,0 +1,55 @@
+"""A finished comparison that is given one more method."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hosfl_lightning.compare.command import parse
+from hosfl_lightning.compare.runner import Runner
+from hosfl_lightning.compare.settings import Comparison, ComparisonError
+from tests.compare.conftest import Compared, hosfl
+from tests.compare.tiny import ADAMW, METHODS, method, rule
+
+ADDED = "HO-SFL, one probe"
+MORE = {ADDED: method("HOSFL", {"probes": 1, **rule(ADAMW)}, (0.003, 0.01)), **METHODS}
+
+
+def with_methods(compared: Compared, name: str, methods: dict[str, Any]) -> Path:
+    path = compared.config.parent / name
+    path.write_text(yaml.safe_dump(yaml.safe_load(compared.config.read_text()) | {"methods": methods}, sort_keys=False))
+    return path
+
+
+def test_it_is_run_and_no_other_again(compared: Compared, tmp_path: Path) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
+    hosfl("compare", f"--config={with_methods(compared, 'more.yaml', MORE)}", f"--out={out}")
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    methods = json.loads((out / "results.json").read_text())["methods"]
+    assert [*methods] == [*json.loads((out / "comparison.json").read_text())["rehearsals"]] == [*MORE]
+    assert sorted(methods.pop(ADDED)["loss"]["values"]) == ["0", "1"]
+    for name, one in methods.items():
+        assert one["loss"] == compared.results["methods"][name]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({name: MORE[name] for name in MORE if name != "wild"}, r"differs in methods\.wild;"),
+        (MORE | {"wild": MORE[ADDED]}, r"differs in methods\.wild\.grid"),
+    ],
+    ids=["one is missing", "one is changed"],
+)
+def test_beside_it_all_must_be_as_before(
+    compared: Compared, tmp_path: Path, methods: dict[str, Any], words: str
+) -> None:
+    shutil.copy(compared.out / "comparison.json", tmp_path)
+    config = with_methods(compared, "other.yaml", methods)
+    with pytest.raises(ComparisonError, match=words):
+        Runner(parse(Comparison, "", [f"--config={config}", f"--out={tmp_path}"])).run()
