@@ -29,6 +29,8 @@ class Task:
         first_order: Two rates of a client that knows its LoRA's (or weights') gradient.
         side: Two rates of a client that knows its side adapter's.
         zeroth: Two rates of a client that estimates.
+        narrow: Width of the side adapter whose gradient, in three values, fits into 4 KB a client-round.
+        in_three: Two rates of that.
         attention: Queries and values, where the published settings put LoRA; empty: both halves train all weights.
     """
 
@@ -42,6 +44,8 @@ class Task:
     first_order: Rates
     side: Rates
     zeroth: Rates
+    narrow: int
+    in_three: Rates
     attention: tuple[str, ...] = ()
 
 
@@ -60,8 +64,9 @@ def classification(name: str, labels: int) -> dict[str, Any]:
 TEXT: dict[str, Any] = {
     "recipe": "minilm/banking77_hosfl_lora.yaml", "metric": "accuracy", "mode": "max", "rounds": 60, "width": 16,
     "server": (0.0015, 0.003), "first_order": (0.0005, 0.0015), "side": (0.0003, 0.001), "zeroth": (0.0001, 0.0005),
-    "attention": ("query", "value"),
+    "narrow": 5, "in_three": (0.001, 0.003), "attention": ("query", "value"),
 }  # fmt: skip
+SENTIMENT = TEXT | {"rounds": 150, "server": (0.0007, 0.0015), "side": (0.001, 0.002)}
 TASKS = {
     "shakespeare": Task(
         recipe="stories260k/shakespeare_hosfl_lora.yaml",
@@ -73,11 +78,12 @@ TASKS = {
         },
         metric="perplexity", mode="min", rounds=100, width=128,
         server=(0.0025, 0.005), first_order=(0.006, 0.012), side=(0.01, 0.02), zeroth=(0.0001, 0.001),
-        attention=("q_proj", "v_proj"),
+        narrow=64, in_three=(0.005, 0.01), attention=("q_proj", "v_proj"),
     ),
     "banking77": Task(overrides=classification("banking77", 77), **TEXT),
     "snips": Task(overrides=classification("snips", 7), **TEXT),
-    "mr_polarity": Task(overrides=classification("mr_polarity", 2), **TEXT),
+    "mr_polarity": Task(overrides=classification("mr_polarity", 2) | {
+        "data.init_args.max_validation_examples": 400, "data.init_args.max_test_examples": None}, **SENTIMENT),
     "fashion_mnist": Task(
         recipe="vision/fashion_mnist_hosfl.yaml",
         overrides={
@@ -87,10 +93,12 @@ TASKS = {
         },
         metric="accuracy", mode="max", rounds=100, width=32,
         server=(0.00015, 0.0003), first_order=(0.0001, 0.0003), side=(0.0005, 0.0015), zeroth=(0.00001, 0.0001),
+        narrow=10, in_three=(0.001, 0.003),
     ),
     "digits": Task(
-        recipe="vision/digits_hosfl.yaml", overrides={}, metric="accuracy", mode="max", rounds=150, width=16,
+        recipe="vision/digits_hosfl.yaml", overrides={}, metric="accuracy", mode="max", rounds=150, width=40,
         server=(0.005, 0.01), first_order=(0.008, 0.02), side=(0.008, 0.02), zeroth=(0.0005, 0.003),
+        narrow=40, in_three=(0.008, 0.02),
     ),
 }  # fmt: skip
 
@@ -132,23 +140,24 @@ class Cell:
 DIRICHLET = {"data.init_args.partition": "dirichlet", "data.init_args.alpha": 0.3}
 IID = {"data.init_args.partition": "iid"}
 FEW = (FROZEN, FIRST_ORDER, "HO-SFL as published", "side adapter")
-COSTS = ("first order, checkpointed", "side adapter, int4", "side adapter, 1,024 coordinates")
-#: Where the side adapter has fewer than 1,024 values, and a round costs milliseconds.
-SMALL = (
-    *FEW, "first order, checkpointed", "first order, side adapter", "HO-SFL, 8 probes", "side adapter, 8 probes",
-    "side adapter, int4", "side adapter, random signs",
+SMALL = (*FEW, "side adapter, 4 KB")
+CHECKPOINTED, INT4, COORDINATES, SIGNS = (
+    "first order, checkpointed", "side adapter, int4", "side adapter, 1,024 coordinates", "side adapter, random signs"
 )  # fmt: skip
+#: Where the side adapter at half the depth has fewer than 1,024 values, and a round costs milliseconds.
+MANY = (*SMALL, CHECKPOINTED, "first order, side adapter", "HO-SFL, 8 probes", "side adapter, 8 probes", INT4, SIGNS)
+FIVE = (0, 1, 2, 3, 4)
 CELLS = [
-    Cell("shakespeare", 3, rows=(*FEW, *COSTS, "side adapter, random signs"), seeds=(0, 1, 2, 3, 4)),
-    Cell("digits", 2, partition=IID, rows=SMALL, seeds=(0, 1, 2, 3, 4)),
-    Cell("snips", 4, partition=IID, rows=(*FEW, COSTS[-1])),
+    Cell("shakespeare", 3, rows=(*SMALL, CHECKPOINTED, INT4, COORDINATES, SIGNS), seeds=FIVE),
+    Cell("digits", 2, partition=IID, rows=MANY, seeds=FIVE), Cell("digits", 3, partition=IID, rows=SMALL),
+    Cell("fashion_mnist", 13, partition=IID, rows=SMALL), Cell("mr_polarity", 5, partition=IID, rows=SMALL),
+    Cell("banking77", 5, partition=IID, rows=SMALL, rounds=120),
+    Cell("banking77", 4, partition=DIRICHLET, rows=(*FEW, COORDINATES)),
+    Cell("snips", 4, partition=IID, rows=(*FEW, COORDINATES)),
     Cell("fashion_mnist", 8, partition=DIRICHLET, rows=FEW),
     Cell("digits", 2, partition=DIRICHLET, rows=FEW), Cell("digits", 2, "weak", partition=IID, rows=FEW),
     Cell("digits", 2, clients=1, partition=IID, rows=FEW), Cell("digits", 2, clients=32, partition=IID, rows=FEW),
-    Cell("digits", 3, partition=IID, rows=FEW),
-    Cell("banking77", 4, partition=DIRICHLET, rows=(*FEW, COSTS[-1])),
     Cell("shakespeare", 2, rows=FEW), Cell("shakespeare", 3, "weak", rows=FEW),
-    Cell("banking77", 3, partition=IID, rows=FEW), Cell("mr_polarity", 4, partition=IID, rows=FEW),
 ]  # fmt: skip
 QUICK = [
     Cell("digits", 2, partition=IID, rows=FEW, seeds=(0, 1), rounds=40, points=1),
@@ -179,6 +188,11 @@ def methods(task: Task, strong: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "side adapter, 8 probes", row(hosfl(probes=8), side, task.zeroth, task)
     yield "side adapter", row(known("Uncompressed"), side, task.side, task)
     yield "side adapter, int4", row(known("Uncompressed"), side | {"trainer.codec.gradient": "int4"}, task.side, task)
+    three = side | {
+        "model.init_args.side": {"client": task.narrow, "server": width},
+        "trainer.codec.gradient": "ternary",
+    }
+    yield "side adapter, 4 KB", row(known("Uncompressed"), three, task.in_three, task)
     yield "side adapter, 1,024 coordinates", row(known("RandomSubset", count=1024), side, task.side, task)
     yield "side adapter, random signs", row(known("Uncompressed"), side | signs, task.side, task)
 

@@ -115,6 +115,7 @@ class TestRows:
             "HO-SFL, 8 probes": ("shared_directions", "fp32", 8),
             "side adapter, 8 probes": ("shared_directions", "fp32", 8),
             "side adapter": ("dense", "fp32", 5000), "side adapter, int4": ("dense", "int4", 5000),
+            "side adapter, 4 KB": ("dense", "ternary", 5000),
             "side adapter, 1,024 coordinates": ("coordinates", "fp32", 1024),
             "side adapter, random signs": ("dense", "fp32", 5000),
         }  # fmt: skip
