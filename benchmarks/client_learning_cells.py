@@ -29,7 +29,7 @@ class Task:
         first_order: Two rates of a client that knows its LoRA's (or weights') gradient.
         side: Two rates of a client that knows its side adapter's.
         zeroth: Two rates of a client that estimates.
-        narrow: Width of the side adapter whose gradient, in three values, fits into 4 KB a client-round.
+        narrow: Width of the side adapter whose gradient, in three values, fits into 4 KiB a client-round.
         in_three: Two rates of that.
         attention: Queries and values, where the published settings put LoRA; empty: both halves train all weights.
     """
@@ -93,7 +93,7 @@ TASKS = {
         },
         metric="accuracy", mode="max", rounds=100, width=32,
         server=(0.00015, 0.0003), first_order=(0.0001, 0.0003), side=(0.0005, 0.0015), zeroth=(0.00001, 0.0001),
-        narrow=10, in_three=(0.001, 0.003),
+        narrow=6, in_three=(0.001, 0.003),
     ),
     "digits": Task(
         recipe="vision/digits_hosfl.yaml", overrides={}, metric="accuracy", mode="max", rounds=150, width=40,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hosfl_lightning import checkpoint as checkpoints
 from hosfl_lightning import run_folder
 from hosfl_lightning.algorithms import HOSFL, Algorithm, TooFewClientsError
+from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor, RoundProgressBar
 from hosfl_lightning.catch_up import CatchUp
@@ -380,6 +381,8 @@ class Orchestrator(TrainerFace):
     def _setup_training(self, model: SplitModule) -> None:
         self.num_val_batches = [len(self.datamodule.val_dataloader())]
         self.algorithm.setup(model, self.seed, self.callbacks)
+        if self.codec.gradient == "ternary" and isinstance(self.algorithm, SplitRound):
+            self.algorithm.check_ternary()
         optimizer, scheduler = configured(model)
         wrapped: Any = self.fabric.setup_optimizers(optimizer)
         self.server = Server(

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.nn import functional as F
 
-from hosfl_lightning.aggregation import combine
+from hosfl_lightning.aggregation import Median, TrimmedMean, combine
 from hosfl_lightning.algorithms.base import Algorithm, Runner
 from hosfl_lightning.algorithms.crossing import answered, conclude, download, upload
 from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment, Term
@@ -19,6 +19,7 @@ from hosfl_lightning.clients import Anchor, Cohort, SplitClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, Update
+from hosfl_lightning.wire.coded_gradient import ROW
 
 
 class SplitRound(Algorithm):
@@ -40,6 +41,24 @@ class SplitRound(Algorithm):
         """As in `Algorithm`."""
         super().setup(module, seed, callbacks)
         self.alignments = [c for c in callbacks if isinstance(c, GradientAlignment)]
+
+    def check_ternary(self) -> None:
+        """Refuse that codec of a gradient where it would do harm and nobody would see it; called after `setup`.
+
+        Raises:
+            ValueError: Names the setting and the fix.
+        """
+        if isinstance(self.aggregation, Median | TrimmedMean):
+            raise ValueError(
+                f"trainer.codec.gradient: in ternary about half of a client's values are zero, and "
+                f"{type(self.aggregation).__name__} makes most of the update zero; take int4, or NormClippedMean"
+            )
+        basis = self.basis(0)
+        if basis is not None and basis.size < ROW:
+            raise ValueError(
+                f"trainer.codec.gradient: the {basis.size} numbers that a client sends are not fewer bytes in ternary, "
+                f"which is for {ROW} and more of a gradient that it knows; leave it out"
+            )
 
     def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
         """Steps 2 to 6 for the sampled clients; returns the server's loss, 0-d.

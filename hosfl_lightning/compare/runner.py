@@ -27,8 +27,8 @@ from hosfl_lightning.compare.worker import Rehearsal
 from hosfl_lightning.files import write_whole
 
 T = TypeVar("T")
-#: Not part of what a comparison is.
-PLACES = ("out", "jobs", "wandb", "catalogue")
+#: Not part of what a comparison is; which methods `only` left is in them.
+PLACES = ("out", "jobs", "wandb", "catalogue", "only")
 
 
 class Runner:
@@ -101,8 +101,8 @@ class Runner:
         if not path.is_file():
             return {}
         theirs, mine = json.loads(path.read_text()), self._settings()
-        added = {f"methods.{name}" for name in mine["methods"].keys() - theirs["settings"]["methods"].keys()}
-        names = [name for name in _differences(theirs["settings"], mine) if name not in added]
+        mine["methods"] = {name: one for name, one in mine["methods"].items() if name in theirs["settings"]["methods"]}
+        names = [*_differences(theirs["settings"] | {"only": None}, mine)]
         if names:
             raise ComparisonError(
                 f"out: {self.comparison.out} holds another comparison, which differs in {', '.join(names[:5])}; "
@@ -118,13 +118,16 @@ class Runner:
     def _rehearse(
         self, each: Callable[..., Iterator[tuple[Any, Any]]], known: dict[str, Rehearsal]
     ) -> dict[str, Rehearsal]:
-        """One round of every method but those known, so that what is refused is refused before the first run."""
+        """One round of every method, so that what is refused is refused before the first run.
+
+        Of those known one is enough, to see that the new ones start as it does.
+        """
         new = [name for name in self.comparison.methods if name not in known]
         if not new:
             return known
         root, seed = self.out / "rehearsal", self.comparison.tuning.seed
         tasks: dict[str, tuple[list[Job]]] = {}
-        for name in new:
+        for name in [*[*known][:1], *new]:
             jobs = [Job(name, point, seed, str(root)) for point in range(len(self.comparison.methods[name].grid))]
             for job in jobs:
                 write_config(job, self.comparison, self.base, 1, 1)

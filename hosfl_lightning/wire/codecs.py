@@ -6,7 +6,7 @@
     fp16    x/s to nearest, one s for the tensor               within 2^-11 |x|, or s 2^-25 where that is more
     int8    q = floor(x/s + r), a scale s per row              q·s, |q·s - x| < s, E q·s = x
     int4    the same in four bits, two columns a byte          the same
-    ternary q = sgn(x) where |x| > t, else 0; five columns     q·s, the nearest to x of this form where a row is normal
+    ternary q = sgn(x) where |x| > t, else 0; five columns     q·s, near the best of this form for Gaussian values
             a byte
 
 fp16: s is the power of two that puts max|x| into [2^14, 2^15), so that scaling is exact and a small λ does not
@@ -16,10 +16,10 @@ significant bits: the product is exact in fp32 and the same on every device. r i
 (seed, ROUNDING, round, client, local step), so that the rounding is unbiased and can be done again; element e of x is
 row-major. float64 goes through fp32.
 
-ternary: t = 3/4 of the row's mean |x_j|, s = the mean of the |x_j| above t, in bf16. It is biased, so z and λ do not
-travel in it: for normal rows of 128, ⟨q·s, x⟩ = 0.81 ‖x‖² and ‖q·s - x‖² = 0.19 ‖x‖² (1.26 ‖x‖² if three values were
-rounded to without bias, with s = max|x_j|). The sums are of integers, |x_j| over the row's largest in 2^-16, so that no
-device's order of adding shows.
+ternary: t = 3/4 of the mean of the row's |x_j| that are not zero, s = the mean of the |x_j| above t, in bf16. It is
+biased, so `Codecs` does not offer it for z and λ: for Gaussian rows of 128, ⟨q·s, x⟩ = 0.81 ‖x‖² and ‖q·s - x‖² =
+0.19 ‖x‖² (1.26 ‖x‖² if three values were rounded to without bias, with s = max|x_j|). The sums are of integers, |x_j|
+over the row's largest in 2^-16, so that no device's order of adding shows.
 
 A row is a token's z or λ, or 128 coefficients of a gradient.
 
@@ -189,14 +189,15 @@ def _round(x: Tensor, r: Tensor, largest: int) -> tuple[Tensor, Tensor]:
 
 def _signs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 (n, h) of -1, 0, 1 and bf16 (n,): 0 for a row that is zero, not finite for one that is not."""
-    size = x.abs()
-    largest = size.amax(1)
-    steps = (size / torch.where(largest > 0, largest, 1)[:, None] * 65536).to(torch.int32)
-    kept = steps > (3 * steps.sum(1, keepdim=True) // (4 * x.shape[1])).to(torch.int32)
-    mean = (steps * kept).sum(1).float() / kept.sum(1).clamp(min=1).float() / 65536
+    largest = x.abs().amax(1)
+    steps = x.abs().div_(torch.where(largest > 0, largest, 1)[:, None]).mul_(65536).to(torch.int32)
+    kept = 4 * (steps > 0).sum(1, keepdim=True)
+    kept = steps > (3 * steps.sum(1, keepdim=True) // kept.clamp_(min=1)).to(torch.int32)
+    mean = steps.mul_(kept).sum(1).float() / kept.sum(1).clamp_(min=1).float() / 65536
     scale = (largest * mean).to(torch.bfloat16)
     top = torch.finfo(torch.bfloat16).max  # to which the nearest may not be rounded up
-    return x.sign().to(torch.int8) * kept, torch.where(largest.isfinite(), scale.clamp(max=top), largest.bfloat16())
+    scale = torch.where(largest.isfinite(), scale.clamp(max=top), largest.to(torch.bfloat16))
+    return (x > 0).to(torch.int8).sub_((x < 0).to(torch.int8)).mul_(kept), scale
 
 
 def _up_to_bf16(s: Tensor) -> Tensor:
@@ -216,10 +217,14 @@ def _unpack_nibbles(packed: Tensor, width: int) -> Tensor:
 
 
 def _pack_trits(q: Tensor) -> Tensor:
-    digits = torch.nn.functional.pad(q, (0, -q.shape[1] % 5)).unflatten(1, (-1, 5)) + 1
-    return (digits * digits.new_tensor([1, 3, 9, 27, 81], dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+    digits = torch.nn.functional.pad(q, (0, -q.shape[1] % 5)).add_(1).to(torch.uint8).unflatten(1, (-1, 5))
+    return digits.mul_(_powers_of_three(q)).sum(2, dtype=torch.uint8)
 
 
 def _unpack_trits(packed: Tensor, width: int) -> Tensor:
-    powers = packed.new_tensor([1, 3, 9, 27, 81])
-    return (packed[:, :, None] // powers % 3).to(torch.int8).flatten(1)[:, :width] - 1
+    digits = packed[:, :, None] // _powers_of_three(packed) % 3
+    return digits.to(torch.int8).sub_(1).flatten(1)[:, :width]
+
+
+def _powers_of_three(like: Tensor) -> Tensor:
+    return like.new_tensor([1, 3, 9, 27, 81], dtype=torch.uint8)

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
-from hosfl_lightning.aggregation import combine
+from hosfl_lightning.aggregation import Median, TrimmedMean, combine
 from hosfl_lightning.algorithms import (
     CSEFSL,
     FSLSAGE,
@@ -96,12 +96,15 @@ def rows(trainer: Orchestrator) -> list[dict[str, str]]:
 
 
 class TestBytes:
+    @pytest.mark.parametrize(("codec", "bits"), [("int4", 4.125), ("ternary", 1.75)])
     @pytest.mark.parametrize("simulation", ["batched", "per_client"])
-    def test_are_the_frames_about_four_bits_a_coefficient(
-        self, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any
+    def test_are_the_frames_about_so_many_bits_a_coefficient(
+        self, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any, codec: str, bits: float
     ) -> None:
         """And stand where those of a gradient always stand: beside z and λ, under one name whatever the codec."""
-        trainer = make_orchestrator(known(), max_rounds=1, clients_per_round=2, codec=INT4, simulation=simulation)
+        trainer = make_orchestrator(
+            known(), max_rounds=1, clients_per_round=2, codec=Codecs(gradient=codec), simulation=simulation
+        )
         sent = watched(trainer)
         trainer.fit(SplitCausalLM("tiny_lm", cut=3, lora=Lora(client=None), side=Side(16, server=32)), data)
         frames = {m.kind: [len(encode(n)) for n in sent if n.kind == m.kind] for m in sent}
@@ -109,7 +112,7 @@ class TestBytes:
         coefficients = trainer.summary["d_client"]
         assert coefficients == 8192
         for size in frames["coded_gradient"]:
-            assert 0 < size - coefficients * 4.125 / 8 < 600
+            assert 0 < size - coefficients * bits / 8 < 600
         [row] = rows(trainer)
         assert float(row["comm/projected_gradients_bytes"]) == sum(frames["coded_gradient"])
         assert float(row["comm/up_bytes"]) == sum(map(sum, frames.values()))
@@ -132,7 +135,7 @@ class TestBytes:
 
 
 class TestRound:
-    @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4", "ternary"])
+    @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4"])
     def test_the_server_knows_what_the_codec_leaves_batched_as_one_by_one(self, tmp_path: Path, codec: str) -> None:
         known = []
         for simulation in ("batched", "per_client"):
@@ -269,3 +272,21 @@ def test_it_is_refused_where_no_gradient_travels(
     with pytest.raises(ValueError, match=rf"trainer\.codec\.gradient: .* clients of {kind.__name__} .* leave it out"):
         orchestrator(kind(), tmp_path, logger=True, codec=INT4).fit(TwoLayers(), Points())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "words"),
+    [
+        (known(aggregation=Median()), "Median makes most of the update zero; take int4"),
+        (known(aggregation=TrimmedMean(0.2)), "TrimmedMean makes most of the update zero"),
+        (HOSFL(probes=4), "the 4 numbers that a client sends"),
+        (known(compression=RandomSubset(100)), "the 100 numbers that a client sends"),
+    ],
+    ids=["median", "trimmed mean", "probes", "subset"],
+)
+def test_ternary_is_refused_where_it_would_do_silent_harm(
+    make_orchestrator: MakeOrchestrator, data: RandomTokens, tmp_path: Path, algorithm: Algorithm, words: str
+) -> None:
+    trainer = make_orchestrator(algorithm, max_rounds=1, codec=Codecs(gradient="ternary"))
+    with pytest.raises(ValueError, match=rf"trainer\.codec\.gradient: .*{words}"):
+        trainer.fit(SplitCausalLM("tiny_lm", cut=3, lora=Lora(client=None), side=Side(16)), data)

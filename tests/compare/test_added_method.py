@@ -43,8 +43,12 @@ def test_it_is_run_and_no_other_again(compared: Compared, tmp_path: Path) -> Non
     [
         ({name: MORE[name] for name in MORE if name != "wild"}, r"differs in methods\.wild;"),
         (MORE | {"wild": MORE[ADDED]}, r"differs in methods\.wild\.grid"),
+        (
+            MORE | {"wild": METHODS["wild"] | {"grid": MORE[ADDED]["grid"]}, "wild.grid": MORE[ADDED]},
+            r"methods\.wild\.grid;",
+        ),
     ],
-    ids=["one is missing", "one is changed"],
+    ids=["one is missing", "one is changed", "one is changed and its key is the name of another"],
 )
 def test_beside_it_all_must_be_as_before(
     compared: Compared, tmp_path: Path, methods: dict[str, Any], words: str
@@ -53,3 +57,26 @@ def test_beside_it_all_must_be_as_before(
     config = with_methods(compared, "other.yaml", methods)
     with pytest.raises(ComparisonError, match=words):
         Runner(parse(Comparison, "", [f"--config={config}", f"--out={tmp_path}"])).run()
+
+
+def test_one_that_does_not_start_as_the_others_is_refused_before_it_is_noted(
+    compared: Compared, tmp_path: Path
+) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    known = (out / "comparison.json").read_bytes()
+    unlike = MORE[ADDED] | {"overrides": {"model.init_args.lora.server.r": 3}}
+    with pytest.raises(SystemExit):
+        hosfl("compare", f"--config={with_methods(compared, 'unlike.yaml', MORE | {ADDED: unlike})}", f"--out={out}")
+    assert (out / "comparison.json").read_bytes() == known
+
+
+def test_a_comparison_of_some_methods_is_one_that_more_can_be_added_to(compared: Compared, tmp_path: Path) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    settings = json.loads((out / "comparison.json").read_text())
+    some = list(METHODS)[:-1]
+    settings["settings"]["methods"].pop("wild")
+    settings["rehearsals"].pop("wild")
+    settings["settings"]["only"] = some  # as versions before this one wrote
+    (out / "comparison.json").write_text(json.dumps(settings))
+    hosfl("compare", f"--config={compared.config}", f"--out={out}", f"--only={json.dumps(list(METHODS))}")
+    assert [*json.loads((out / "comparison.json").read_text())["rehearsals"]] == [*METHODS]
