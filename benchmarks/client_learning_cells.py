@@ -31,6 +31,7 @@ class Task:
         zeroth: Two rates of a client that estimates.
         narrow: Width of the side adapter whose gradient, in three values, fits into 4 KiB a client-round.
         in_three: Two rates of that.
+        kernel: Of the bottlenecks of both halves, on feature maps.
         attention: Queries and values, where the published settings put LoRA; empty: both halves train all weights.
     """
 
@@ -46,6 +47,7 @@ class Task:
     zeroth: Rates
     narrow: int
     in_three: Rates
+    kernel: int = 1
     attention: tuple[str, ...] = ()
 
 
@@ -98,7 +100,7 @@ TASKS = {
     "digits": Task(
         recipe="vision/digits_hosfl.yaml", overrides={}, metric="accuracy", mode="max", rounds=150, width=40,
         server=(0.005, 0.01), first_order=(0.008, 0.02), side=(0.008, 0.02), zeroth=(0.0005, 0.003),
-        narrow=40, in_three=(0.008, 0.02),
+        narrow=40, in_three=(0.008, 0.02), kernel=3,
     ),
 }  # fmt: skip
 
@@ -144,19 +146,22 @@ SMALL = (*FEW, "side adapter, 4 KB")
 CHECKPOINTED, INT4, COORDINATES, SIGNS = (
     "first order, checkpointed", "side adapter, int4", "side adapter, 1,024 coordinates", "side adapter, random signs"
 )  # fmt: skip
-#: Where the side adapter at half the depth has fewer than 1,024 values, and a round costs milliseconds.
-MANY = (*SMALL, CHECKPOINTED, "first order, side adapter", "HO-SFL, 8 probes", "side adapter, 8 probes", INT4, SIGNS)
+#: Where a round costs milliseconds.
+MANY = (
+    *SMALL, CHECKPOINTED, "first order, side adapter", "HO-SFL, 8 probes", "side adapter, 8 probes", INT4, COORDINATES,
+    SIGNS,
+)  # fmt: skip
 FIVE = (0, 1, 2, 3, 4)
 CELLS = [
     Cell("shakespeare", 3, rows=(*SMALL, CHECKPOINTED, INT4, COORDINATES, SIGNS), seeds=FIVE),
-    Cell("digits", 2, partition=IID, rows=MANY, seeds=FIVE), Cell("digits", 3, partition=IID, rows=SMALL),
+    Cell("digits", 3, partition=IID, rows=MANY, seeds=FIVE), Cell("digits", 3, "weak", partition=IID, rows=SMALL),
+    Cell("digits", 3, partition=DIRICHLET, rows=SMALL), Cell("digits", 3, clients=1, partition=IID, rows=SMALL),
+    Cell("digits", 3, clients=32, partition=IID, rows=SMALL), Cell("digits", 2, partition=IID, rows=FEW),
     Cell("fashion_mnist", 13, partition=IID, rows=SMALL), Cell("mr_polarity", 5, partition=IID, rows=SMALL),
     Cell("banking77", 5, partition=IID, rows=SMALL, rounds=120),
     Cell("banking77", 4, partition=DIRICHLET, rows=(*FEW, COORDINATES)),
     Cell("snips", 4, partition=IID, rows=(*FEW, COORDINATES)),
     Cell("fashion_mnist", 8, partition=DIRICHLET, rows=FEW),
-    Cell("digits", 2, partition=DIRICHLET, rows=FEW), Cell("digits", 2, "weak", partition=IID, rows=FEW),
-    Cell("digits", 2, clients=1, partition=IID, rows=FEW), Cell("digits", 2, clients=32, partition=IID, rows=FEW),
     Cell("shakespeare", 2, rows=FEW), Cell("shakespeare", 3, "weak", rows=FEW),
 ]  # fmt: skip
 QUICK = [
@@ -168,8 +173,12 @@ QUICK = [
 def methods(task: Task, strong: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a cell: name, method, and what the table says of it beside what was measured."""
     width = task.width if strong else 0
-    side: dict[str, Any] = {"model.init_args.side": {"client": task.width, "server": width}}
-    plain: dict[str, Any] = {"model.init_args.side": {"client": 0, "server": width}} if strong else {}
+
+    def adapter(client: int) -> dict[str, Any]:
+        kernel = {"kernel": task.kernel} if task.kernel > 1 else {}
+        return {"model.init_args.side": {"client": client, "server": width, **kernel}}
+
+    side, plain = adapter(task.width), adapter(0) if strong else {}
     if task.attention:
         side |= {"model.init_args.lora.client": None}
         plain |= lora("all-linear")
@@ -188,10 +197,7 @@ def methods(task: Task, strong: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "side adapter, 8 probes", row(hosfl(probes=8), side, task.zeroth, task)
     yield "side adapter", row(known("Uncompressed"), side, task.side, task)
     yield "side adapter, int4", row(known("Uncompressed"), side | {"trainer.codec.gradient": "int4"}, task.side, task)
-    three = side | {
-        "model.init_args.side": {"client": task.narrow, "server": width},
-        "trainer.codec.gradient": "ternary",
-    }
+    three = side | adapter(task.narrow) | {"trainer.codec.gradient": "ternary"}
     yield "side adapter, 4 KB", row(known("Uncompressed"), three, task.in_three, task)
     yield "side adapter, 1,024 coordinates", row(known("RandomSubset", count=1024), side, task.side, task)
     yield "side adapter, random signs", row(known("Uncompressed"), side | signs, task.side, task)

@@ -223,7 +223,7 @@ class TestOverview:
         controls = "3.0500 ± 0.0707 | 2.5000 ± 0.0000"
         named = "shakespeare, cut 3, strong server, 8 clients"
         assert first == f"| {named} | test loss | {controls} | 64% [51%, 79%] | {DIVERGED} |"
-        assert second.startswith("| digits, cut 2, strong server, 1 client |")
+        assert second.startswith("| digits, cut 3, strong server, 1 client |")
         assert second.endswith(f"| {NO_GAP} | – |")
 
 

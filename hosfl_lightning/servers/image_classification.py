@@ -52,8 +52,8 @@ class SplitImageClassifier(SplitClassifier):
         dtype: Of the model: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
         seed: Of a network's start, a fresh head's and the adapters'.
         client_holds: As in `SplitModule`.
-        side: As in `SplitModule`, on the client's layers that have parameters: of a feature map by 1x1 convolutions,
-            averaged to the resolution of the cut.
+        side: As in `SplitModule`, on the client's layers that have parameters: of a feature map by convolutions, 1x1
+            or ``side.kernel``, averaged to the resolution of the cut.
 
     Raises:
         PretrainedError: The model cannot be loaded, or not one of ``pretrained`` and ``network`` is given.

@@ -36,6 +36,8 @@ class Side:
             the server could do as well.
         server: width of a bottleneck on z at the *server*, 0: none. What capacity at z alone is worth: beside a server
             that has it, a client's gain is the client's.
+        kernel: of ``down`` on feature maps, at client and server: side of a square convolution, odd. 1 looks at each
+            pixel alone; 3 costs nine times the values. Tokens and vectors have no neighbours there, and take 1.
 
     Reference: Ladder Side-Tuning, Sung et al., arXiv 2206.06522; Zhang et al., Side-Tuning, arXiv 1912.13503.
     """
@@ -43,12 +45,15 @@ class Side:
     client: int = 16
     taps: Literal["below", "all"] = "below"
     server: int = 0
+    kernel: int = 1
 
     def __post_init__(self) -> None:
         if self.client < 0 or self.server < 0 or not self.client + self.server:
             raise ValueError(f"side.client={self.client}, side.server={self.server}: widths are >= 0, one of them > 0.")
         if self.taps not in ("below", "all"):
             raise ValueError(f"side.taps={self.taps!r}: below (the layers before the last) or all (z itself as well).")
+        if self.kernel < 1 or not self.kernel % 2:
+            raise ValueError(f"side.kernel={self.kernel}: an odd number, 1 or more.")
 
     def tapped(self, layers: Sequence[nn.Module]) -> list[int]:
         """Numbers of the client's layers with a bottleneck: those with parameters, and the last one if ``all``.
@@ -75,9 +80,10 @@ class Bottleneck(nn.Module):
         given: Shape of ``h`` without the batch: ``(S, d)``, ``(d,)``, or a map ``(d, H, W)``.
         wanted: Shape of z, likewise.
         width: Of the bottleneck.
+        kernel: Of ``down``, on maps alone; around a map are zeros.
     """
 
-    def __init__(self, given: Sequence[int], wanted: Sequence[int], width: int) -> None:
+    def __init__(self, given: Sequence[int], wanted: Sequence[int], width: int, kernel: int = 1) -> None:
         super().__init__()
         if len(given) != len(wanted) or not 1 <= len(wanted) <= 3 or (len(wanted) == 2 and given[0] != wanted[0]):
             raise SplitError(
@@ -87,18 +93,28 @@ class Bottleneck(nn.Module):
             )
         pooled = len(wanted) == 3 and tuple(given[1:]) != tuple(wanted[1:])
         self.size = (wanted[1], wanted[2]) if pooled else None
-        self.down = nn.Linear(channels(given), width, bias=False, dtype=torch.float32)
+        if kernel > 1 and len(given) != 3:
+            raise SplitError(
+                f"side.kernel={kernel} looks at the neighbours of a pixel, and a layer's features of shape "
+                f"{tuple(given)} are no map; set it to 1."
+            )
+        self.down: nn.Linear | nn.Conv2d = (
+            nn.Linear(channels(given), width, bias=False, dtype=torch.float32)
+            if kernel == 1
+            else nn.Conv2d(channels(given), width, kernel, padding=kernel // 2, bias=False, dtype=torch.float32)
+        )
         self.up = nn.Linear(width, channels(wanted), bias=False, dtype=torch.float32)
         nn.init.zeros_(self.up.weight)
 
     def squeeze(self, h: Tensor) -> Tensor:
         """``(B, S, width)`` of ``h (B, S, d)``, ``(B, d)`` or ``(B, d, H, W)``, at z's resolution."""
         x = rows(h).to(self.down.weight.dtype)
-        a = F.gelu(self.down(F.layer_norm(x, x.shape[-1:])))
-        if self.size is None:
-            return a
-        grid = a.transpose(1, 2).unflatten(2, h.shape[2:])
-        return F.adaptive_avg_pool2d(grid, self.size).flatten(2).transpose(1, 2)
+        x = F.layer_norm(x, x.shape[-1:])
+        if isinstance(self.down, nn.Linear):
+            a = F.gelu(self.down(x))
+        else:
+            a = F.gelu(rows(self.down(pixels(x, h.shape[2:]))))
+        return a if self.size is None else rows(F.adaptive_avg_pool2d(pixels(a, h.shape[2:]), self.size))
 
     def forward(self, h: Tensor) -> Tensor:
         """``q``, ``(B, S, channels of z)``."""
@@ -255,9 +271,9 @@ def attach_side(
     device = next((p.device for layer in layers for p in layer.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        below = {number: Tap(Bottleneck(shapes[number], z, side.client), adapter) for number in taps}
+        below = {number: Tap(Bottleneck(shapes[number], z, side.client, side.kernel), adapter) for number in taps}
         torch.default_generator.manual_seed(seed + SERVER_SEED)
-        above = Tap(Bottleneck(z, z, side.server), adapter) if side.server else None
+        above = Tap(Bottleneck(z, z, side.server, side.kernel), adapter) if side.server else None
     for number, tap in below.items():
         layers[number].add_module(NAME, _on(tap, device))
     if above is not None:
@@ -307,6 +323,11 @@ def rows(features: Tensor) -> Tensor:
     if features.ndim == 2:
         return features[:, None]
     return features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+
+
+def pixels(a: Tensor, size: Sequence[int]) -> Tensor:
+    """``(B, S, channels)`` as a map ``(B, channels, H, W)`` of that size: what `rows` undoes."""
+    return a.transpose(1, 2).unflatten(2, tuple(size))
 
 
 def add(features: Tensor, q: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from hosfl_lightning.split.side import Bottleneck
 #: Shapes of h and of z without the examples: tokens, one vector, a map, and one that is pooled.
 SHAPES = {
     "tokens": ((50, 12), (50, 9)), "vector": ((12,), (9,)), "map": ((12, 5, 4), (9, 5, 4)),
-    "pooled": ((12, 6, 4), (9, 3, 2)),
+    "pooled": ((12, 6, 4), (9, 3, 2)), "3x3": ((12, 6, 4), (9, 3, 2)),
 }  # fmt: skip
 EXAMPLES = 7
 
@@ -24,8 +24,8 @@ def normal(*shape: int, seed: int) -> Tensor:
 def setting(kind: str) -> tuple[Bottleneck, Tensor, Tensor]:
     """A bottleneck that is not at its start, its input, and λ as the client holds it."""
     given, wanted = SHAPES[kind]
-    module = Bottleneck(given, wanted, 3)
-    module.down.weight.data, module.up.weight.data = normal(3, 12, seed=0), normal(9, 3, seed=1)
+    module = Bottleneck(given, wanted, 3, kernel=3 if kind == "3x3" else 1)
+    module.down.weight.data, module.up.weight.data = normal(*module.down.weight.shape, seed=0), normal(9, 3, seed=1)
     h = normal(EXAMPLES, *given, seed=2)
     with torch.no_grad():
         q = module(h)

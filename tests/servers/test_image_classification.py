@@ -205,9 +205,13 @@ def test_adapters_of_a_vision_transformer_are_trained_and_exported(
     assert not torch.equal(untrained, model(images()))
 
 
-def test_a_side_adapter_of_a_network_is_all_its_client_trains(make_orchestrator: Callable[..., Orchestrator]) -> None:
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_side_adapter_of_a_network_is_all_its_client_trains(
+    make_orchestrator: Callable[..., Orchestrator], kernel: int
+) -> None:
     """Beside backprop through the client's half: the client knows its gradient exactly."""
-    models = [classifier(cut=2, side=Side(4, taps="all"), optimizer=sgd(0.1)) for _ in range(2)]
+    side = Side(4, taps="all", server=3, kernel=kernel)
+    models = [classifier(cut=2, side=side, optimizer=sgd(0.1)) for _ in range(2)]
     assert {n.split(".", 1)[1] for n in models[0].client_parameters} == {
         f"lora_side.default.{n}.weight" for n in ("down", "up")
     }

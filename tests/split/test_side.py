@@ -118,6 +118,29 @@ def test_a_maps_bottleneck_is_two_convolutions_around_an_average() -> None:
     torch.testing.assert_close(bottleneck(h), q.flatten(2).transpose(1, 2))
 
 
+@pytest.mark.parametrize("size", [8, 4])
+def test_with_a_kernel_it_sees_a_pixels_neighbours(size: int) -> None:
+    bottleneck = Bottleneck((6, 8, 8), (10, size, size), 3, kernel=3)
+    nn.init.normal_(bottleneck.up.weight)
+    assert bottleneck.down.weight.shape == (3, 6, 3, 3)
+    h = torch.randn(2, 6, 8, 8, generator=torch.Generator().manual_seed(0))
+    normed = (h - h.mean(1, keepdim=True)) / (h.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    a = torch.zeros(2, 3, 8, 8)
+    for row in range(3):
+        for column in range(3):
+            around = F.pad(normed, (1, 1, 1, 1))[:, :, row : row + 8, column : column + 8]
+            a += F.conv2d(around, bottleneck.down.weight[:, :, row, column, None, None])
+    q = F.conv2d(F.avg_pool2d(F.gelu(a), 8 // size), bottleneck.up.weight[:, :, None, None])
+    torch.testing.assert_close(bottleneck(h), q.flatten(2).transpose(1, 2))
+
+
+def test_tokens_have_no_neighbours() -> None:
+    with pytest.raises(SplitError, match=r"side.kernel=3 .* features of shape \(17, 32\) are no map; set it to 1"):
+        Bottleneck((17, 32), (17, 32), 4, kernel=3)
+    with pytest.raises(SplitError, match=r"side.kernel=3"):
+        sided(client=4, kernel=3)
+
+
 def test_of_a_sequential_only_layers_with_parameters_are_tapped() -> None:
     def layers() -> list[nn.Module]:
         return [nn.Flatten(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()]
@@ -305,7 +328,9 @@ def test_it_can_be_taken_out_again() -> None:
     assert ladder(split(model, 3)[0]) is None
 
 
-@pytest.mark.parametrize("settings", [{"client": -1}, {"client": 0}, {"server": -1}, {"taps": "z"}])
+@pytest.mark.parametrize(
+    "settings", [{"client": -1}, {"client": 0}, {"server": -1}, {"taps": "z"}, {"kernel": 2}, {"kernel": -1}]
+)
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"side.{next(iter(settings))}="):
         Side(**settings)
