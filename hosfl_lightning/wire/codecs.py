@@ -58,8 +58,8 @@ class Codecs:
         smashed_data: Of z, one of `TOKEN_CODECS`.
         multiplier: Of λ, one of `TOKEN_CODECS`.
         gradient: Of what a client answers to λ, one of `CODECS`. For one that sends many coefficients (HOSFL with
-            ``estimator: local``, SplitFedSGD): int4 is an eighth of fp32, ternary an eighteenth, for rules that bear a
-            biased gradient (AdamW). The few scalars of a probing client are smaller as they are.
+            ``estimator: local``, SplitFedSGD): int4 is an eighth of fp32; ternary, an eighteenth, is biased, and was
+            tried with AdamW. The few scalars of a probing client are smaller as they are.
 
     Raises:
         ValueError: An unknown codec.
@@ -191,8 +191,8 @@ def _signs(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 (n, h) of -1, 0, 1 and bf16 (n,): 0 for a row that is zero, not finite for one that is not."""
     largest = x.abs().amax(1)
     steps = x.abs().div_(torch.where(largest > 0, largest, 1)[:, None]).mul_(65536).to(torch.int32)
-    kept = 4 * (steps > 0).sum(1, keepdim=True)
-    kept = steps > (3 * steps.sum(1, keepdim=True) // kept.clamp_(min=1)).to(torch.int32)
+    filled = (steps > 0).sum(1, keepdim=True).clamp_(min=1)
+    kept = steps > (3 * steps.sum(1, keepdim=True) // (4 * filled)).to(torch.int32)
     mean = steps.mul_(kept).sum(1).float() / kept.sum(1).clamp_(min=1).float() / 65536
     scale = (largest * mean).to(torch.bfloat16)
     top = torch.finfo(torch.bfloat16).max  # to which the nearest may not be rounded up
