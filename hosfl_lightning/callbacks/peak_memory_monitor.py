@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from typing_extensions import override
 
 from hosfl_lightning.callbacks.step_memory import StepMemory
@@ -165,9 +165,20 @@ def flops_of(work: Callable[[], object], device: torch.device) -> int:
     """Of matrix products, convolutions and attention."""
     # The CPU's fused attention is not in torch's table; as matrix products it is counted.
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with attention, FlopCounterMode(display=False) as counter:
+    with attention, FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         work()
     return counter.get_total_flops()
+
+
+def backward_of_convolution(
+    gradient: list[int], inputs: list[int], weights: list[int], *rest: Any, out_shape: Any = None
+) -> int:
+    """A forward for each gradient that is asked for; torch 2.13 counts the weights' as if there were no groups."""
+    transposed, asked = rest[4], rest[7]
+    return (asked[0] + asked[1]) * conv_flop_count(inputs, weights, gradient, transposed)
+
+
+CORRECTED = {torch.ops.aten.convolution_backward: backward_of_convolution}
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:

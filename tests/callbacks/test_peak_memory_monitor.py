@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.callbacks import PeakMemoryMonitor, peak_memory_monitor
-from hosfl_lightning.callbacks.peak_memory_monitor import measure_compute
+from hosfl_lightning.callbacks.peak_memory_monitor import flops_of, measure_compute
 from hosfl_lightning.clients import Cohort, ForwardOnlyClient
 from hosfl_lightning.memory import storage_bytes
 from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
@@ -120,3 +120,13 @@ def test_attention_counts_and_rounds_that_differ_count_by_their_share(monkeypatc
     rehearsals = [(lambda *_, n=n: rehearse(n), share) for n, share in ((1, 0.25), (5, 0.75))]
     cohort = Cohort([0], batch, [slice(0, 2)], [6], [1])
     assert measure_compute(client, rehearsals, half, batch, cohort) == {"client_forwards": 4.0, "client_seconds": 4.0}
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_backward_costs_two_forwards_however_many_groups_a_convolution_has(groups: int, kind: Any) -> None:
+    layer, x = kind(16, 16, 3, padding=1, groups=groups), torch.ones(2, 16, 8, 8, requires_grad=True)
+    forward = flops_of(lambda: layer(x), x.device)
+    assert forward == 2 * 9 * 16 * 16 // groups * 2 * 64
+    assert flops_of(lambda: layer(x).sum().backward(), x.device) == 3 * forward
+    assert flops_of(lambda: layer(x.detach()).sum().backward(), x.device) == 2 * forward
