@@ -102,7 +102,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_file_says_how_to_build_it_again_and_names_its_base(exported: Path) -> None:
     config = json.loads((exported / "adapter_config.json").read_text())
     assert config["side"] == {
-        "side": {"client": 4, "taps": "all", "server": 5},
+        "side": {"client": 4, "taps": "all", "server": 5, "kernel": 1},
         "layers": ["model.layers.0", "model.layers.1", "model.layers.2"],
         "shapes": [[0, 32], [0, 32]],
         "seed": 0,
