@@ -18,7 +18,7 @@ from benchmarks.client_learning_overview import title
 from hosfl_lightning.compare.pictures import style
 
 #: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
-LIMITS = (-60.0, 160.0)
+LIMITS = (-60.0, 220.0)
 #: Costs this near to each other, by the logarithm of their ratio, would have one number over the other.
 NEAR = 0.3
 #: Rows of a cell of the usual height.
