@@ -47,6 +47,9 @@ def test_it_is_near_and_near_in_direction_for_normal_rows() -> None:
     back = _coded(x).restore()
     assert ((back - x).square().mean() / x.square().mean()).item() == pytest.approx(0.19, abs=0.005)
     assert ((back * x).sum() / x.square().sum()).item() == pytest.approx(0.81, abs=0.005)
+    size, largest = x.abs(), x.abs().amax(1, keepdim=True)
+    unbiased = size * (largest - size)  # variance of rounding to 0 or the largest
+    assert (unbiased.sum() / x.square().sum()).item() == pytest.approx(1.26, abs=0.01)
 
 
 def test_the_order_of_adding_does_not_show() -> None:
