@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from transformers import OPTConfig, OPTForCausalLM
 
-from hosfl_lightning.callbacks.peak_memory_monitor import measure_client
-from hosfl_lightning.clients import Cohort, ForwardOnlyClient
-from hosfl_lightning.identity import hardware
+from hosfl_lightning.clients import ForwardOnlyClient
+from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
 from hosfl_lightning.optim import SGD, AdamW, UpdateRule, ZerothOrder
-from hosfl_lightning.split import Lora, LoraHalf, add_lora, split
+from hosfl_lightning.run.identity import hardware
+from hosfl_lightning.split import Lora, LoraHalf, add_lora, run, split
 
 CUT = 2
 
@@ -42,10 +42,10 @@ def client(full: bool, rule: UpdateRule, probes: int) -> ForwardOnlyClient:
     return ForwardOnlyClient(half, ZerothOrder(trained, rule, module=half, probes=probes))
 
 
-def seconds(run: Callable[[], object]) -> float:
+def seconds(work: Callable[[], object]) -> float:
     """Wall time of one call."""
     began = time.perf_counter()
-    run()
+    work()
     return time.perf_counter() - began
 
 
@@ -57,10 +57,15 @@ def step(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], ro
     who.optimizer.step()
 
 
-def rehearse(who: ForwardOnlyClient, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-    """One round, measured."""
-    step(who, batch, cohort.rows, 0)
-    return waiting()
+def peaks(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice]) -> tuple[int, int]:
+    """Bytes of a plain forward, and of a client's part of one round, both with what it always holds."""
+    static = storage_bytes([*who.half.parameters(), *who.half.buffers()])
+    forward = plain_forward_peak(lambda: run(who.half, batch))
+    step(who, batch, rows, 0)  # so that the optimizer's state is there while the next one is measured
+    state = storage_bytes(moment for slots in who.optimizer.state.values() for moment in slots.values())
+    with MemoryMeter() as meter, meter.role("client"):
+        step(who, batch, rows, 0)
+    return static + forward, static + state + meter.peak("client")
 
 
 def forwards(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice], times: int) -> None:
@@ -69,28 +74,26 @@ def forwards(who: ForwardOnlyClient, batch: dict[str, Tensor], rows: list[slice]
         who.forward(batch, rows)
 
 
-def row(full: bool, rule: UpdateRule, probes: int, batch: dict[str, Tensor], cohort: Cohort, repeats: int) -> str:
+def row(full: bool, rule: UpdateRule, probes: int, batch: dict[str, Tensor], repeats: int) -> str:
     """Measure one client; a row of the table."""
-    who = client(full, rule, probes)
-    memory = measure_client(who, lambda *given: rehearse(who, *given), batch, cohort)
+    who, rows = client(full, rule, probes), [slice(0, len(batch["input_ids"]))]
+    forward_bytes, peak_bytes = peaks(who, batch, rows)
     plain, ratios = [], []
     for repeat in range(repeats + 1):  # one to warm up
-        ours = seconds(partial(step, who, batch, cohort.rows, repeat))
-        plain.append(seconds(partial(forwards, who, batch, cohort.rows, probes + 1)))
+        ours = seconds(partial(step, who, batch, rows, repeat))
+        plain.append(seconds(partial(forwards, who, batch, rows, probes + 1)))
         ratios.append(ours / plain[-1])
     forward_ms, ratio = 1e3 * statistics.median(plain[1:]) / (probes + 1), statistics.median(ratios[1:])
-    forward_bytes = memory["client_forward_bytes"]
     return (
         f"| {'full' if full else 'LoRA'} | {type(rule).__name__} | {probes} | {forward_ms:.0f} ms | {ratio:.2f} "
-        f"| {forward_bytes / 2**20:.1f} MiB | {memory['client_peak_bytes'] / forward_bytes:.3f} |"
+        f"| {forward_bytes / 2**20:.1f} MiB | {peak_bytes / forward_bytes:.3f} |"
     )
 
 
-def minibatch() -> tuple[dict[str, Tensor], Cohort]:
-    """8 x 128 tokens, all of them labelled."""
+def minibatch() -> dict[str, Tensor]:
+    """8 x 128 tokens."""
     ids = torch.randint(0, 8192, (8, 128), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return batch, Cohort.join([0], [batch], lambda labels: labels.numel())
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def main() -> None:
@@ -101,14 +104,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    batch, cohort = minibatch()
+    batch = minibatch()
     print(f"{hardware(torch.device('cpu'))}, fp32\n")
     print("| client | rule | P | plain forward | time / (P + 1) forwards | forward's peak | client's peak / it |")
     print("|---|---|---|---|---|---|---|")
     for full in (False, True):
         for rule in (SGD(lr=1e-4), AdamW(lr=1e-4)):
             for probes in (1, 4, 16):
-                print(row(full, rule, probes, batch, cohort, arguments.repeats), flush=True)
+                print(row(full, rule, probes, batch, arguments.repeats), flush=True)
 
 
 if __name__ == "__main__":

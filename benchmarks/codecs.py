@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hosfl_lightning import cli
-from hosfl_lightning.identity import hardware
+from hosfl_lightning.run.identity import hardware
 
 #: (z, λ): the same for both, then λ coarser than z.
 PAIRS = [("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("int8", "int8"), ("int8", "int4"), ("int4", "int4")]

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hosfl_lightning.identity import hardware
 from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, add_direction_
+from hosfl_lightning.run.identity import hardware
 
 ALPHA = 1e-3
 LORA_TENSORS, LORA_NUMEL = 32, 4096

@@ -36,9 +36,9 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from benchmarks.drop_in_memory_report import BACKPROP, CHECKPOINTED, FORWARD, HYBRID, page, picture
 from hosfl_lightning.callbacks import HybridOrder, ZerothOrderTraining
-from hosfl_lightning.identity import hardware
 from hosfl_lightning.memory import MemoryMeter
 from hosfl_lightning.optim import SGD
+from hosfl_lightning.run.identity import hardware
 
 #: The batch whose peak is read, counted from 0.
 METERED = 1

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hosfl_lightning.compare.pictures import COLOURS, DPI
-from hosfl_lightning.summary import size
+from hosfl_lightning.run.summary import size
 
 BACKPROP, CHECKPOINTED, FORWARD = "backprop", "backprop, checkpointed", "plain forward, no gradient"
 HYBRID = "HybridOrder"

@@ -20,9 +20,9 @@ import torch
 from client_step import client, minibatch, seconds, step
 
 from hosfl_lightning.aggregation import apply_update, combine
-from hosfl_lightning.identity import hardware
 from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
-from hosfl_lightning.replay import ReplayLog
+from hosfl_lightning.run.identity import hardware
+from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.wire import ProjectedGradients, decode, encode
 
 CLIENTS = 8

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from hosfl_lightning.identity import hardware
+from hosfl_lightning.run.identity import hardware
 from hosfl_lightning.wire import TOKEN_CODECS, SmashedData, decode, encode
 
 SHAPES = ((8, 128, 768), (32, 128, 768))

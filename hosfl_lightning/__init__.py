@@ -1,8 +1,30 @@
 """Hybrid-order split federated fine-tuning for PyTorch Lightning."""
 
-from hosfl_lightning.algorithms import HOSFL
-from hosfl_lightning.orchestrator import Orchestrator
-from hosfl_lightning.servers import SplitCausalLM, SplitImageClassifier, SplitSequenceClassifier
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hosfl_lightning import moved as _moved
+
+if TYPE_CHECKING:
+    from hosfl_lightning.algorithms import HOSFL
+    from hosfl_lightning.models import SplitCausalLM, SplitImageClassifier, SplitSequenceClassifier
+    from hosfl_lightning.orchestrator import Orchestrator
 
 __version__ = "0.1.0"
 __all__ = ["HOSFL", "Orchestrator", "SplitCausalLM", "SplitImageClassifier", "SplitSequenceClassifier", "__version__"]
+
+_PLACES = {
+    "HOSFL": "algorithms",
+    "Orchestrator": "orchestrator",
+    "SplitCausalLM": "models",
+    "SplitImageClassifier": "models",
+    "SplitSequenceClassifier": "models",
+}
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    # When it is asked for: a client needs no orchestrator, and nobody the whole package.
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
-from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.callbacks.rehearsal import Rehearsal
+from hosfl_lightning.fleet import Channel
+from hosfl_lightning.models.pretrained import TINY_LM, resolve
 from hosfl_lightning.optim import SGD
 from hosfl_lightning.padding import FILL, stack_rows
-from hosfl_lightning.servers.pretrained import TINY_LM, resolve
 from hosfl_lightning.split import Lora, LoraHalf
+from hosfl_lightning.wire import Message
+from tests.random_tokens import RandomTokens
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine for long
 
@@ -44,30 +46,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(resolve(TINY_LM)).save_pretrained(folder)
     return folder
-
-
-class RandomTokens(FederatedDataModule):
-    """Clients with examples of different number and length; two tokens alternate, so there is something to learn.
-
-    Args:
-        lengths: Per client, the lengths of its examples.
-        seed: Of the tokens.
-    """
-
-    def __init__(self, lengths: Sequence[Sequence[int]], batch_size: int = 4, seed: int = 0) -> None:
-        super().__init__(batch_size=batch_size, eval_batch_size=4, seed=seed)
-        self.lengths = lengths
-
-    def setup(self, stage: str) -> None:
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def example(length: int) -> Example:
-            start = int(torch.randint(3, 9, (), generator=generator))
-            ids = [start + i % 2 for i in range(length)]
-            return Example(ids, list(ids))
-
-        self.clients = [[example(n) for n in of_client] for of_client in self.lengths]
-        self.validation_set = [example(12) for _ in range(8)]
 
 
 class Joined(RandomTokens):
@@ -118,6 +96,26 @@ def make_orchestrator(tmp_path: Path) -> Callable[..., Orchestrator]:
         return Orchestrator(algorithm or HOSFL(client_optimizer=SGD(lr=0.1)), **(settings | kwargs))
 
     return make
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Message, int]]:
+    """Every message that crosses, as it was sent, and to how many; but for those of rehearsals."""
+    kept: list[tuple[Message, int]] = []
+    send, rehearse = Channel._send, Rehearsal.round
+
+    def keeping(self: Channel, message: Any, direction: str, receivers: int) -> Any:
+        kept.append((message, receivers))
+        return send(self, message, direction, receivers)
+
+    def unheard(self: Rehearsal, *args: Any) -> None:
+        before = len(kept)
+        rehearse(self, *args)
+        del kept[before:]
+
+    monkeypatch.setattr(Channel, "_send", keeping)
+    monkeypatch.setattr(Rehearsal, "round", unheard)
+    return kept
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from hosfl_lightning import cli
-from hosfl_lightning.servers.pretrained import TINY_LM, resolve
+from hosfl_lightning.models.pretrained import TINY_LM, resolve
+from hosfl_lightning.recipe import HOSFLCommand
 from tests.split.tiny_images import tiny_image_model
 from tests.split.tiny_models import tiny_model
 
@@ -75,17 +76,17 @@ def command_line() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-def hosfl(*args: str) -> cli.HOSFLCommand:
+def hosfl(*args: str) -> HOSFLCommand:
     """``hosfl args`` in this process; returns what the command leaves: trainer, model and data."""
     kept = []
 
-    class Kept(cli.HOSFLCommand):
+    class Kept(HOSFLCommand):
         def __init__(self, *a: Any, **kwargs: Any) -> None:
             kept.append(self)
             super().__init__(*a, **kwargs)
 
     with command_line() as patch:
-        patch.setattr(cli, "HOSFLCommand", Kept)
+        patch.setattr("hosfl_lightning.recipe.HOSFLCommand", Kept)
         try:
             cli.main(list(args))
         except SystemExit as end:
@@ -213,7 +214,7 @@ def idx_files(folder: Path) -> Path:
 class Finished:
     """A run from the command line, and where it lies."""
 
-    command: cli.HOSFLCommand
+    command: HOSFLCommand
     root: Path
 
     @property
@@ -224,7 +225,7 @@ class Finished:
     def checkpoint(self) -> str:
         return f"--ckpt_path={self.folder}/checkpoints/last.ckpt"
 
-    def again(self, action: str, *args: str) -> cli.HOSFLCommand:
+    def again(self, action: str, *args: str) -> HOSFLCommand:
         """Another command from the run's own config, in another folder."""
         where = f"--trainer.default_root_dir={self.root / action}"
         return hosfl(action, f"--config={self.folder}/config.yaml", where, *args)

@@ -16,7 +16,7 @@ from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.split import Lora, LoraHalf
-from tests.conftest import RandomTokens
+from tests.random_tokens import RandomTokens
 from tests.recipe_runs import tiny_pretrained
 
 #: Who is online: client 2 misses rounds 1 and 2, client 1 round 3.

@@ -267,7 +267,7 @@ def test_a_wandb_run_ends_as_the_command_does(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(cli, "HOSFLCommand", command)
+    monkeypatch.setattr(cli, "command", command)
     monkeypatch.setattr(cli, "wandb", SimpleNamespace(run=object(), finish=finish))
     with pytest.raises((SystemExit, RuntimeError)) if error else nullcontext():
         cli.main([])
@@ -280,7 +280,7 @@ def test_an_interrupt_ends_with_a_line_that_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("interrupted; go on with --ckpt_path=runs/version_0")
 
-    monkeypatch.setattr(cli, "HOSFLCommand", interrupted)
+    monkeypatch.setattr(cli, "command", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit"])
     assert ended.value.code == 130

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from hosfl_lightning import callbacks
-from hosfl_lightning.callbacks.communication_monitor import KINDS
+from hosfl_lightning.callbacks.communication_monitor import KINDS, RARE_KINDS
 from hosfl_lightning.cli import main
-from tests.callbacks.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
+from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
 from tests.recipe_runs import ROOT, command_line, header_commands, name_of
 from tests.small_run import SmallRun
 
@@ -130,7 +130,7 @@ class TestCallbacks:
 
     def test_every_logged_key_is_in_a_table(self, logged: set[str]) -> None:
         documented = {key for name in callbacks.__all__ for key in keys_of(getattr(callbacks, name))}
-        documented |= {f"comm/{kind}_bytes" for kind in KINDS}
+        documented |= {f"comm/{kind}_bytes" for kind in (*KINDS, *RARE_KINDS)}
         the_orchestrators = re.findall(r"`(\w+/\w+)`", (DOCS / "callbacks.md").read_text())
         assert sorted(logged - documented - set(the_orchestrators)) == []
 

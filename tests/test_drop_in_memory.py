@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.drop_in_memory import METHODS, Shape, main
 from benchmarks.drop_in_memory_report import by_length, page, picture, ratio
-from tests.callbacks.plain_modules import LIGHTNING_WARNINGS
+from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS
 
 pytestmark = LIGHTNING_WARNINGS
 NAMES = [method.name for method in METHODS]

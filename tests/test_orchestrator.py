@@ -24,13 +24,13 @@ from torch import Tensor
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import LagrangianUpdate
-from hosfl_lightning.checkpoint import CheckpointError, load
 from hosfl_lightning.clients import FirstOrderClient
-from hosfl_lightning.hooks import FIRED, REFUSED_MODULE_HOOKS, HookError
 from hosfl_lightning.optim import SGD, AdamW
+from hosfl_lightning.run.checkpoint import CheckpointError, load
+from hosfl_lightning.run.hooks import FIRED, REFUSED_MODULE_HOOKS, HookError
 from hosfl_lightning.split import Lora, LoraHalf, SplitError
 from hosfl_lightning.wire import Codecs
-from tests.conftest import RandomTokens
+from tests.random_tokens import RandomTokens
 
 MakeModel = Callable[..., SplitCausalLM]
 MakeOrchestrator = Callable[..., Orchestrator]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
@@ -26,13 +27,22 @@ from hosfl_lightning.aggregation import (
 )
 from hosfl_lightning.algorithms import Algorithm, Frozen, TooFewClientsError
 from hosfl_lightning.availability import Probability, Trace
-from hosfl_lightning.clients import Anchor, Cohort
-from hosfl_lightning.optim import SGD, AdamW, Basis, ZerothOrder
-from hosfl_lightning.orchestrator import MAX_ATTEMPTS
-from hosfl_lightning.replay import ReplayLog
-from hosfl_lightning.transport import InProcess, in_process
-from hosfl_lightning.wire import Message, NonFiniteError, ProjectedGradients, SmashedData, Update, decode
-from tests.conftest import RandomTokens
+from hosfl_lightning.clients.split_endpoint import SplitEndpoint
+from hosfl_lightning.fleet import Channel, channel
+from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
+from hosfl_lightning.run.loop import MAX_ATTEMPTS
+from hosfl_lightning.server.replay_log import ReplayLog
+from hosfl_lightning.wire import (
+    Message,
+    Multiplier,
+    NonFiniteError,
+    ProjectedGradients,
+    SmashedData,
+    StepRequest,
+    Update,
+    decode,
+)
+from tests.random_tokens import RandomTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the two sides of a probe", "ignore:mu=")
 
@@ -46,25 +56,41 @@ class Faulty(HOSFL):
 
     Args:
         client: Which.
-        fault: From the scalars to what is sent.
+        second: What it sends as its second scalar; None: what it measured.
+        scale: Of all that it sends.
         rounds: In which; None: all.
     """
 
+    class Lies(SplitEndpoint):
+        def answer(self, multipliers: Sequence[Multiplier]) -> list[Message]:
+            answers: list[Any] = super().answer(multipliers)
+            return [self.spoil(one) if self.lies(one) else one for one in answers]
+
+        def lies(self, answer: ProjectedGradients) -> bool:
+            rounds = self.terms.settings["rounds"]
+            return answer.client == self.terms.settings["faulty"] and (rounds is None or answer.round in rounds)
+
+        def spoil(self, answer: ProjectedGradients) -> ProjectedGradients:
+            values, second = answer.coefficients * self.terms.settings["scale"], self.terms.settings["second"]
+            if second is not None:
+                values[1:] = second
+            return replace(answer, coefficients=values)
+
+    endpoint = Lies
+
     def __init__(
-        self, client: int, fault: Callable[[Tensor], Tensor], rounds: list[int] | None = None, **kwargs: Any
+        self,
+        client: int,
+        second: float | None = None,
+        rounds: list[int] | None = None,
+        scale: float = 1.0,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**({"client_optimizer": SGD(lr=0.1)} | kwargs))
-        self.faulty, self.fault, self.rounds = client, fault, rounds
+        self.fault = {"faulty": client, "second": second, "scale": scale, "rounds": rounds}
 
-    def answer(
-        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
-    ) -> Tensor:
-        values = super().answer(batch, anchor, multiplier, cohort, basis)
-        round = basis.streams[0].round  # type: ignore[attr-defined]
-        if self.faulty in cohort.clients and (self.rounds is None or round in self.rounds):
-            place = cohort.clients.index(self.faulty)
-            values[place] = self.fault(values[place])
-        return values
+    def client_settings(self) -> dict[str, Any]:
+        return {**super().client_settings(), **self.fault}
 
 
 class Copies(RandomTokens):
@@ -72,11 +98,6 @@ class Copies(RandomTokens):
 
     def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
         return super().client_batch(0, round)
-
-
-def one(value: float) -> Callable[[Tensor], Tensor]:
-    """The second scalar is ``value``."""
-    return lambda v: torch.cat([v[:1], torch.full_like(v[1:], value)])
 
 
 def state_of(model: SplitCausalLM) -> State:
@@ -129,7 +150,7 @@ class TestOneClientIsRefused:
     ) -> None:  # fmt: skip
         """The round is that of the others, the weights are over those who answered; the server still had its z."""
         model = make_model()
-        trainer = make_orchestrator(Faulty(1, one(value), [0]), max_rounds=2, simulation=simulation)
+        trainer = make_orchestrator(Faulty(1, value, [0]), max_rounds=2, simulation=simulation)
         with pytest.warns(UserWarning, match=f"round 0: client 1 is refused: {reason}"):
             trainer.fit(model, data)
         first, second = updates(trainer)
@@ -145,7 +166,7 @@ class TestOneClientIsRefused:
     ) -> None:
         sizes = []
         for simulation in ("batched", "per_client"):
-            trainer = make_orchestrator(Faulty(1, one(float("nan"))), max_rounds=1, simulation=simulation)
+            trainer = make_orchestrator(Faulty(1, float("nan")), max_rounds=1, simulation=simulation)
             with pytest.warns(UserWarning, match="client 1 is refused"):
                 trainer.fit(make_model(), data)
             sizes.append(column(trainer, "comm/projected_gradients_bytes"))
@@ -157,14 +178,14 @@ class TestOneClientIsRefused:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         """Its weight in the mean would be what it says."""
-        up = InProcess.up
+        up = Channel.up
 
-        def lying(self: InProcess, message: Message) -> Message:
+        def lying(self: Channel, message: Message) -> Message:
             if isinstance(message, ProjectedGradients) and message.client == 1:
                 message = replace(message, num_terms=10**6)
             return up(self, message)
 
-        monkeypatch.setattr(InProcess, "up", lying)
+        monkeypatch.setattr(Channel, "up", lying)
         trainer = make_orchestrator(max_rounds=1, simulation=simulation)
         with pytest.warns(UserWarning, match="client 1 is refused: it claims 1000000 loss terms, its labels have"):
             trainer.fit(make_model(), data)
@@ -185,9 +206,9 @@ class TestOneClientIsRefused:
         monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], reason: str,
     ) -> None:  # fmt: skip
         """Sound messages, which the server's forward or its loss cannot take."""
-        up = InProcess.up
+        up = Channel.up
 
-        def other(self: InProcess, message: Message) -> Message:
+        def other(self: Channel, message: Message) -> Message:
             if isinstance(message, SmashedData) and message.client == 1:
                 per_token = fault.get("labels_per_token", True)
                 z = torch.zeros(*message.mask.shape, fault["width"])
@@ -196,7 +217,7 @@ class TestOneClientIsRefused:
                 message = SmashedData.pack(message.round, 1, z, labels, message.mask)
             return up(self, message)
 
-        monkeypatch.setattr(InProcess, "up", other)
+        monkeypatch.setattr(Channel, "up", other)
         trainer = make_orchestrator(max_rounds=1, simulation=simulation)
         with pytest.warns(UserWarning, match=f"client 1 is refused: {reason}"):
             trainer.fit(make_model(), data)
@@ -205,17 +226,13 @@ class TestOneClientIsRefused:
 
     def test_and_the_update_is_that_of_the_others_bit_for_bit(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,
-        monkeypatch: pytest.MonkeyPatch,
+        sent: list[tuple[Message, int]],
     ) -> None:  # fmt: skip
         """The others answer to the λ of a round of three, so this is no round of two: it is one answer less."""
-        answers: list[ProjectedGradients] = []
-        up = InProcess.up
-        with monkeypatch.context() as patch:
-            patch.setattr(InProcess, "up", lambda self, m: answers.append(m) or up(self, m))  # type: ignore[func-returns-value]
-            everybody = honest(make_model, make_orchestrator, data, [0, 1, 2])
-        answers = [a for a in answers if isinstance(a, ProjectedGradients) and a.client != 1]
+        everybody = honest(make_model, make_orchestrator, data, [0, 1, 2])
+        answers = [a for a, _ in sent if isinstance(a, ProjectedGradients) and a.client != 1]
         model = make_model()
-        trainer = make_orchestrator(Faulty(1, one(float("nan"))), max_rounds=1, simulation="per_client")
+        trainer = make_orchestrator(Faulty(1, float("nan")), max_rounds=1, simulation="per_client")
         with pytest.warns(UserWarning, match="client 1 is refused"):
             trainer.fit(model, data)
         assert same_bits(half(state_of(model), "server"), half(everybody, "server"))
@@ -250,7 +267,7 @@ class TestOneClientIsRefused:
         tolerance = 0.0 if simulation == "per_client" else 5e-5
         for name, tensor in others.items():
             torch.testing.assert_close(reached[name], tensor, rtol=tolerance, atol=tolerance)
-        sent = Counter((entry.kind, entry.receivers) for entry in trainer.transport.ledger)
+        sent = Counter((entry.kind, entry.receivers) for entry in trainer.fleet.channel.ledger)
         assert sent[("multiplier", 1)] == sent[("projected_gradients", 1)] == 2
         assert sent[("update", 3)] == 1
         assert updates(trainer)[0].participants == [0, 2]
@@ -262,9 +279,13 @@ class TestOneClientIsRefused:
         simulation: Any, monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         model, step = make_model(), SplitCausalLM.training_step
-        monkeypatch.setattr(SplitCausalLM, "training_step", lambda *args: step(*args) * torch.nan)
+
+        class Breaks(Callback):
+            def on_train_batch_start(self, *args: Any) -> None:
+                monkeypatch.setattr(SplitCausalLM, "training_step", lambda *args: step(*args) * torch.nan)
+
         with pytest.raises(NonFiniteError, match=r"multiplier: .* NaN or infinite"):
-            make_orchestrator(max_rounds=1, simulation=simulation).fit(model, data)
+            make_orchestrator(max_rounds=1, simulation=simulation, callbacks=[Breaks()]).fit(model, data)
         assert same_bits(state_of(model), before)
 
     @pytest.mark.parametrize(
@@ -280,7 +301,7 @@ class TestOneClientIsRefused:
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens,
         monkeypatch: pytest.MonkeyPatch, kind: str, other: dict[str, Any], reason: str,
     ) -> None:  # fmt: skip
-        encode = in_process.encode
+        encode = channel.encode
 
         def elsewhere(message: Message, run_id: bytes) -> bytes:
             if message.kind != kind or message.client != 1:  # type: ignore[union-attr]
@@ -288,7 +309,7 @@ class TestOneClientIsRefused:
             changed = {name: value for name, value in other.items() if name != "run_id"}
             return encode(replace(message, **changed), other.get("run_id", run_id))
 
-        monkeypatch.setattr(in_process, "encode", elsewhere)
+        monkeypatch.setattr(channel, "encode", elsewhere)
         trainer = make_orchestrator(max_rounds=1, simulation="per_client")
         with pytest.warns(UserWarning, match=f"client 1 is refused: {kind}: {reason}"):
             trainer.fit(make_model(), data)
@@ -310,7 +331,7 @@ class TestAnAttacker:
 
         def attacked(rule: AggregationRule) -> Tensor:
             rules: dict[str, Any] = {"client_optimizer": SGD(lr=0.02), "aggregation": rule}
-            return end(Faulty(2, lambda v: -1e3 * v, probes=4, **rules))
+            return end(Faulty(2, scale=-1e3, probes=4, **rules))
 
         start = torch.cat([p.detach().flatten() for p in make_model().client_parameters.values()])
         honest = end(HOSFL(4, client_optimizer=SGD(lr=0.02)))
@@ -332,7 +353,7 @@ class TestTooFewClients:
             return torch.optim.AdamW(params, lr=1e-2)
 
         def method(rounds: list[int]) -> Faulty:
-            return Faulty(1, one(1e9), rounds, client_optimizer=AdamW(lr=1e-2), client_scheduler=schedule)
+            return Faulty(1, 1e9, rounds, client_optimizer=AdamW(lr=1e-2), client_scheduler=schedule)
 
         server = {"optimizer": adam, "lr_scheduler": schedule}
         model = make_model(**server)
@@ -354,6 +375,7 @@ class TestTooFewClients:
         assert same_bits(state_of(model), state_of(two))
         for one_of, other in (
             (trainer.server.optimizer.state_dict(), shorter.server.optimizer.state_dict()),
+            (trainer.endpoint.state_dict(), shorter.endpoint.state_dict()),
             (trainer.algorithm.state_dict(), shorter.algorithm.state_dict()),
         ):
             assert str(one_of) == str(other)  # every tensor of moments is small enough to be printed
@@ -388,7 +410,7 @@ class TestTooFewClients:
         """Its one answer with a loss term is refused: no mean is defined, however many are required."""
         data = RandomTokens([[1, 1], [6, 9]])
         model = make_model()
-        trainer = make_orchestrator(Faulty(1, one(1e9)), max_rounds=1, simulation=simulation)
+        trainer = make_orchestrator(Faulty(1, 1e9), max_rounds=1, simulation=simulation)
         with (
             pytest.warns(UserWarning, match="client 1 is refused"),
             pytest.raises(TooFewClientsError, match=r"0 valid answer\(s\)"),
@@ -406,7 +428,7 @@ class TestTooFewClients:
         }  # fmt: skip
 
         def run(model: SplitCausalLM, rounds: int, ckpt_path: str | None = None) -> Orchestrator:
-            trainer = make_orchestrator(Faulty(4, one(1e9)), max_rounds=rounds, **settings)
+            trainer = make_orchestrator(Faulty(4, 1e9), max_rounds=rounds, **settings)
             with pytest.warns(UserWarning, match="client 4 is refused"):
                 trainer.fit(model, data, ckpt_path=ckpt_path)
             return trainer
@@ -429,8 +451,8 @@ class TestTooFewClients:
         data = RandomTokens([[1, 1], [1, 1], [5, 4], [5, 4]])  # one token predicts nothing
         trainer = make_orchestrator(algorithm, max_rounds=4, clients_per_round=1, on_too_few="repeat")
         trainer.fit(make_model(), data)
-        accepted = [trainer.sample(round, attempt) for round, attempt in enumerate(trainer.attempts)]
-        assert max(trainer.attempts) > 0
+        accepted = [trainer.sample(round, attempt) for round, attempt in enumerate(trainer.run.attempts)]
+        assert max(trainer.run.attempts) > 0
         assert all(clients in ([2], [3]) for clients in accepted)
         stops = make_orchestrator(algorithm, max_rounds=4, clients_per_round=1)
         with pytest.raises(TooFewClientsError, match=r"0 valid answer\(s\) of clients with a loss term"):
@@ -438,57 +460,42 @@ class TestTooFewClients:
         assert (Path(stops.log_dir) / "checkpoints" / "stopped.ckpt").is_file()
 
     def test_a_repeated_round_is_reported_once_and_the_controls_follow_it(
-        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, sent: list[tuple[Message, int]]
     ) -> None:
         data = RandomTokens([[5, 4]] * 6, batch_size=2)
-        sent: list[tuple[str, int, int]] = []
-        up = InProcess.up
-
-        def noting(self: InProcess, message: Message) -> Message:
-            sent.append((message.kind, message.round, message.client))  # type: ignore[union-attr]
-            return up(self, message)
-
-        monkeypatch.setattr(InProcess, "up", noting)
         settings: dict[str, Any] = {"clients_per_round": 3, "min_clients": 3, "on_too_few": "repeat", "max_rounds": 4}
-        trainer = make_orchestrator(Faulty(4, one(1e9)), controls=["frozen"], simulation="per_client", **settings)
+        trainer = make_orchestrator(Faulty(4, 1e9), controls=["frozen"], simulation="per_client", **settings)
         with pytest.warns(UserWarning, match="client 4 is refused"):
             trainer.fit(make_model(), data)
-        assert max(trainer.attempts) > 0
-        smashed = [(round, client) for kind, round, client in sent if kind == "smashed_data"]
+        assert max(trainer.run.attempts) > 0
+        smashed = [(m.round, m.client) for m, _ in sent if isinstance(m, SmashedData)]
         accepted = [(update.round, client) for update in updates(trainer) for client in update.participants]
         assert smashed[-len(accepted) :] == accepted  # the control came last
         attempted = len(set(smashed[: -len(accepted)]))  # a client that was asked again took part in the round once
         total = sum(column(trainer, "comm/smashed_data_bytes"))
         assert trainer.summary["bytes_per_client_round"]["smashed_data"] == total / attempted
         # What the given up attempts have seen is not in the metrics.
-        alone = make_orchestrator(Faulty(4, one(1e9)), simulation="per_client", **settings)
-        alone.follows = trainer.attempts
+        alone = make_orchestrator(Faulty(4, 1e9), simulation="per_client", **settings)
+        alone.follows = trainer.run.attempts
         alone.fit(make_model(), data)
         assert column(alone, "client/lagrangian_term") == column(trainer, "client/lagrangian_term")
 
     def test_repeat_ends(
-        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, before: State
-    ) -> None:
+        self, make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, before: State,
+        sent: list[tuple[Message, int]],
+    ) -> None:  # fmt: skip
         model = make_model()
-        drawn: list[list[int]] = []
         trainer = make_orchestrator(
-            Faulty(1, one(1e9)), max_rounds=1, min_clients=2, clients_per_round=2, on_too_few="repeat",
+            Faulty(1, 1e9), max_rounds=1, min_clients=2, clients_per_round=2, on_too_few="repeat",
             availability=Trace([[0, 1]]),
         )  # fmt: skip
-        cohorts = trainer.cohorts
-
-        def keeping(round: int, attempt: int = 0) -> list[Cohort]:
-            made = cohorts(round, attempt)
-            drawn.append([attempt, *made[0].clients])
-            return made
-
-        trainer.cohorts = keeping  # type: ignore[method-assign]
         with (
             pytest.warns(UserWarning, match="client 1 is refused"),
             pytest.raises(TooFewClientsError, match=r"tried 10 time\(s\); lower trainer.min_clients, and go on"),
         ):
             trainer.fit(model, data)
-        assert drawn == [[attempt, 0, 1] for attempt in range(MAX_ATTEMPTS)]
+        asked = [(m.attempt, m.client) for m, _ in sent if isinstance(m, StepRequest)]
+        assert asked == [(attempt, client) for attempt in range(MAX_ATTEMPTS) for client in (0, 1)]
         assert same_bits(state_of(model), before)
 
     def test_attempts_draw_different_clients(self, make_model: MakeModel, make_orchestrator: MakeOrchestrator) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
@@ -15,9 +16,10 @@ from hosfl_lightning.clients import Anchor, ForwardOnlyClient
 from hosfl_lightning.optim import SGD
 from hosfl_lightning.padding import FILL, drop_unpredictable, stack_rows
 from hosfl_lightning.rng import Domain, Stream, direction
-from hosfl_lightning.servers.server import Server
-from hosfl_lightning.wire import SmashedData
-from tests.conftest import Joined, RandomTokens
+from hosfl_lightning.server import Inbox, Server
+from hosfl_lightning.wire import Message, SmashedData, Update
+from tests.conftest import Joined
+from tests.random_tokens import RandomTokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:the two sides of a probe")  # μ is large on purpose, see `fit`
 
@@ -99,12 +101,21 @@ def test_multiplier_is_the_unweighted_gradient_of_each_clients_own_mean_loss(
     model, trainer = make_model(), make_orchestrator()
     seen: list[Any] = []
     step = Server.backward
+
+    def keeping(self: Server, inbox: Inbox) -> Any:
+        out = step(self, inbox)
+        if self is trainer.server:  # not its copy in a rehearsal
+            seen.append((inbox, out))
+        return out
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Server, "backward", lambda self, groups: seen.append((groups, out := step(self, groups))) or out)
+        patch.setattr(Server, "backward", keeping)
         trainer.fit(model, data)
     fresh = make_model()
-    groups, (_, multipliers) = seen[0]
-    for message, multiplier in zip(groups[0], multipliers[0]):
+    inbox, (_, multipliers) = seen[0]
+    assert [message.client for message in inbox.messages] == [*multipliers] == [0, 1, 2]
+    for message in inbox.messages:
+        multiplier = multipliers[message.client]
         z, labels, mask = message.unpack()
         z.requires_grad_()
         fresh.loss(fresh.server_half(z, mask.long()), labels).backward()
@@ -112,11 +123,11 @@ def test_multiplier_is_the_unweighted_gradient_of_each_clients_own_mean_loss(
 
 
 def test_projected_gradients_are_the_true_client_gradient_along_the_directions(
-    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, sent: list[tuple[Message, int]]
 ) -> None:
     model, trainer = make_model(), make_orchestrator(HOSFL(probes=4, estimator="central", client_optimizer=SGD(lr=0.0)))
     trainer.fit(model, data)  # lr 0: θ_c stays at its start, the last round's answers are at it
-    [update] = [trainer.algorithm.dimension_free_aggregation._update]
+    *_, update = (message for message, _ in sent if isinstance(message, Update))
     fresh = make_model()
     theta = list(fresh.client_parameters.values())
     last = trainer.max_rounds - 1
@@ -126,7 +137,9 @@ def test_projected_gradients_are_the_true_client_gradient_along_the_directions(
     batch = {name: stack_rows([b[name] for b in batches], fill) for name, fill in FILL.items()}
     loss = fresh.loss(fresh(batch["input_ids"], batch["attention_mask"]), batch["labels"])
     gradient = torch.autograd.grad(loss, theta)
-    expected = trainer.algorithm.basis(last).project(gradient)
+    basis = trainer.server.basis(last)
+    assert basis is not None and update.round == last
+    expected = basis.project(gradient)
     torch.testing.assert_close(update.coefficients, expected, rtol=5e-2, atol=2e-3)
 
 
@@ -182,27 +195,34 @@ def test_batched_equals_per_client_to_rounding(
 def test_encoding_every_message_changes_no_bit(
     make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens
 ) -> None:
+    class Serializes(Callback):
+        def __init__(self, serialize: bool) -> None:
+            self.serialize = serialize
+
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.fleet.channel.serialize = self.serialize
+
     states = []
     for serialize in (True, False):
-        trainer = make_orchestrator(simulation="per_client")
-        trainer.transport.serialize = serialize
+        trainer = make_orchestrator(simulation="per_client", callbacks=[Serializes(serialize)])
         model = make_model()
         trainer.fit(model, data)
+        assert trainer.fleet.channel.serialize is serialize
         states.append({n: t.clone() for n, t in model.trained_state().items()})
     assert same_bits(*states)
 
 
 def test_the_client_holds_nothing_of_the_server_and_the_server_no_inputs(
-    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, data: RandomTokens, monkeypatch: pytest.MonkeyPatch,
+    sent: list[tuple[Message, int]],
+) -> None:  # fmt: skip
     model, trainer = make_model(), make_orchestrator()
     asked: list[set[str]] = []
-    sent: list[SmashedData] = []
     checked = []
 
     def training_step(batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         asked.append(set(batch))
-        client = trainer.algorithm.client
+        client = trainer.endpoint.client
         checked.append(all(p.grad is None and not p.requires_grad for p in client.half.parameters()))
         return SplitCausalLM.training_step(model, batch, batch_idx)
 
@@ -216,19 +236,17 @@ def test_the_client_holds_nothing_of_the_server_and_the_server_no_inputs(
         return anchor
 
     monkeypatch.setattr(ForwardOnlyClient, "forward", keeping)
-    up = trainer.transport.up
-    trainer.transport.up = lambda m: sent.append(m) or up(m)  # type: ignore[func-returns-value,method-assign]
     trainer.fit(model, data)
-    assert len(asked) == 4  # once to measure memory, then three rounds
+    assert len(asked) == 8  # five to measure memory and arithmetic, then three rounds
     assert all(keys == {"z", "attention_mask", "labels"} for keys in asked)
     assert all(checked)
-    smashed = [m for m in sent if isinstance(m, SmashedData)]
+    smashed = [m for m, _ in sent if isinstance(m, SmashedData)]
     assert len(smashed) == 9
     assert len(kept) == 7  # four to measure memory and arithmetic, then three rounds
     assert set(kept) == {((), None)}  # no graph hangs on what the client keeps
-    client_ids = {id(p) for p in trainer.algorithm.client.half.parameters()}
+    client_ids = {id(p) for p in trainer.endpoint.client.half.parameters()}
     assert not client_ids & {id(p) for p in model.server_half.parameters()}  # this model's head is not tied
-    assert {id(p) for p in trainer.algorithm.client.optimizer.parameters} == {
+    assert {id(p) for p in trainer.endpoint.client.optimizer.parameters} == {
         id(p) for p in model.client_parameters.values()
     }
     assert all(p.grad is None for p in model.client_half.parameters())

@@ -2,7 +2,7 @@
 
 from hosfl_lightning.aggregation.rules import AggregationRule, Median, NormClippedMean, TrimmedMean, WeightedMean
 from hosfl_lightning.aggregation.screening import LIMIT, screen
-from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine, recorded
+from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine, prescribe, recorded
 from hosfl_lightning.aggregation.weights import weighted_mean, weights
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "WeightedMean",
     "apply_update",
     "combine",
+    "prescribe",
     "recorded",
     "screen",
     "weighted_mean",

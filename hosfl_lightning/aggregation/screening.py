@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -15,14 +15,14 @@ LIMIT = 1e6
 
 
 def screen(
-    answers: Sequence[ProjectedGradients], round: int, basis: Basis, limit: float = LIMIT
+    answers: Sequence[ProjectedGradients], round: int, basis: Basis | Mapping[int, Basis | None], limit: float = LIMIT
 ) -> tuple[list[ProjectedGradients], dict[int, str]]:
     """Tell the answers that can be aggregated from those that cannot; nothing raises.
 
     Args:
         answers: Of a round, one a client.
         round: The round.
-        basis: In what the clients were asked to answer.
+        basis: In what the clients were asked to answer, all or each; None: it was not asked.
         limit: Largest magnitude of a coefficient, > 0.
 
     Returns:
@@ -32,7 +32,8 @@ def screen(
     valid: list[ProjectedGradients] = []
     refused: dict[int, str] = {}
     for answer in answers:
-        reason = _objection(answer, round, basis, limit)
+        asked = basis if isinstance(basis, Basis) else basis.get(answer.client)
+        reason = _objection(answer, round, asked, limit)
         if reason is None:
             valid.append(answer)
         else:
@@ -40,7 +41,9 @@ def screen(
     return valid, refused
 
 
-def _objection(answer: ProjectedGradients, round: int, basis: Basis, limit: float) -> str | None:
+def _objection(answer: ProjectedGradients, round: int, basis: Basis | None, limit: float) -> str | None:
+    if basis is None:
+        return "it was not asked for an answer"
     if answer.round != round:
         return f"its answer is for round {answer.round}, this is round {round}"
     if answer.basis != basis.describe():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -17,13 +17,25 @@ MEAN: AggregationRule = WeightedMean()
 """The rule wherever none is given."""
 
 
+class Prescribed(Protocol):
+    """What an update record says of the rule that applies it."""
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+
+    @property
+    def prescription(self) -> dict[str, Any]:
+        """The rule's name and hyper-parameters now."""
+
+
 class UpdateError(ValueError):
     """The record does not belong to the client that was to apply it."""
 
 
 def combine(
     answers: Sequence[ProjectedGradients],
-    optimizer: ZerothOrder,
+    optimizer: Prescribed,
     rule: AggregationRule = MEAN,
     mu: float | None = None,
 ) -> Update:
@@ -32,7 +44,7 @@ def combine(
     Args:
         answers: Of those who answered, in any order, all of one round and basis; w_k = n_k / Σ n over them.
         optimizer: Whose rule and hyper-parameters the record carries, one set for all groups; its next step is the
-            record's.
+            record's. The server's replica of the clients', or in a plain Trainer the client's own.
         rule: How the coefficients become one vector.
         mu: Smoothing length as rounded, where there are probes.
 
@@ -44,12 +56,11 @@ def combine(
     """
     answers = sorted(answers, key=lambda answer: answer.client)
     w = weights([answer.num_terms for answer in answers])
-    group = optimizer.param_groups[0]
     return Update(
         round=answers[0].round,
         basis=answers[0].basis,
         coefficients=rule(torch.stack([answer.coefficients for answer in answers]), w),
-        rule={"name": type(optimizer.rule).__name__, **{k: group[k] for k in optimizer.rule.hyper_parameters()}},
+        rule=optimizer.prescription,
         step=optimizer.steps + 1,
         participants=[answer.client for answer in answers],
         weights=w,
@@ -80,11 +91,12 @@ def apply_update(update: Update, optimizer: ZerothOrder) -> None:
         UpdateError: Another rule, settings that it does not take, or not the optimizer's next step.
         ValueError: A basis that is not known, or another number of coefficients than it has.
     """
-    hyper_parameters = _hyper_parameters(update, optimizer)
+    what = f"the update of round {update.round}"
+    hyper_parameters = _hyper_parameters(update.rule, optimizer, what)
     missing = update.step - 1 - optimizer.steps
     if missing:
         raise UpdateError(
-            f"the update of round {update.round} is step {update.step}, the client has taken {optimizer.steps}: "
+            f"{what} is step {update.step}, the client has taken {optimizer.steps}: "
             + (f"apply the {missing} missing before it, in order" if missing > 0 else "it was applied already")
         )
     sizes = [parameter.numel() for parameter in optimizer.parameters]
@@ -95,27 +107,37 @@ def apply_update(update: Update, optimizer: ZerothOrder) -> None:
     optimizer.step()
 
 
-def _hyper_parameters(update: Update, optimizer: ZerothOrder) -> dict[str, object]:
-    name, own = update.rule.get("name"), type(optimizer.rule).__name__
+def prescribe(optimizer: ZerothOrder, rule: Mapping[str, Any], what: str) -> None:
+    """The steps to come follow what the server says of the rule: the learning rate of the round above all.
+
+    Args:
+        optimizer: A client's.
+        rule: `ZerothOrder.prescription` of the server's, as a message carries it.
+        what: The message, for the error.
+
+    Raises:
+        UpdateError: Another rule, or settings that it does not take.
+    """
+    hyper_parameters = _hyper_parameters(rule, optimizer, what)
+    for group in optimizer.param_groups:
+        group.update(hyper_parameters)
+
+
+def _hyper_parameters(rule: Mapping[str, Any], optimizer: ZerothOrder, what: str) -> dict[str, object]:
+    name, own = rule.get("name"), type(optimizer.rule).__name__
     if name != own:
-        raise UpdateError(f"the update of round {update.round} is for the rule {name}, the client's optimizer is {own}")
-    recorded: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in update.rule.items() if k != "name"
-    }
+        raise UpdateError(f"{what} is for the rule {name}, the client's optimizer is {own}")
+    recorded: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in rule.items() if k != "name"}
     expected = optimizer.rule.hyper_parameters()
     if recorded.keys() != expected.keys():
-        raise UpdateError(
-            f"the update of round {update.round} has the settings {sorted(recorded)} of {own}, not {sorted(expected)}"
-        )
+        raise UpdateError(f"{what} has the settings {sorted(recorded)} of {own}, not {sorted(expected)}")
     for k, value in recorded.items():
         if not _alike(value, expected[k]):
-            raise UpdateError(
-                f"the update of round {update.round} has {k} = {value!r:.80}; {own} needs one like {expected[k]!r}"
-            )
+            raise UpdateError(f"{what} has {k} = {value!r:.80}; {own} needs one like {expected[k]!r}")
     try:
         return type(optimizer.rule)(**recorded).hyper_parameters()
     except ValueError as error:
-        raise UpdateError(f"the update of round {update.round}: {error}") from error
+        raise UpdateError(f"{what}: {error}") from error
 
 
 def _alike(value: object, own: object) -> bool:

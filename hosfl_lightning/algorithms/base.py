@@ -1,71 +1,39 @@
-"""What the orchestrator needs of a method."""
+"""What a run needs of a method: the server's part of a round, and which endpoint its clients are."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor, nn
+from torch import nn
 
 from hosfl_lightning.aggregation import MEAN, AggregationRule
-from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
-from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment
-from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.callbacks.peak_memory_monitor import Rehearse
-from hosfl_lightning.clients import Client, Cohort
+from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import SGD, Basis, UpdateRule
-from hosfl_lightning.servers import SplitModule
-from hosfl_lightning.servers.server import Server
-from hosfl_lightning.transport import InProcess
-from hosfl_lightning.wire import Codecs, Update
-
-
-class TooFewClientsError(RuntimeError):
-    """Fewer clients than ``trainer.min_clients`` have answered; neither half has moved."""
-
-
-class Runner(Protocol):
-    """What a round needs of whoever runs it: the server, the way to it, and the clients' device and data."""
-
-    server: Server
-    transport: InProcess
-    codec: Codecs
-    seed: int
-
-    def minibatch(self, client: int, step: int) -> Cohort:
-        """One client alone, with the minibatch of its local step ``round · local_steps + s``."""
-
-    def refuse(self, client: int, reason: str) -> None:
-        """Name and count a client whose message is not taken; the round goes on without it."""
-
-    def check_attendance(self, answers: int) -> None:
-        """Raise `TooFewClientsError` when so few answers make no round."""
-
-    def publish(self, update: Update) -> Update:
-        """Record the update, then send it to every client that is online; what they receive."""
-
-    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch on the clients' device."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of a forward; one context a step, since it keeps casts of the weights it saw."""
+from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.wire import Codecs, Terms, manifest
 
 
 class Algorithm(ABC):
-    """What a method does in a round; sampling, data, hooks, logging and checkpoints are the orchestrator's.
+    """A method: what the server does in a round, as a conversation with its clients, and what the clients answer.
+
+    Sampling, hooks, logging, checkpoints, and where the clients are, are not its matter.
 
     Args:
         client_optimizer: The update rule on what the clients train.
-        client_scheduler: The schedule of its learning rate, stepped once a round; every update carries the rate it was
-            made with.
+        client_scheduler: The schedule of its learning rate, stepped once a round; every message that moves a client
+            carries the rate.
         aggregation: The server's mean over the clients' answers; None: the weighted mean.
     """
 
+    #: What a client of the method runs.
+    endpoint: ClassVar[type[Endpoint]]
     #: What a client holds of the model: the layers before the cut, or all of it.
     client_holds: ClassVar[Literal["half", "whole"]] = "half"
     #: How the server trains its half: by backprop, by forwards alone, or not at all.
@@ -76,6 +44,8 @@ class Algorithm(ABC):
     joint: ClassVar[bool] = True
     #: Whether `Codecs.gradient` applies to what a client sends.
     codes_gradient: ClassVar[bool] = False
+    #: What a `RoundCallback` can be told of its rounds: ``multipliers``, ``answers``, ``update``.
+    tells: ClassVar[frozenset[str]] = frozenset()
     #: Whether a round makes an update record, which a client that was away replays.
     records: bool = True
     #: Minibatches, and steps, of a client in a round.
@@ -90,24 +60,58 @@ class Algorithm(ABC):
         self.client_optimizer = client_optimizer if client_optimizer is not None else SGD()
         self.make_scheduler = client_scheduler
         self.aggregation = aggregation if aggregation is not None else MEAN
-        self.client: Client
-        self.client_schedule: Any | None = None
 
     @property
     def name(self) -> str:
         """As reported in the summary."""
         return type(self).__name__
 
-    def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
-        """Callbacks the method needs beside those that were given.
+    # ---- what it is
+
+    @abstractmethod
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        """The server's part of a round, of one attempt of it.
+
+        What it knows of a client it has from messages. One that fails leaves no trace in the server.
 
         Raises:
-            ValueError: A callback is a step that the method does not have.
+            TooFewClientsError: Too few clients sent something valid.
         """
-        for callback in given:
-            if isinstance(callback, LagrangianUpdate | DimensionFreeAggregation | GradientAlignment):
-                raise ValueError(f"trainer.callbacks: {self.name} has no step for {type(callback).__name__}; remove it")
-        return []
+
+    def client_settings(self) -> dict[str, Any]:
+        """What its clients must know, as `Terms.settings`; plain values."""
+        return {}
+
+    def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis | None:
+        """In what a round's update record is expressed; None: the method makes none.
+
+        Args:
+            seed: The run's.
+            round: Counted from 0.
+            sizes: Elements of each trained tensor, in manifest order.
+        """
+        return None
+
+    def kinds_of_round(self) -> list[tuple[int, float]]:
+        """A round of each kind that the method has, and the share of its rounds; the shares add up to 1."""
+        return [(0, 1.0)]
+
+    # ---- what a run asks before it begins
+
+    def parameters(self, module: SplitModule) -> dict[str, nn.Parameter]:
+        """What the clients train, by name, in manifest order: the order numbers the random directions."""
+        return self.endpoint.hold(module, self.client_settings())[1]
+
+    def terms(self, module: SplitModule, seed: int, codecs: Codecs, clients: int) -> Terms:
+        """The contract of a run with so many clients, from its first round on."""
+        trained = self.parameters(module)
+        basis = self.basis(seed, 0, [p.numel() for p in trained.values()])
+        rule = self.client_optimizer
+        return Terms(
+            round=0, client=None, endpoint=self.endpoint.__name__, settings=self.client_settings(), seed=seed,
+            manifest=manifest(trained), rule={"name": type(rule).__name__, **rule.hyper_parameters()},
+            basis=basis.describe() if basis is not None else {}, codecs=asdict(codecs),
+        )  # fmt: skip
 
     def check(self, module: SplitModule) -> None:
         """Refuse a model with which the method cannot do what it is for; called before anything is built or written.
@@ -126,18 +130,22 @@ class Algorithm(ABC):
                 "them they have nothing to train; set lora.client or side, or take Frozen"
             )
 
-    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
-        """Build the client; called once the module is on its device, with the callbacks of this run."""
-        self.client = self.make_client(module, seed)
-        if self.make_scheduler is not None:
-            self.client_schedule = self.make_scheduler(self.client.optimizer)
+    def check_codecs(self, codecs: Codecs, sizes: Sequence[int]) -> None:
+        """Refuse codecs that do nothing here, or harm.
 
-    def parameters(self, module: SplitModule) -> dict[str, nn.Parameter]:
-        """What the clients train, by name, in manifest order: the order numbers the random directions."""
-        if self.client_holds == "half":
-            return module.client_parameters
-        halves = {"client_half": module.client_parameters, "server_half": module.server_parameters}
-        return {f"{half}.{name}": p for half, named in halves.items() for name, p in named.items()}
+        Raises:
+            ValueError: Names the setting and the fix.
+        """
+        if codecs.gradient != "fp32" and not self.codes_gradient:
+            raise ValueError(
+                f"trainer.codec.gradient: what the clients of {self.name} send is no gradient in coefficients that "
+                "a codec could make smaller; leave it out"
+            )
+        if self.client_holds == "whole" and codecs != Codecs():
+            raise ValueError(
+                f"trainer.codec: {self.name} has the whole model at the clients, so no smashed data travel "
+                "that a codec could make smaller; leave it out"
+            )
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree on; plain values."""
@@ -151,59 +159,30 @@ class Algorithm(ABC):
             **({"local_steps": self.local_steps} if self.local_steps != 1 else {}),
         }
 
-    @abstractmethod
-    def make_client(self, module: SplitModule, seed: int) -> Client:
-        """The client of this method, over what it holds of ``module``."""
+    # ---- what it keeps at the server from round to round
 
-    def basis(self, round: int) -> Basis | None:
-        """In what the round's update record is expressed; None: the method makes none."""
-        return None
+    def setup(self, server: Server) -> None:
+        """Begin a run; called once the server and the clients are there."""
+        self.client_schedule: Any | None = None
+        if self.make_scheduler is not None:
+            self.client_schedule = self.make_scheduler(server.client_rule)
 
-    @abstractmethod
-    def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        """The round of the sampled clients; returns the mean training loss, 0-d.
-
-        A round that fails leaves no trace.
-
-        Raises:
-            TooFewClientsError: Too few clients sent something valid.
-        """
-
-    @abstractmethod
-    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-        """One client's part of a round, with made-up answers of the server: what is measured before the first round.
-
-        Args:
-            batch: Of the cohort, on the client's device.
-            cohort: One client.
-            waiting: Called when the client waits for the server.
-
-        Returns:
-            What ``waiting`` said; 0 where a client never waits.
-        """
-
-    def rehearsals(self) -> list[tuple[Rehearse, float]]:
-        """`rehearse` for every kind of round the method has, with its share of the rounds; the shares add up to 1."""
-        return [(self.rehearse, 1.0)]
-
-    def give_up(self) -> None:  # noqa: B027  # most methods have nothing to forget
-        """The round has failed and will be tried again, or not at all: nothing of it is reported."""
-
-    def end_round(self, runner: Runner) -> None:
+    def end_round(self, server: Server) -> None:
         """The schedules take their step; the server's belongs to the optimizer that its backprop needs."""
         if self.server_order == "first":
-            runner.server.end_round()
+            server.end_round()
         if self.client_schedule is not None:
-            self.client_schedule.step()
+            with warnings.catch_warnings():
+                # The clients have stepped, wherever they are; the replica may have been given their weights.
+                warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
+                self.client_schedule.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """The client's optimizer and its schedule."""
-        schedule = self.client_schedule.state_dict() if self.client_schedule is not None else None
-        return {"client_optimizer": self.client.optimizer.state_dict(), "client_schedule": schedule}
+        """The schedule of the clients' rule."""
+        return {"client_schedule": self.client_schedule.state_dict() if self.client_schedule is not None else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.client.optimizer.load_state_dict(state["client_optimizer"])
         if self.client_schedule is not None:
             self.client_schedule.load_state_dict(state["client_schedule"])
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from typing_extensions import override
+
 from hosfl_lightning.algorithms.split_round import SplitRound
-from hosfl_lightning.clients import FrozenClient, SplitClient
-from hosfl_lightning.optim import ZerothOrder
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.wire import SmashedData
 
 
 class Frozen(SplitRound):
@@ -14,7 +18,19 @@ class Frozen(SplitRound):
     records = False
     client_trains = False
 
-    def make_client(self, module: SplitModule, seed: int) -> SplitClient:
-        """A `FrozenClient`."""
-        group = {"params": [*module.client_parameters.items()]}  # which may be empty
-        return FrozenClient(module.client_half, ZerothOrder([group], self.client_optimizer))
+    @override
+    def client_settings(self) -> dict[str, Any]:
+        return {"kind": "frozen"}
+
+    @override
+    def setup(self, server: Server) -> None:
+        """No rule moves a client, so its schedule has nothing to do."""
+        self.client_schedule = None
+
+    @override
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        """Steps 2 and 3: nobody waits for λ."""
+        inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        loss, _ = server.backward(inbox)
+        server.step()
+        return Outcome(loss, inbox.num_examples)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor
+from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule
 from hosfl_lightning.algorithms.csefsl import CSEFSL
-from hosfl_lightning.callbacks.peak_memory_monitor import Rehearse
-from hosfl_lightning.optim import UpdateRule
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.models import SplitModule
 
 
 class FSLSAGE(CSEFSL):
@@ -35,13 +29,6 @@ class FSLSAGE(CSEFSL):
     In HERON-SFL's comparison (ResNet-18 on CIFAR-10, 5 clients) a client peaks at 726 MB and the traffic is 244 GB.
 
     Args:
-        client_optimizer: As in `Algorithm`.
-        client_scheduler: As in `Algorithm`.
-        aggregation: As in `LocalTraining`.
-        local_steps: As in `LocalTraining`.
-        checkpointing: As in `LocalTraining`.
-        upload_every: As in `AuxiliaryTraining`.
-        auxiliary_blocks: As in `AuxiliaryTraining`.
         align_every: Rounds from one alignment to the next; the first is in round 0.
         align_steps: Gradient steps of an alignment.
         align_lr: ``η``.
@@ -54,21 +41,9 @@ class FSLSAGE(CSEFSL):
     """
 
     def __init__(
-        self,
-        client_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
-        local_steps: int = 1,
-        checkpointing: bool = False,
-        upload_every: int = 1,
-        auxiliary_blocks: int = 0,
-        align_every: int = 10,
-        align_steps: int = 1,
-        align_lr: float = 1e-2,
+        self, *args: Any, align_every: int = 10, align_steps: int = 1, align_lr: float = 1e-2, **kwargs: Any
     ) -> None:
-        super().__init__(
-            client_optimizer, client_scheduler, aggregation, local_steps, checkpointing, upload_every, auxiliary_blocks
-        )
+        super().__init__(*args, **kwargs)
         for name, value in (("align_every", align_every), ("align_steps", align_steps)):
             if value < 1:
                 raise ValueError(f"trainer.algorithm: {name} must be >= 1, got {value}")
@@ -86,35 +61,35 @@ class FSLSAGE(CSEFSL):
                 "local_steps a multiple of upload_every"
             )
 
+    @override
     def check(self, module: SplitModule) -> None:
-        """As in `AuxiliaryTraining`, and something of the head is trained."""
+        """Something of the head is trained."""
         super().check(module)
-        if not self.head(module)[1]:
+        if not any(name.startswith("auxiliary.") for name in self.parameters(module)):
             raise ValueError(
                 f"FSLSAGE aligns the auxiliary head, but nothing of it is trained with auxiliary_blocks="
                 f"{self.auxiliary_blocks} (norm and head are frozen beside LoRA); raise trainer.algorithm's "
                 "auxiliary_blocks"
             )
 
-    def answered(self, round: int, step: int) -> bool:
+    @override
+    def replied(self, round: int, step: int) -> bool:
         """In every ``align_every``-th round, for the last z that goes up."""
         last = step + self.upload_every >= self.local_steps
         return last and self.due(round, step) and round % self.align_every == 0
 
-    def descend(self, batch: dict[str, Tensor], z: Tensor, loss: Tensor, answers: Sequence[Tensor]) -> None:
-        """The client's step, then the alignment."""
-        super().descend(batch, z, loss, answers)
-        for multiplier in answers:
-            self.client.align(batch, z, multiplier, self.align_steps, self.align_lr)
+    @override
+    def client_settings(self) -> dict[str, Any]:
+        return {**super().client_settings(), "align_steps": self.align_steps, "align_lr": self.align_lr}
 
-    def rehearsals(self) -> list[tuple[Rehearse, float]]:
+    @override
+    def kinds_of_round(self) -> list[tuple[int, float]]:
         """One round in ``align_every`` aligns."""
-        if self.align_every == 1:
-            return super().rehearsals()
         share = 1 / self.align_every
-        return [(self.rehearse, share), (partial(self.rehearse, round=1), 1 - share)]
+        return [(0, share), (1, 1 - share)] if self.align_every > 1 else super().kinds_of_round()
 
+    @override
     def settings(self) -> dict[str, Any]:
-        """As in `AuxiliaryTraining`, and the alignment's."""
+        """The alignment's as well."""
         names = ("align_every", "align_steps", "align_lr")
         return {**super().settings(), **{name: getattr(self, name) for name in names}}

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule
-from hosfl_lightning.algorithms.shared_scalars import SharedScalars, missing
+from hosfl_lightning.algorithms.shared_scalars import SharedScalars
 from hosfl_lightning.algorithms.split_round import SplitRound
-from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
-from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.clients import Anchor, Cohort, ForwardOnlyClient, LocalGradientClient, SplitClient
 from hosfl_lightning.clients.local_gradient import Taps
+from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Basis, Compression, UpdateRule
-from hosfl_lightning.servers import SplitModule
 from hosfl_lightning.split.side import of_side
 
 
@@ -32,8 +27,6 @@ class HOSFL(SharedScalars, SplitRound):
         client   v_kp = (1/μ) ⟨λ_k, f_c(x_k; θ_c + μ u_p) − z_k⟩,  p = 1..P
         all      ĝ = (1/P) Σ_p (Σ_k w_k v_kp) u_p,  θ_c ← rule(θ_c, ĝ)
 
-    Step 4 is `LagrangianUpdate`, steps 5 and 6 are `DimensionFreeAggregation`; each is added when the recipe has none.
-
     With a side adapter (``model.init_args.side``) and ``estimator: local`` the client knows its gradient ``g_k``, at
     two forwards, and ``v_kp = ⟨g_k, u_p⟩``, or what ``compression`` says, is what travels of it.
 
@@ -43,13 +36,13 @@ class HOSFL(SharedScalars, SplitRound):
         estimator: ``forward`` (the paper's), ``central``, ``jvp`` (dual numbers: exact along each direction, with
             two of each activation), or ``local`` (the side adapter's exact gradient).
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
-        client_optimizer: Update rule on θ_c.
         first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.
-        client_scheduler: As in `Algorithm`; the first-order control has it too.
-        aggregation: As in `Algorithm`: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
         compression: What travels of a gradient that ``estimator: local`` knows: ``Uncompressed``, ``RandomProjections``
             or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
         taps: Of a client with ``estimator: local``, as in `LocalGradientClient`: ``recompute`` or ``keep``.
+
+    Like every method it also takes ``client_optimizer``, the update rule on θ_c, ``client_scheduler``, which the first
+    order control has too, and ``aggregation``: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
 
     Raises:
         ValueError: For a setting out of range, or compression of what is not known.
@@ -62,6 +55,7 @@ class HOSFL(SharedScalars, SplitRound):
     """
 
     estimators = ("forward", "central", "jvp", "local")
+    tells = frozenset({"multipliers", "answers", "update"})
 
     def __init__(
         self,
@@ -69,14 +63,12 @@ class HOSFL(SharedScalars, SplitRound):
         mu: float = 1e-3,
         estimator: str = "forward",
         distribution: str = "rademacher",
-        client_optimizer: UpdateRule | None = None,
         first_order_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
         compression: Compression | None = None,
         taps: Taps = "recompute",
+        **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, estimator, distribution, client_optimizer, client_scheduler, aggregation)
+        super().__init__(probes, mu, estimator, distribution, **kwargs)
         self.first_order_optimizer, self.compression, self.taps = first_order_optimizer, compression, taps
         if taps not in get_args(Taps):
             raise ValueError(f"taps must be one of {', '.join(get_args(Taps))}, got {taps!r}")
@@ -84,8 +76,9 @@ class HOSFL(SharedScalars, SplitRound):
             raise ValueError(f"compression={type(compression).__name__} is for a gradient that the client knows, with "
                              f"estimator: local; estimator: {estimator} measures scalars already")  # fmt: skip
 
+    @override
     def check(self, module: SplitModule) -> None:
-        """As in `Algorithm`; an exact gradient needs a side adapter, and one basis must serve all that is trained."""
+        """An exact gradient needs a side adapter, and one basis must serve all that is trained."""
         if self.estimator == "local" and (module.side is None or not module.side.client):
             raise ValueError(
                 "estimator: local is the exact gradient of a side adapter, the one part of a client whose path to the "
@@ -103,37 +96,7 @@ class HOSFL(SharedScalars, SplitRound):
             )
         if self.compression is not None:  # refuses more coefficients than there are values
             self.compression.basis(0, 0, [p.numel() for p in module.client_parameters.values()])
-
-    def settings(self) -> dict[str, Any]:
-        """The compression's as well, and the taps, which change the last bits."""
-        chosen = {} if self.compression is None else {
-            "compression": type(self.compression).__name__,
-            **{f"compression.{k}": v for k, v in asdict(self.compression).items()},
-        }  # fmt: skip
-        taps = {"taps": self.taps} if self.estimator == "local" else {}
-        return {**super().settings(), **taps, **chosen}
-
-    def basis(self, round: int) -> Basis:
-        """Of the round: directions, or the compression's."""
-        if self.compression is None:
-            return super().basis(round)
-        optimizer = self.client.optimizer
-        sizes = [p.numel() for p in optimizer.parameters]
-        return self.compression.basis(optimizer.param_groups[0]["seed"], round, sizes)
-
-    def configure_callbacks(self, given: list[Callback]) -> list[Callback]:
-        """The two steps that are callbacks.
-
-        Raises:
-            ValueError: Two of a kind.
-        """
-        return missing(LagrangianUpdate, given) + missing(DimensionFreeAggregation, given)
-
-    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
-        """As in `Algorithm`; the steps are the callbacks of this run."""
-        super().setup(module, seed, callbacks)
-        self.lagrangian_update = next(c for c in callbacks if isinstance(c, LagrangianUpdate))
-        if self.estimator == "local" and self.compression is None:
+        else:
             self._compare_probes(sum(p.numel() for name, p in module.client_parameters.items() if of_side(name)))
 
     def _compare_probes(self, known: int) -> None:
@@ -144,19 +107,24 @@ class HOSFL(SharedScalars, SplitRound):
                 "Uncompressed (with lora.client: null), or more probes"
             )
 
-    def make_client(self, module: SplitModule, seed: int) -> SplitClient:
-        """A `ForwardOnlyClient` with layer-wise probes, or a `LocalGradientClient`."""
-        optimizer = self.zeroth_order(module.client_parameters, self.client_optimizer, module.client_half, seed)
-        if self.estimator == "local":
-            return LocalGradientClient(module.client_half, optimizer, self.taps)
-        return ForwardOnlyClient(module.client_half, optimizer)
+    @override
+    def client_settings(self) -> dict[str, Any]:
+        kind = "local" if self.estimator == "local" else "forward_only"
+        return {"kind": kind, **super().client_settings(), **({"taps": self.taps} if kind == "local" else {})}
 
-    def answer(
-        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
-    ) -> Tensor:
-        """Step 4 is the callback."""
-        return self.lagrangian_update.answer(self.client, batch, anchor, multiplier, cohort, basis)
+    @override
+    def settings(self) -> dict[str, Any]:
+        """The compression's as well, and the taps, which change the last bits."""
+        chosen = {} if self.compression is None else {
+            "compression": type(self.compression).__name__,
+            **{f"compression.{k}": v for k, v in asdict(self.compression).items()},
+        }  # fmt: skip
+        taps = {"taps": self.taps} if self.estimator == "local" else {}
+        return {**super().settings(), **taps, **chosen}
 
-    def give_up(self) -> None:
-        """The step's figures as well."""
-        self.lagrangian_update.forget()
+    @override
+    def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
+        """Of the round: directions, or the compression's."""
+        if self.compression is None:
+            return super().basis(seed, round, sizes)
+        return self.compression.basis(seed, round, sizes)

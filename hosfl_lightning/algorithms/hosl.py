@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing_extensions import override
 
-from torch import Tensor
-
-from hosfl_lightning.algorithms.base import Runner
-from hosfl_lightning.algorithms.split_round import Visit
+from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.two_point import TwoPoint
-from hosfl_lightning.clients import Cohort
-from hosfl_lightning.optim import Basis
-from hosfl_lightning.wire import Multiplier, ProjectedGradients
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.wire import SmashedData
 
 
 class HOSL(TwoPoint):
@@ -25,7 +22,7 @@ class HOSL(TwoPoint):
         all      θ_c ← rule(θ_c, (1/P) Σ_p (Σ_k w_k v_kp) u_p)
 
     A client runs ``2P + 1`` forwards at inference memory, and as many z go up; the server runs ``2P`` forwards a client
-    beside its step. `HOSFL` gets the same ``v_kp``, up to ``O(μ²)``, from one λ. Arguments as in `TwoPoint`.
+    beside its step. `HOSFL` gets the same ``v_kp``, up to ``O(μ²)``, from one λ.
 
     The paper, on BoolQ: client memory 8.67 → 2.36 GB (OPT-125M) and 15.41 → 7.23 GB (OPT-1.3B); accuracy within 0.2 to
     4.2 points of first order.
@@ -33,14 +30,15 @@ class HOSL(TwoPoint):
     Reference: HOSL, arXiv 2601.10940.
     """
 
-    def respond(
-        self, runner: Runner, round: int, visit: Visit, multipliers: list[Multiplier], basis: Basis
-    ) -> list[ProjectedGradients]:
-        """Steps 3 and 4: λ stays at the server, which evaluates the probes at the θ_s that it was made with."""
-        directions = self.directions(round)
-        return self.answers(runner, visit, self.losses(runner, visit, directions), directions)
+    tells = frozenset({"multipliers", "update"})
 
-    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-        """As in `TwoPoint`, after the smashed data."""
-        self.client.forward(batch, cohort.rows)
-        return super().rehearse(batch, cohort, waiting)
+    @override
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        """λ stays at the server, which evaluates the probes at the θ_s that it was made with."""
+        inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        loss, _ = server.backward(inbox)
+        answers = server.screen(self.answers(server, inbox, self.losses(server, fleet, call, inbox)), inbox)
+        update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
+        server.step()
+        fleet.tell(update, call.online)
+        return Outcome(loss, inbox.num_examples)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule
 from hosfl_lightning.aggregation.weights import weights
-from hosfl_lightning.algorithms.base import Algorithm, Runner
-from hosfl_lightning.algorithms.crossing import download, taken, upload
-from hosfl_lightning.clients import Cohort, FirstOrderClient
-from hosfl_lightning.optim import Dense, Moments, UpdateRule, ZerothOrder
-from hosfl_lightning.servers import SplitModule
-from hosfl_lightning.wire import Weights
+from hosfl_lightning.algorithms.base import Algorithm
+from hosfl_lightning.clients.local_endpoint import LocalSplitEndpoint
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.wire import Message, ProjectedGradients, RoundEnd, SmashedData, StepRequest, Weights
+
+Losses = list[tuple[Tensor, int]]
+"""Training losses, 0-d, and the loss terms that each is the mean of."""
 
 
 class LocalTraining(Algorithm):
@@ -29,11 +28,10 @@ class LocalTraining(Algorithm):
     that was away misses nothing: it receives the weights when it is sampled again.
 
     Args:
-        client_optimizer: As in `Algorithm`.
-        client_scheduler: As in `Algorithm`.
-        aggregation: As in `Algorithm`, over the clients' changes.
         local_steps: ``E``, minibatches and steps of a client in a round.
         checkpointing: Clients keep each layer's input instead of its graph and run it twice.
+
+    ``aggregation`` is over the clients' changes.
 
     Raises:
         ValueError: For a setting out of range.
@@ -42,93 +40,97 @@ class LocalTraining(Algorithm):
     joint = False
     records = False
 
-    def __init__(
-        self,
-        client_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
-        local_steps: int = 1,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__(client_optimizer, client_scheduler, aggregation)
+    def __init__(self, *args: Any, local_steps: int = 1, checkpointing: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         if local_steps < 1:
             raise ValueError(f"trainer.algorithm: local_steps must be >= 1, got {local_steps}")
         self.local_steps, self.checkpointing = local_steps, checkpointing
-        self.trained: dict[str, nn.Parameter] = {}
-        self.moments: Moments
 
-    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
-        """As in `Algorithm`; each client keeps its own moments."""
-        super().setup(module, seed, callbacks)
-        self.trained = self.parameters(module)
-        self.moments = Moments(self.client.optimizer)
+    @override
+    def client_settings(self) -> dict[str, Any]:
+        return {"local_steps": self.local_steps, "checkpointing": self.checkpointing}
 
-    @abstractmethod
-    def local_step(self, runner: Runner, round: int, step: int, cohort: Cohort) -> Tensor | None:
-        """One step of one client on one minibatch.
+    def replied(self, round: int, step: int) -> bool:
+        """Whether λ comes down for the z of that local step."""
+        return True
 
-        Args:
-            runner: The server and the way to it.
-            round: The round.
-            step: The local step, 0 .. ``local_steps`` − 1.
-            cohort: The client's minibatch, with a loss term.
-
-        Returns:
-            The training loss before the step, 0-d; None: the server refused the client.
-        """
-
-    def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        """As in `Algorithm`; the loss is the mean over the loss terms of all local steps."""
-        before, server = self.vector(), runner.server.state()
+    @override
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        """One client after the other; the loss is the mean over the loss terms of all local steps."""
+        replica, before, held = server.replica, server.replica.vector(), server.state()
         try:
-            shared, answers = before, list[Weights]()
-            losses: list[tuple[Tensor, int]] = []
-            for cohort in cohorts:
-                answer = self.visit(runner, round, cohort, shared, losses)
+            shared, answers, losses = before, list[Weights](), Losses()
+            for client in fleet.own:
+                answer = self.visit(server, fleet, call, client, shared, losses)
                 answers += answer
-                shared = self.hand_on(shared, answer)
-            runner.check_attendance(sum(answer.num_terms > 0 for answer in answers))
+                shared = self.hand_on(server, shared, answer)
+            server.require(sum(answer.num_terms > 0 for answer in answers))
         except BaseException:
-            self.load(before)
-            self.moments.commit([])
-            runner.server.put(*server)
+            replica.load(before)
+            server.put(*held)
             raise
-        self.load(self.merge(before, answers))
-        self.moments.commit(answer.client for answer in answers if answer.client is not None)
-        self.end_round(runner)
-        terms = sum(n for _, n in losses)
-        return torch.stack([loss * (n / terms) for loss, n in losses]).sum()
+        replica.load(self.merge(server, before, answers))
+        fleet.tell(
+            RoundEnd(call.round, [a.client for a in answers if a.client is not None], call.attempt), call.clients
+        )
+        return Outcome(mean_of(losses), sum(answer.num_examples for answer in answers))
 
     def visit(
-        self, runner: Runner, round: int, cohort: Cohort, shared: Tensor, losses: list[tuple[Tensor, int]]
+        self, server: Server, fleet: Fleet, call: Call, client: int, shared: Tensor, losses: Losses
     ) -> list[Weights]:
         """Weights down, local steps, weights up; what the server takes of them: one message, or none.
 
         A client that is refused leaves nothing behind but what a shared server has learned from its earlier steps.
         """
-        client = cohort.clients[0]
-        self.load(self.content(runner.transport.down(self.message(round, client, shared))))
-        own: list[tuple[Tensor, int]] = []
-        with self.moments.of(client):
-            for step in range(self.local_steps):
-                minibatch = runner.minibatch(client, round * self.local_steps + step) if step else cohort
-                if not minibatch.num_terms[0]:
-                    continue
-                loss = self.local_step(runner, round, step, minibatch)
-                if loss is None:
-                    return []
-                own.append((loss, minibatch.num_terms[0]))
-        answer = taken(runner, self.message(round, client, self.vector(), sum(n for _, n in own)))
-        losses += own if answer else []
-        return answer
+        request = server.replica.message(shared, call.round, client, call.attempt)
+        own: Losses = []
+        answers: list[Weights] = self.follow(server, fleet, request, Weights, own)
+        answers = [answer for answer in answers if self.taken(server, fleet, answer)]
+        for answer in answers:
+            losses += own if answer.loss is None else [(torch.tensor(answer.loss), answer.num_terms)]
+        return answers
 
-    def hand_on(self, shared: Tensor, answer: Sequence[Weights]) -> Tensor:
+    def taken(self, server: Server, fleet: Fleet, answer: Weights) -> bool:
+        """Whether a client's weights are those of the run; one that sends others is refused."""
+        reason = server.replica.objection(answer)
+        if reason is not None:
+            fleet.refuse(answer.client or 0, reason)
+        return reason is None
+
+    def follow(
+        self, server: Server, fleet: Fleet, request: Any, last: type[Weights | ProjectedGradients], losses: Losses
+    ) -> list[Any]:
+        """A client's round from its first request to its ``last`` answer: the server steps on every z on the way.
+
+        Args:
+            server: Whose half it is.
+            fleet: The client is there.
+            request: What begins its round.
+            last: What ends it.
+            losses: Takes the server's, of each z.
+        """
+        client: int = request.client
+        while arrived := fleet.ask({client: request}, SmashedData, last):
+            [message] = arrived
+            if isinstance(message, last):
+                return [message]
+            inbox = server.admit_one(message)
+            if inbox is None:
+                return []
+            loss, multipliers = server.backward(inbox)
+            server.step()
+            losses.append((loss, inbox.num_terms[client]))
+            go_on: Message = StepRequest(message.round, client, message.attempt, message.step + 1)
+            request = multipliers[client] if self.replied(message.round, message.step) else go_on
+        return []
+
+    def hand_on(self, server: Server, shared: Tensor, answer: Sequence[Weights]) -> Tensor:
         """What the next client begins with: as the others, the shared weights."""
         return shared
 
-    def merge(self, before: Tensor, answers: Sequence[Weights]) -> Tensor:
+    def merge(self, server: Server, before: Tensor, answers: Sequence[Weights]) -> Tensor:
         """``θ + Σ_k w_k (θ_k − θ)``."""
-        return self.average(before, [self.content(a) for a in answers], [a.num_terms for a in answers])
+        return self.average(before, [server.replica.content(a) for a in answers], [a.num_terms for a in answers])
 
     def average(self, before: Tensor, after: Sequence[Tensor], num_terms: Sequence[int]) -> Tensor:
         """`merge` of vectors; one without a loss term behind it does not count."""
@@ -136,85 +138,14 @@ class LocalTraining(Algorithm):
         changes = torch.stack([vector - before for vector, _ in counted])
         return before + self.aggregation(changes, weights([n for _, n in counted]))
 
-    # ---- the weights as one vector
-
-    def vector(self) -> Tensor:
-        """What is trained, `flat`."""
-        return flat(self.trained.values())
-
-    @torch.no_grad()
-    def load(self, vector: Tensor) -> None:
-        """Put a `vector` in the place of what is trained."""
-        for parameter, values in zip(self.trained.values(), parts(vector, self.trained.values())):
-            parameter.copy_(values)
-        torch.clear_autocast_cache()
-
-    def message(self, round: int, client: int, vector: Tensor, num_terms: int = 0) -> Weights:
-        """The weights in the dtypes that the client holds them in."""
-        named = zip(self.trained.items(), parts(vector, self.trained.values()))
-        return Weights(round, client, {name: values.to(p.dtype) for (name, p), values in named}, num_terms)
-
-    def content(self, message: Weights) -> Tensor:
-        """The `vector` of a `message`, whose names may come in another order."""
-        return flat(message.tensors[name] for name in self.trained)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As in `Algorithm`, and each client's moments."""
-        return {**super().state_dict(), "moments": self.moments.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        super().load_state_dict(state)
-        self.moments.load_state_dict(state["moments"])
-
 
 class LocalSplitTraining(LocalTraining):
     r"""Local steps through the cut: ``z`` up, one server step, ``λ`` down, ``θ_k ← rule(θ_k, ∇⟨λ, f_c(x; θ_k)⟩)``."""
 
-    client: FirstOrderClient
-
-    def make_client(self, module: SplitModule, seed: int) -> FirstOrderClient:
-        """A `FirstOrderClient`."""
-        optimizer = ZerothOrder(module.client_parameters.items(), self.client_optimizer)
-        return FirstOrderClient(module.client_half, optimizer, self.checkpointing)
-
-    def local_step(self, runner: Runner, round: int, step: int, cohort: Cohort) -> Tensor | None:
-        """As in `LocalTraining`; the server has moved when λ comes."""
-        batch = runner.to_device(cohort.batch)
-        with runner.autocast():
-            anchor = self.client.forward(batch, cohort.rows)
-        inbox = upload(runner, round, cohort, anchor.z, step)
-        if not inbox:
-            return None
-        loss, [multipliers] = runner.server.backward([inbox], step)
-        runner.server.step()
-        multiplier = download(runner, cohort, anchor.z, inbox, multipliers)
-        with runner.autocast():
-            self._descend(batch, cohort, anchor, multiplier)
-        return loss
-
-    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-        """The local steps with a made-up λ."""
-        held = 0
-        for _ in range(self.local_steps):
-            anchor = self.client.forward(batch, cohort.rows)
-            held = waiting()
-            self._descend(batch, cohort, anchor, torch.full_like(anchor.z, 1e-3))
-        return held
-
-    def _descend(self, batch: dict[str, Tensor], cohort: Cohort, anchor: Any, multiplier: Tensor) -> None:
-        basis = Dense([p.numel() for p in self.client.optimizer.parameters])
-        values = self.client.answer(batch, anchor, multiplier, cohort.rows, basis)
-        self.client.optimizer.record(values[0], basis)
-        self.client.optimizer.step()
+    endpoint = LocalSplitEndpoint
 
 
-def flat(tensors: Iterable[Tensor]) -> Tensor:
-    """The tensors one after the other, ``(d,)`` fp32, a copy on the host, where the clients' answers meet."""
-    return torch.cat([tensor.detach().reshape(-1).float().cpu() for tensor in tensors])
-
-
-def parts(vector: Tensor, like: Iterable[Tensor]) -> list[Tensor]:
-    """What `flat` has put together, in the shapes of ``like``."""
-    shapes = list(like)
-    return [values.view_as(one) for values, one in zip(vector.split([one.numel() for one in shapes]), shapes)]
+def mean_of(losses: Losses) -> Tensor:
+    """The mean over all loss terms, 0-d."""
+    terms = sum(n for _, n in losses)
+    return torch.stack([loss.cpu() * (n / terms) for loss, n in losses]).sum()

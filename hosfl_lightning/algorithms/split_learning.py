@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable
 from torch import Tensor
+from typing_extensions import override
 
 from hosfl_lightning.algorithms.local_training import LocalSplitTraining
-from hosfl_lightning.optim import UpdateRule
+from hosfl_lightning.server import Server
 from hosfl_lightning.wire import Weights
 
 
@@ -21,24 +22,20 @@ class SplitLearning(LocalSplitTraining):
 
     So a round of K clients is K · E steps, each on one client's minibatch. The weights travel through the server, as in
     the paper's centralised mode; moments stay with their clients. After a client that is refused the next one begins
-    where the refused one did. Arguments as in `LocalTraining`, without ``aggregation``.
+    where the refused one did.
 
     Reference: Gupta and Raskar, Distributed learning of deep neural network over multiple agents, arXiv 1810.06060.
     """
 
-    def __init__(
-        self,
-        client_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        local_steps: int = 1,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__(client_optimizer, client_scheduler, None, local_steps, checkpointing)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, aggregation=None, **kwargs)
 
-    def hand_on(self, shared: Tensor, answer: Sequence[Weights]) -> Tensor:
+    @override
+    def hand_on(self, server: Server, shared: Tensor, answer: Sequence[Weights]) -> Tensor:
         """The client's weights, or what it had received."""
-        return self.content(answer[0]) if answer else shared
+        return server.replica.content(answer[0]) if answer else shared
 
-    def merge(self, before: Tensor, answers: Sequence[Weights]) -> Tensor:
+    @override
+    def merge(self, server: Server, before: Tensor, answers: Sequence[Weights]) -> Tensor:
         """The last client's weights."""
-        return self.content(answers[-1])
+        return server.replica.content(answers[-1])

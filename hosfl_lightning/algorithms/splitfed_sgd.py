@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.cli import LRSchedulerCallable
+from collections.abc import Sequence
+from typing import Any
 
-from hosfl_lightning.aggregation import AggregationRule
+from typing_extensions import override
+
 from hosfl_lightning.algorithms.split_round import SplitRound
-from hosfl_lightning.clients import FirstOrderClient, SplitClient
-from hosfl_lightning.optim import Basis, Dense, UpdateRule, ZerothOrder
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.optim import Basis, Dense
 
 
 class SplitFedSGD(SplitRound):
     """The same rounds with each client's exact gradient, averaged every step: ``θ_c ← rule(θ_c, Σ_k w_k g_k)``.
 
     Args:
-        client_optimizer: As in `Algorithm`.
-        client_scheduler: As in `Algorithm`.
-        aggregation: As in `Algorithm`.
         checkpointing: Clients keep each layer's input instead of its graph and run it twice.
 
     Reference: SplitFed, arXiv 2004.12088, gradients instead of weights averaged.
     """
 
-    def __init__(
-        self,
-        client_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
-        checkpointing: bool = False,
-    ) -> None:
-        super().__init__(client_optimizer, client_scheduler, aggregation)
+    def __init__(self, *args: Any, checkpointing: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.checkpointing = checkpointing
 
-    def make_client(self, module: SplitModule, seed: int) -> SplitClient:
-        """A `FirstOrderClient`."""
-        optimizer = ZerothOrder(module.client_parameters.items(), self.client_optimizer)
-        return FirstOrderClient(module.client_half, optimizer, self.checkpointing)
+    @override
+    def client_settings(self) -> dict[str, Any]:
+        return {"kind": "first_order", "checkpointing": self.checkpointing}
 
-    def basis(self, round: int) -> Basis:
+    @override
+    def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
         """The dense gradient."""
-        return Dense([p.numel() for p in self.client.optimizer.parameters])
+        return Dense(sizes)

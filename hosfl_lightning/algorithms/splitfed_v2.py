@@ -14,7 +14,7 @@ class SplitFedV2(LocalSplitTraining):
         all                     θ_c ← Σ_k w_k θ_k
 
     With LoRA on both halves this is SplitLoRA (arXiv 2407.00952). λ is the gradient at the server half that z was sent
-    to, before its step. Clients pass in the order of their numbers. Arguments as in `LocalTraining`.
+    to, before its step. Clients pass in the order of their numbers.
 
     As HO-SFL reports SplitLoRA, accuracy on SST-2 / RTE: OPT-125M 87.5 / 57.8, Gemma-3-270M 90.3 / 59.6, LLaMA-3.2-1B
     94.4 / 70.0. As HERON-SFL does: 4.59 GB at the client for GPT2-medium on E2E, 3 clients; without LoRA, ResNet-18 on

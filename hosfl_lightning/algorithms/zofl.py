@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule
-from hosfl_lightning.algorithms.base import Runner
-from hosfl_lightning.algorithms.crossing import conclude, mean_loss, taken
+from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
-from hosfl_lightning.clients import Cohort, ObjectiveClient, WholeModel
-from hosfl_lightning.optim import LocalWalk, SharedDirections, UpdateRule, check_linear
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.clients.walk_endpoint import WalkEndpoint
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.optim import Basis, SharedDirections, check_linear
+from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.wire import ProjectedGradients
 
 
@@ -38,14 +35,13 @@ class ZOFL(SharedScalars):
 
     The paper: about 1 MB in total per client; SST-2 85.6 with OPT-125M and 91.2 with OPT-1.3B after 2,000 rounds.
 
+    ``client_optimizer`` moves θ: plain SGD for ``local_steps > 1``.
+
     Args:
         probes: ``P``, directions a local step.
         mu: ``μ``, smoothing length.
         estimator: ``forward`` (the paper's) or ``central``.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
-        client_optimizer: Update rule on θ; plain SGD for ``local_steps > 1``.
-        client_scheduler: As in `Algorithm`.
-        aggregation: As in `Algorithm`.
         local_steps: ``E``, minibatches and steps of a client in a round.
 
     Raises:
@@ -54,10 +50,10 @@ class ZOFL(SharedScalars):
     Reference: DeComFL, arXiv 2405.15861.
     """
 
-    client_holds: ClassVar[Literal["half", "whole"]] = "whole"
-    server_order: ClassVar[Literal["first", "zeroth", "none"]] = "none"
+    endpoint = WalkEndpoint
+    client_holds = "whole"
+    server_order = "none"
     joint = False
-    client: ObjectiveClient
 
     def __init__(
         self,
@@ -65,12 +61,10 @@ class ZOFL(SharedScalars):
         mu: float = 1e-3,
         estimator: str = "forward",
         distribution: str = "rademacher",
-        client_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
         local_steps: int = 1,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, estimator, distribution, client_optimizer, client_scheduler, aggregation)
+        super().__init__(probes, mu, estimator, distribution, **kwargs)
         if not 1 <= local_steps <= 4096 // probes:
             raise ValueError(
                 f"trainer.algorithm: local_steps must be between 1 and {4096 // probes}, so that a round has at most "
@@ -81,64 +75,24 @@ class ZOFL(SharedScalars):
         self.local_steps = local_steps
 
     @override
-    def make_client(self, module: SplitModule, seed: int) -> ObjectiveClient:
-        whole = WholeModel(module.client_half, module.server_half)
-        optimizer = self.zeroth_order(self.parameters(module), self.client_optimizer, whole, seed)
-        return ObjectiveClient(whole, optimizer, module.loss, backprop=False)
+    def client_settings(self) -> dict[str, Any]:
+        return {**super().client_settings(), "local_steps": self.local_steps}
 
     @override
-    def basis(self, round: int) -> SharedDirections:
+    def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
         """All ``E · P`` of the round."""
-        return self.client.optimizer.basis(round, self.local_steps * self.probes)
+        return SharedDirections(seed, round, self.local_steps * self.probes, self.distribution)
 
     @override
-    def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        basis, own, losses = self.basis(round), list[ProjectedGradients](), dict[int, float]()
-        for cohort in cohorts:
-            coefficients, loss, terms = self.walk(runner, round, cohort, basis)
-            answer = ProjectedGradients(round, cohort.clients[0], basis.describe(), coefficients, terms)
-            own += taken(runner, answer)
-            losses[answer.client] = loss
-        update = conclude(runner, round, basis, own, self.aggregate)
-        self.client.apply(update)
-        self.end_round(runner)
-        return mean_loss(runner, update, losses)
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        requests = call.to_each(rule=server.client_rule.prescription)
+        answers = server.screen(fleet.ask(requests, ProjectedGradients))
+        update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
+        fleet.tell(update, call.online)
+        return Outcome(told_loss(answers), sum(answer.num_examples for answer in answers))
 
-    def walk(self, runner: Runner, round: int, cohort: Cohort, basis: SharedDirections) -> tuple[Tensor, float, int]:
-        """One client's ``c_sp (E·P,)``, its mean training loss and its number of loss terms."""
-        total, terms = 0.0, 0
-        with LocalWalk(self.client.optimizer, basis, self.local_steps) as walk:
-            for step in range(self.local_steps):
-                minibatch = runner.minibatch(cohort.clients[0], round * self.local_steps + step) if step else cohort
-                [n] = minibatch.num_terms
-                if not n:
-                    continue
-                with runner.autocast():
-                    values, loss = self.measure(runner.to_device(minibatch.batch), walk.directions(step))
-                walk.move(step, values)
-                total, terms = total + n * float(loss), terms + n
-        return walk.coefficients, total / max(terms, 1), terms
 
-    def measure(self, batch: dict[str, Tensor], basis: SharedDirections) -> tuple[Tensor, Tensor]:
-        """``v_sp (P,)`` and the loss: at θ, or the mean over both sides."""
-        seen: list[Tensor] = []
-
-        def objective() -> Tensor:
-            seen.append(self.client.objective(batch))
-            return seen[-1]
-
-        values = self.client.optimizer.project(objective, basis=basis)
-        return values, seen[0] if self.estimator == "forward" else torch.stack(seen).mean()
-
-    @override
-    def rehearse(self, batch: dict[str, Tensor], cohort: Cohort, waiting: Callable[[], int]) -> int:
-        """The local steps on one minibatch, then the update."""
-        optimizer, basis = self.client.optimizer, self.basis(0)
-        with LocalWalk(optimizer, basis, self.local_steps) as walk:
-            for step in range(self.local_steps):
-                values, _ = self.measure(batch, walk.directions(step))
-                walk.move(step, values)
-        held = waiting()
-        optimizer.record(walk.coefficients, basis)
-        optimizer.step()
-        return held
+def told_loss(answers: Sequence[ProjectedGradients]) -> torch.Tensor:
+    """``Σ_k w_k ℓ_k`` of what the clients say, 0-d."""
+    terms = sum(answer.num_terms for answer in answers)
+    return torch.tensor(sum(answer.num_terms / terms * (answer.loss or 0.0) for answer in answers))

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.cli import LRSchedulerCallable
-from torch import Tensor
+import torch
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import AggregationRule
-from hosfl_lightning.algorithms.base import Runner, plain
-from hosfl_lightning.algorithms.crossing import conclude, mean_loss, upload
-from hosfl_lightning.algorithms.split_round import Visit
-from hosfl_lightning.algorithms.two_point import SIDES, TwoPoint
-from hosfl_lightning.clients import Anchor, Cohort
-from hosfl_lightning.optim import SharedDirections, UpdateRule, ZerothOrder
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.aggregation import combine
+from hosfl_lightning.algorithms.base import plain
+from hosfl_lightning.algorithms.two_point import TwoPoint
+from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.optim import UpdateRule, ZerothOrder
+from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.wire import SmashedData
 
 
@@ -41,42 +36,37 @@ class ZOSFL(TwoPoint):
     OPT-125M, 51.8 (90.8) with Gemma-3-270M, 61.5 (93.9) with LLaMA-3.2-1B; RTE 52.0 (59.2), 54.2 (65.0), 49.1 (73.3).
 
     Args:
-        probes: As in `TwoPoint`.
-        mu: As in `TwoPoint`.
-        distribution: As in `TwoPoint`.
-        client_optimizer: Update rule on θ_c.
-        server_optimizer: Update rule on θ_s; None: the clients'.
-        client_scheduler: As in `Algorithm`; the server's rate follows a schedule of its own of the same kind.
-        aggregation: As in `Algorithm`.
+        server_optimizer: Update rule on θ_s; None: the clients'. Its rate follows a schedule of its own, of the kind of
+            ``client_scheduler``.
 
     Reference: ZO-SFL in HO-SFL, arXiv 2603.14773.
     """
 
     server_order = "zeroth"
+    probe_first = True
 
     def __init__(
         self,
         probes: int = 2,
         mu: float = 1e-3,
         distribution: str = "rademacher",
-        client_optimizer: UpdateRule | None = None,
         server_optimizer: UpdateRule | None = None,
-        client_scheduler: LRSchedulerCallable | None = None,
-        aggregation: AggregationRule | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, distribution, client_optimizer, client_scheduler, aggregation)
+        super().__init__(probes, mu, distribution, **kwargs)
         self.server_optimizer = server_optimizer if server_optimizer is not None else self.client_optimizer
-        self.server: ZerothOrder
+        self.server_rule: ZerothOrder
         self.server_schedule: Any | None = None
 
     @override
-    def setup(self, module: SplitModule, seed: int, callbacks: list[Callback]) -> None:
-        super().setup(module, seed, callbacks)
-        self.server = self.zeroth_order(
-            module.server_parameters, self.server_optimizer, module.server_half, seed, len(module.client_parameters)
-        )
-        if self.make_scheduler is not None:
-            self.server_schedule = self.make_scheduler(self.server)
+    def setup(self, server: Server) -> None:
+        super().setup(server)
+        module = server.module
+        self.server_rule = ZerothOrder(
+            module.server_parameters.items(), self.server_optimizer, module=module.server_half, seed=server.seed,
+            first_tensor=len(server.replica.trained), **self.client_settings_of_probes(),
+        )  # fmt: skip
+        self.server_schedule = self.make_scheduler(self.server_rule) if self.make_scheduler is not None else None
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -84,59 +74,46 @@ class ZOSFL(TwoPoint):
         return {**super().settings(), **{f"server_optimizer.{k}": plain(v) for k, v in rule.items()}}
 
     @override
-    def training_round(self, runner: Runner, round: int, cohorts: list[Cohort]) -> Tensor:
-        basis = self.directions(round)
-        visits = self.gather(runner, round, cohorts)
-        losses = [self.losses(runner, visit, basis) for visit in visits]
-        own = [answer for visit, at in zip(visits, losses) if at for answer in self.answers(runner, visit, at, basis)]
-        update = conclude(runner, round, basis, own, self.aggregate)
-        self.client.apply(update)
-        self.server.record(update.coefficients, self.server.basis(round))
-        self.server.step()
-        self.end_round(runner)
-        return mean_loss(runner, update, {k: float(at.mean()) for group in losses for k, at in group.items()})
-
-    @override
-    def visit(self, runner: Runner, round: int, cohort: Cohort) -> Visit:
-        """Step 2: the first side of the first probe goes up with the labels and the mask."""
-        batch, basis = runner.to_device(cohort.batch), self.directions(round)
-        with runner.autocast():
-            z = self.client.probe(batch, basis, 0, SIDES[0] * self.client.optimizer.mu)
-        return Visit(cohort, batch, Anchor(z), upload(runner, round, cohort, z))
+    def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
+        inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        losses = self.losses(server, fleet, call, inbox)
+        answers = server.screen(self.answers(server, inbox, losses), inbox)
+        update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
+        self.server_rule.record(update.coefficients, self.server_rule.basis(call.round))
+        self.server_rule.step()
+        fleet.tell(update, call.online)
+        told = fleet.processes.in_client_order([[client, float(at.mean())] for client, at in losses.items()])
+        mean = {int(client): loss for client, loss in told}
+        loss = sum(w * mean[k] for k, w in zip(update.participants, update.weights) if w)
+        return Outcome(torch.tensor(loss), inbox.num_examples)
 
     @override
     def probed(
-        self,
-        runner: Runner,
-        visit: Visit,
-        inbox: Sequence[SmashedData],
-        basis: SharedDirections,
-        probe: int,
-        side: int,
-    ) -> list[SmashedData]:
-        if probe == side == 0:
-            return list(inbox)
-        return super().probed(runner, visit, inbox, basis, probe, side)
+        self, server: Server, fleet: Fleet, call: Call, held: dict[int, SmashedData], probe: int, side: int
+    ) -> dict[int, SmashedData]:
+        if probe == side == 0:  # which came with the labels and the mask
+            return dict(held)
+        return super().probed(server, fleet, call, held, probe, side)
 
     @override
-    def server_at(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
+    def server_at(self, round: int, probe: int, scale: float) -> AbstractContextManager[None]:
         """The server's part of the same direction."""
-        return self.server.perturbed(self.server.basis(basis.streams[probe].round), probe, scale)
+        return self.server_rule.perturbed(self.server_rule.basis(round), probe, scale)
 
     @override
-    def end_round(self, runner: Runner) -> None:
-        super().end_round(runner)
+    def end_round(self, server: Server) -> None:
+        super().end_round(server)
         if self.server_schedule is not None:
             self.server_schedule.step()
 
     @override
     def state_dict(self) -> dict[str, Any]:
         schedule = self.server_schedule.state_dict() if self.server_schedule is not None else None
-        return {**super().state_dict(), "server_optimizer": self.server.state_dict(), "server_schedule": schedule}
+        return {**super().state_dict(), "server_optimizer": self.server_rule.state_dict(), "server_schedule": schedule}
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.server.load_state_dict(state["server_optimizer"])
+        self.server_rule.load_state_dict(state["server_optimizer"])
         if self.server_schedule is not None:
             self.server_schedule.load_state_dict(state["server_schedule"])

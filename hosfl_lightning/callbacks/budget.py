@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch.callbacks import Callback
 from typing_extensions import override
 
+from hosfl_lightning.callbacks.drop_in.trainer_check import refuse_no_rounds
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
-from hosfl_lightning.callbacks.trainer_check import refuse_no_rounds
 
 
 class Budget(Callback):
@@ -18,7 +18,7 @@ class Budget(Callback):
 
     | logged key | meaning, all clients, since the first round | unit |
     |---|---|---|
-    | ``budget/samples`` | examples of the rounds' batches × the method's local steps | examples |
+    | ``budget/samples`` | examples behind what was taken of the clients, all local steps | examples |
     | ``budget/client_forwards`` | matrix FLOPs over those of one plain forward of the client half | forwards |
 
     The bytes are those of ``comm/total_bytes``. Of a round that was repeated (``on_too_few: repeat``) the bytes of all
@@ -51,11 +51,9 @@ class Budget(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add the round, log, and stop when a limit is reached."""
         memory = next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor))
-        examples = trainer.transport.count(sum(len(cohort.batch["labels"]) for cohort in batch))
-        clients = trainer.transport.count(sum(len(cohort.clients) for cohort in batch))
-        self.spent["samples"] += examples * trainer.algorithm.local_steps
-        self.spent["bytes"] += sum(sent.bytes * sent.receivers for sent in trainer.transport.entries())
-        self.spent["client_forwards"] += clients * memory.report["client_forwards"]
+        self.spent["samples"] += trainer.processes.count(outputs["num_examples"])
+        self.spent["bytes"] += sum(sent.bytes * sent.receivers for sent in trainer.fleet.entries())
+        self.spent["client_forwards"] += len(batch.clients) * memory.report["client_forwards"]
         for name in ("samples", "client_forwards"):
             pl_module.log(f"budget/{name}", self.spent[name])
         if any(limit is not None and self.spent[name] >= limit for name, limit in self.limits.items()):

@@ -13,7 +13,7 @@ from hosfl_lightning.callbacks.round_callback import RoundCallback
 
 KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
 #: What only some methods send, or travels only when a client returns; the records it replays count as updates.
-RARE_KINDS = ("weights", "probed_data", "catch_up_request", "snapshot")
+RARE_KINDS = ("weights", "probed_data", "catch_up_request", "snapshot", "step_request", "probe_request", "round_end")
 #: A gradient in few bits is counted as what it holds, as z and λ are in every codec.
 COUNTED_AS = {"coded_gradient": "projected_gradients"}
 
@@ -59,7 +59,7 @@ class CommunicationMonitor(RoundCallback):
         by_kind: Counter[str] = Counter()
         by_direction: Counter[str] = Counter(up=0, down=0)
         clients: set[int | None] = set()
-        for sent in trainer.transport.entries():
+        for sent in trainer.fleet.entries():
             if sent.direction == "up" and sent.kind != "catch_up_request":
                 clients.add(sent.client)
             by_kind[COUNTED_AS.get(sent.kind, sent.kind)] += sent.bytes * sent.receivers

@@ -6,17 +6,16 @@ from typing import Any
 
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import MEAN, AggregationRule, combine
 from hosfl_lightning.callbacks.round_callback import RoundCallback
-from hosfl_lightning.optim import ZerothOrder
-from hosfl_lightning.wire import ProjectedGradients, Update
+from hosfl_lightning.wire import Update
 
 
 class DimensionFreeAggregation(RoundCallback):
     r"""``v̄_p = Σ_k w_k v_kp`` (or another mean), then ``θ_c ← rule(θ_c, (1/P) Σ_p v̄_p u_p)`` at every client alike.
 
-    What travels is ``P`` scalars each way; no weight vector, whatever the model's size. In a plain Trainer it is a step
-    of `HybridOrder`, which makes one where ``callbacks`` has none; the clients are the ranks, with equal weights.
+    What travels is ``P`` scalars each way; no weight vector, whatever the model's size. Added
+    when a recipe has none; it sees the update that goes on record. In a plain Trainer it watches `HybridOrder`, which
+    makes one where ``callbacks`` has none; the clients are the ranks, with equal weights.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -26,15 +25,14 @@ class DimensionFreeAggregation(RoundCallback):
     Reference: HO-SFL, arXiv 2603.14773; DeComFL, arXiv 2405.15861.
     """
 
+    needs = "update"
+
     def __init__(self) -> None:
         self._update: Update | None = None
 
-    def aggregate(
-        self, answers: list[ProjectedGradients], optimizer: ZerothOrder, rule: AggregationRule = MEAN
-    ) -> Update:
-        """The update record that goes to everybody."""
-        self._update = combine(answers, optimizer, rule, mu=optimizer.smoothing)
-        return self._update
+    @override
+    def on_update(self, update: Update) -> None:
+        self._update = update
 
     @override
     def report(self, trainer: Any, pl_module: Any) -> None:

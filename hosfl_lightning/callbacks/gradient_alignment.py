@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.func import functional_call
 from typing_extensions import override
 
 from hosfl_lightning.aggregation.weights import weights
+from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Client
 from hosfl_lightning.optim import Basis
+from hosfl_lightning.server import Inbox
+from hosfl_lightning.wire import Multiplier, Update
 
 Term = tuple[dict[str, Tensor], Tensor, int]
 """``x_k``, ``λ_k (B, S, h)`` and ``n_k`` of one client: its Lagrangian term is ``⟨λ_k, f_c(x_k; θ_c)⟩``."""
 
 
-class GradientAlignment(Callback):
+class GradientAlignment(RoundCallback):
     r"""Every n rounds ``g_k = ∇_{θ_c} ⟨λ_k, f_c(x_k; θ_c)⟩`` by backprop, beside the ``ĝ`` that is applied.
 
     With ``ḡ = Σ_k w_k g_k``, ``∇_s`` the server's gradient before clipping, and ``Δθ`` what each half's own step does:
@@ -49,25 +51,67 @@ class GradientAlignment(Callback):
         ValueError: ``every_n_rounds`` is below 1; or at setup, in a run of several processes or without rounds.
     """
 
+    needs = "multipliers"
+
     def __init__(self, every_n_rounds: int = 10) -> None:
         if every_n_rounds < 1:
             raise ValueError(f"GradientAlignment: every_n_rounds must be >= 1, got {every_n_rounds}")
         self.every_n_rounds = every_n_rounds
         self._figures: dict[str, float | None] = {}
         self._halves: list[Half] = []
+        self._seen: tuple[Inbox, Mapping[int, Multiplier]] | None = None
+        self._update: Update | None = None
 
     @override
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a run in which the clients' gradients are not at hand."""
         if stage != "fit":
             return
-        if not hasattr(trainer, "transport"):
+        if not hasattr(trainer, "processes"):
             raise ValueError("GradientAlignment measures the rounds of an Orchestrator; remove it from this Trainer")
         if trainer.world_size > 1:
             raise ValueError(
                 f"GradientAlignment needs the gradients of all clients in one process, and there are "
                 f"{trainer.world_size}; set trainer.devices: 1, or remove it from trainer.callbacks"
             )
+
+    @override
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The clients of a simulation, and their data, are at hand."""
+        self._trainer = trainer
+
+    @override
+    def on_multipliers(self, inbox: Inbox, multipliers: Mapping[int, Multiplier]) -> None:
+        self._seen = (inbox, multipliers) if self.due(self._trainer.global_step) else None
+        self._update = None
+
+    @override
+    def on_update(self, update: Update) -> None:
+        self._update = update
+
+    @override
+    def before_step(self) -> None:
+        """Measure before either half moves; nothing of it is sent."""
+        if self._seen is None:
+            return
+        trainer, (inbox, multipliers) = self._trainer, self._seen
+        self._seen = None
+        with trainer.fabric.autocast():
+            terms = [self._term(message, multipliers[message.client]) for message in inbox.messages]
+            known = None
+            if self._update is not None:
+                known = trainer.server.basis(self._update.round), self._update.coefficients
+            server = [*trainer.lightning_module.server_parameters.values()]
+            self.measure(trainer.endpoint.client, terms, server, known)
+
+    def _term(self, message: Any, multiplier: Multiplier) -> Term:
+        cohort = self._trainer.endpoint.data([message.client], message.round)
+        batch = self._trainer.to_device(cohort.batch)
+        return batch, multiplier.unpack(message.mask), cohort.num_terms[0]
+
+    @override
+    def forget(self) -> None:
+        self._seen = None
 
     def due(self, round: int) -> bool:
         """Whether a round, counted from 0, is measured."""
@@ -102,7 +146,7 @@ class GradientAlignment(Callback):
         self._halves = [Half.now(zip(parameters, total)), Half.now(known)]
 
     @override
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def report(self, trainer: Any, pl_module: Any) -> None:
         """Both halves have moved: log what was measured."""
         if not self._halves:
             return

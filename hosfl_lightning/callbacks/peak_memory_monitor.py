@@ -5,11 +5,9 @@ What a client's round costs in arithmetic and time is measured in the same rehea
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,21 +18,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 from typing_extensions import override
 
-from hosfl_lightning.callbacks.step_memory import StepMemory
-from hosfl_lightning.clients import Client, Cohort, run
+from hosfl_lightning.callbacks.drop_in.step_memory import StepMemory
+from hosfl_lightning.callbacks.rehearsal import Around, Rehearsal
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
-from hosfl_lightning.servers.server import loss_of
-
-Rehearse = Callable[[dict[str, Tensor], Cohort, Callable[[], int]], int]
-"""One client's part of a round, with made-up answers of the server; returns what the third said while it waited."""
+from hosfl_lightning.server.server import loss_of
+from hosfl_lightning.split import run
+from hosfl_lightning.wire import Message, Multiplier, Update
 
 
 class PeakMemoryMonitor(Callback):
     """Measures the memory of each role once, before the first round, on *one* client's batch.
 
     Static bytes (parameters, buffers, optimizer state) are exact sums; working bytes are the peak of live tensor
-    storage during the real steps, followed operation by operation. The steps run on the real client and everything is
-    put back, so measured and unmeasured runs are the same run. On CUDA the allocator's own peak is logged as well.
+    storage while the client answers, followed operation by operation. It answers the real server in the method's own
+    conversation, and everything is put back, so measured and unmeasured runs are the same run. Frames on their way are
+    nobody's. On CUDA the allocator's own peak is logged as well.
 
     | logged key | meaning | unit |
     |---|---|---|
@@ -71,14 +69,12 @@ class PeakMemoryMonitor(Callback):
         if isinstance(trainer, Trainer):
             self._step = StepMemory(trainer)
             return
-        client_id = next(iter(trainer.sample(0)), 0)
-        cohort = trainer.minibatch(client_id, 0)
-        batch = trainer.to_device(cohort.batch)
+        rehearsal = Rehearsal(trainer)
+        batch = trainer.to_device(rehearsal.cohort.batch)
+        self.report = {**measure_client(rehearsal, batch)}
         with trainer.fabric.autocast():
-            algorithm, half = trainer.algorithm, pl_module.client_half
-            self.report = {**measure_client(algorithm.client, algorithm.rehearse, batch, cohort)}
-            self.report |= measure_server(pl_module, batch, algorithm.server_order)
-            self.report |= measure_compute(algorithm.client, algorithm.rehearsals(), half, batch, cohort)
+            self.report |= measure_server(pl_module, batch, trainer.algorithm.server_order)
+        self.report |= measure_compute(rehearsal, pl_module.client_half, batch)
         for name, value in self.report.items():
             kind = {"client_forwards": "compute", "client_seconds": "time"}.get(name, "memory")
             pl_module.log(f"{kind}/{name}", value)
@@ -114,58 +110,93 @@ class PeakMemoryMonitor(Callback):
             self._step = None
 
 
-def measure_client(client: Client, rehearse: Rehearse, batch: dict[str, Tensor], cohort: Cohort) -> dict[str, int]:
-    """Inference, then the client's own steps on the same batch; parameters and optimizer end as they were."""
+def measure_client(rehearsal: Rehearsal, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Inference, then the client's own round on the same batch; everything ends as it was."""
+    client = rehearsal.endpoint.client
     static = storage_bytes([*client.half.parameters(), *client.half.buffers()])
-    forward = plain_forward_peak(lambda: run(client.half, batch))
-    with undone(client):
-        rehearse(batch, cohort, int)  # so that the optimizer's state is there while the next one is measured
-        state = storage_bytes(t for s in client.optimizer.state.values() for t in s.values() if isinstance(t, Tensor))
-        with MemoryMeter() as meter, meter.role("client"):
-            waiting = rehearse(batch, cohort, lambda: meter.live("client"))
-            peak = meter.peak("client")
+    with rehearsal.autocast():
+        forward = plain_forward_peak(lambda: run(client.half, batch))
+    meter, waiting = MemoryMeter(), 0
+
+    @contextmanager
+    def metered(request: Message) -> Iterator[None]:
+        nonlocal waiting
+        with meter, meter.role("client"):
+            if isinstance(request, Multiplier | Update):
+                waiting = max(waiting, meter.live("client"))
+            yield
+
+    with rehearsal.undone():
+        rehearsal.round()  # so that the optimizer's state is there while the next one is measured
+        state = storage_bytes(rehearsal.endpoint.slots(rehearsal.cohort.clients[0]))
+        rehearsal.round(metered)
     return {
         "client_static_bytes": static + state,
         "client_forward_bytes": static + forward,
-        "client_peak_bytes": static + state + peak,
+        "client_peak_bytes": static + state + meter.peak("client"),
         "client_waiting_bytes": waiting,
     }
 
 
-def measure_compute(
-    client: Client,
-    rehearsals: Sequence[tuple[Rehearse, float]],
-    half: nn.Module,
-    batch: dict[str, Tensor],
-    cohort: Cohort,
-) -> dict[str, float]:
+def measure_compute(rehearsal: Rehearsal, half: nn.Module, batch: dict[str, Tensor]) -> dict[str, float]:
     """FLOPs of a client's round in forwards of the client half, and its seconds; everything ends as it was.
 
     Args:
-        client: Who takes the steps.
-        rehearsals: The kinds of round, each with its share of the rounds.
+        rehearsal: Of the client.
         half: The client half.
-        batch: Of the cohort, on the client's device.
-        cohort: One client.
+        batch: Of the client, on its device.
     """
     # Not the optimizer's: a frozen client may have nothing to train.
     device, rounds, seconds = next(iter(batch.values())).device, 0.0, 0.0
-    with torch.no_grad():
+    with torch.no_grad(), rehearsal.autocast():
         forward = flops_of(lambda: run(half, batch), device)
-    for rehearse, share in rehearsals:
-        work = partial(rehearse, batch, cohort, int)
-        with undone(client):
-            rounds += share * flops_of(work, device)
-        with undone(client):
-            seconds += share * seconds_of(work, device)
+    for round, share in rehearsal.algorithm.kinds_of_round():
+        with rehearsal.undone():
+            rehearsal.round(counted(tally := [0], device), round)
+        with rehearsal.undone():
+            rehearsal.round(timed(clock := [0.0], device), round)
+        rounds, seconds = rounds + share * tally[0], seconds + share * clock[0]
     return {"client_forwards": rounds / forward if forward else 0.0, "client_seconds": seconds}
+
+
+def counted(tally: list[int], device: torch.device) -> Around:
+    """Adds the FLOPs of a client's answers to ``tally[0]``."""
+
+    @contextmanager
+    def around(request: Message) -> Iterator[None]:
+        with flop_counter(device) as counter:
+            yield
+        tally[0] += counter.get_total_flops()
+
+    return around
+
+
+def timed(clock: list[float], device: torch.device) -> Around:
+    """Adds the seconds of a client's answers to ``clock[0]``."""
+
+    @contextmanager
+    def around(request: Message) -> Iterator[None]:
+        synchronize(device)
+        began = time.perf_counter()
+        yield
+        synchronize(device)
+        clock[0] += time.perf_counter() - began
+
+    return around
+
+
+@contextmanager
+def flop_counter(device: torch.device) -> Iterator[FlopCounterMode]:
+    """Counts matrix products, convolutions and attention."""
+    # The CPU's fused attention is not in torch's table; as matrix products it is counted.
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with attention, FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+        yield counter
 
 
 def flops_of(work: Callable[[], object], device: torch.device) -> int:
     """Of matrix products, convolutions and attention."""
-    # The CPU's fused attention is not in torch's table; as matrix products it is counted.
-    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with attention, FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+    with flop_counter(device) as counter:
         work()
     return counter.get_total_flops()
 
@@ -179,15 +210,6 @@ def backward_of_convolution(
 
 
 CORRECTED = {torch.ops.aten.convolution_backward: backward_of_convolution}
-
-
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Until the device has done it."""
-    synchronize(device)
-    began = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began
 
 
 def synchronize(device: torch.device) -> None:
@@ -214,18 +236,3 @@ def measure_server(module: Any, batch: dict[str, Tensor], order: str = "first") 
     for parameter in module.server_half.parameters():
         parameter.grad = None
     return {"server_static_bytes": static, "server_peak_bytes": static + peak}
-
-
-@contextmanager
-def undone(client: Client) -> Iterator[None]:
-    """Whatever happens inside, the client's parameters and optimizer end as they were."""
-    optimizer = client.optimizer
-    saved = [p.detach().clone() for p in optimizer.parameters]
-    state = copy.deepcopy(optimizer.state_dict())
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, bits in zip(optimizer.parameters, saved):
-                parameter.copy_(bits)
-        optimizer.load_state_dict(state)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.callbacks.drop_in.trainer_check import refuse_no_rounds
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
-from hosfl_lightning.callbacks.trainer_check import refuse_no_rounds
-from hosfl_lightning.clients import Anchor, Cohort, SplitClient
-from hosfl_lightning.optim import Basis
 from hosfl_lightning.rng import Domain, Stream, direction
+from hosfl_lightning.wire import ProjectedGradients
 
 
 class RandomSigns(LagrangianUpdate):
@@ -54,15 +52,10 @@ class RandomSigns(LagrangianUpdate):
         self._key = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little")
 
     @override
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """The round."""
-        self._round = batch_idx
+    def on_answers(self, answers: list[ProjectedGradients]) -> list[ProjectedGradients]:
+        """The coefficients as they arrived, each with a random sign."""
+        return [replace(one, coefficients=one.coefficients * self._signs(one)) for one in answers]
 
-    @override
-    def answer(self, client: SplitClient, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort,
-               basis: Basis) -> Tensor:  # fmt: skip
-        """``(K, P)`` coefficients, each with a random sign."""
-        values = super().answer(client, batch, anchor, multiplier, cohort, basis)
-        streams = [Stream(self._key, Domain.RADEMACHER, self._round, k) for k in cohort.clients]
-        signs = [direction(stream, 0, 0, basis.size, device=values.device) for stream in streams]
-        return values * torch.stack(signs)
+    def _signs(self, answer: ProjectedGradients) -> Any:
+        stream = Stream(self._key, Domain.RADEMACHER, answer.round, answer.client)
+        return direction(stream, 0, 0, len(answer.coefficients), device=answer.coefficients.device)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from hosfl_lightning.server import RoundWatcher
 
-class RoundCallback(Callback):
+
+class RoundCallback(Callback, RoundWatcher):
     """Reports once a round; in a plain Trainer, where a round may be several batches, when `HybridOrder` says so.
 
     Attributes:
@@ -19,10 +21,15 @@ class RoundCallback(Callback):
     """
 
     adopted = False
+    #: What it must be told of a round, one of `Algorithm.tells`; None: nothing.
+    needs: ClassVar[str | None] = None
 
     @abstractmethod
     def report(self, trainer: Any, pl_module: Any) -> None:
         """Log what the round left."""
+
+    def forget(self) -> None:  # most have nothing to forget
+        """What was seen belongs to a round that is given up."""
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

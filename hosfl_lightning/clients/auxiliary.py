@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hosfl_lightning.clients.base import Batch, run
+from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.objective import ObjectiveClient
 from hosfl_lightning.clients.recompute import recomputing
 from hosfl_lightning.optim import Dense, SharedDirections
 from hosfl_lightning.optim.sphere import sphere_difference
+from hosfl_lightning.split import run
 
 
 class AuxiliaryHalf(nn.Module):

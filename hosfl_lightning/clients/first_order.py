@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Anchor, Batch, SplitClient
+from hosfl_lightning.clients.base import Anchor, SplitClient
+from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.recompute import recomputing
 from hosfl_lightning.optim import Basis, ZerothOrder
 

@@ -9,7 +9,9 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Anchor, Batch, SplitClient, freeze, lagrangian_term
+from hosfl_lightning.clients.base import Anchor, SplitClient, freeze
+from hosfl_lightning.clients.cohort import Batch
+from hosfl_lightning.clients.lagrangian import lagrangian_term
 from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hosfl_lightning.clients.base import Anchor, Batch
+from hosfl_lightning.clients.base import Anchor
+from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.wire import Update

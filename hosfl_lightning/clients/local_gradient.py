@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Anchor, Batch
+from hosfl_lightning.clients.base import Anchor
+from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.optim import Basis, Dense, SharedDirections, ZerothOrder
 from hosfl_lightning.optim.local_gradient import add_local_gradient_

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients.base import Batch, Client, freeze, run
+from hosfl_lightning.clients.base import Client, freeze
+from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.recompute import recomputing
 from hosfl_lightning.optim import Dense, ZerothOrder
+from hosfl_lightning.split import run
 
 
 class WholeModel(nn.Module):
@@ -80,3 +82,10 @@ class ObjectiveClient(Client):
         self.optimizer.record(basis.project(gradients), basis)
         self.optimizer.step()
         return loss.detach()
+
+
+def whole_model(model: Any, settings: dict[str, Any]) -> tuple[WholeModel, dict[str, nn.Parameter]]:
+    """`Endpoint.hold` of a method without a cut: both halves, both trained, the client's first."""
+    halves = {"client_half": model.client_parameters, "server_half": model.server_parameters}
+    named = {f"{half}.{name}": p for half, of_half in halves.items() for name, p in of_half.items()}
+    return WholeModel(model.client_half, model.server_half), named

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from jsonargparse import get_loader
 
-from hosfl_lightning import cli
+from hosfl_lightning import recipe
 from hosfl_lightning.compare import report as reports
 from hosfl_lightning.compare.conditions import unequal
 from hosfl_lightning.compare.pictures import draw
@@ -178,7 +178,7 @@ def _reason(failed: Path) -> str:
 
 def parse(settings: type, prog: str, args: list[str]) -> Any:
     """The settings that a command line gives, a `Comparison` or a `Report`."""
-    parser = cli.Parser(prog=prog, description=(settings.__doc__ or "").splitlines()[0])
+    parser = recipe.Parser(prog=prog, description=(settings.__doc__ or "").splitlines()[0])
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")
     parser.add_class_arguments(settings)
     args, overrides = _dotted(args, "--overrides.") if settings is Comparison else (args, {})

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.identity import digest
-from hosfl_lightning.run_folder import IDENTITY
+from hosfl_lightning.run.folder import IDENTITY
+from hosfl_lightning.run.identity import digest
 
 #: Written into a run folder of a comparison when the fit is over.
 CONDITIONS = "conditions.json"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from hosfl_lightning.compare.results import FIRST_ORDER, FROZEN
-from hosfl_lightning.summary import size
+from hosfl_lightning.run.summary import size
 
 #: Paul Tol's "muted" and "bright" for colour-blind readers, ordered so that neighbours differ in lightness as well.
 COLOURS = (

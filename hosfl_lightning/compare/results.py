@@ -14,7 +14,7 @@ import torch
 from hosfl_lightning.compare.runs import ABSCISSAE, Group
 from hosfl_lightning.compare.settings import ComparisonError, Target
 from hosfl_lightning.compare.statistics import first_reaching, gap_closed, spread
-from hosfl_lightning.identity import hardware
+from hosfl_lightning.run.identity import hardware
 
 #: Which class of method is which control.
 FROZEN, FIRST_ORDER = "Frozen", "SplitFedSGD"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hosfl_lightning.summary import size
+from hosfl_lightning.run.summary import size
 
 NONE = "–"
 PUT_BACK = "test loss, client put back"

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from hosfl_lightning import cli
+from hosfl_lightning import recipe
 from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.callbacks import Budget
 from hosfl_lightning.compare.conditions import CONDITIONS, conditions
 from hosfl_lightning.compare.configs import Job
 from hosfl_lightning.compare.settings import ComparisonError
 from hosfl_lightning.files import write_whole
-from hosfl_lightning.run_folder import IDENTITY
+from hosfl_lightning.run.folder import IDENTITY
 from hosfl_lightning.wire import WireError
 
 #: How a run ends that diverges: recorded, and the comparison goes on. Anything else is a fault, and stops it.
@@ -55,7 +55,7 @@ class Rehearsal:
     data: str
 
 
-class ParseOnly(cli.HOSFLCommand):
+class ParseOnly(recipe.HOSFLCommand):
     """Finds what is wrong with a recipe without building anything."""
 
     @override
@@ -67,7 +67,7 @@ class ParseOnly(cli.HOSFLCommand):
         """Nothing."""
 
 
-class Evaluate(cli.HOSFLCommand):
+class Evaluate(recipe.HOSFLCommand):
     """The test set by what a run ended with, then with the client half as it was before the first round."""
 
     def before_test(self) -> None:
@@ -116,12 +116,12 @@ def rehearse(jobs: list[Job]) -> Rehearsal:
     print_into(job.log)
     try:
         for one in jobs:
-            cli.command(["fit", f"--config={one.config}"], ParseOnly)
+            recipe.command(["fit", f"--config={one.config}"], ParseOnly)
         shutil.rmtree(job.folder, ignore_errors=True)
-        command = cli.command(["fit", f"--config={job.config}"])
+        command = recipe.command(["fit", f"--config={job.config}"])
     except SystemExit as end:
         raise ComparisonError(f"methods.{job.method}: {end.__cause__ or end}") from None
-    except cli.USER_ERRORS as error:
+    except recipe.USER_ERRORS as error:
         raise ComparisonError(f"methods.{job.method}: {error}") from None
     trainer: Any = command.trainer
     data: Any = command.datamodule
@@ -132,7 +132,7 @@ def rehearse(jobs: list[Job]) -> Rehearsal:
     named = [name for name in inspect.signature(type(data)).parameters if name.startswith("test")]
     return Rehearsal(
         spent=budget.spent,
-        metrics=sorted(trainer.result.last.metrics),
+        metrics=sorted(trainer.run.result.last.metrics),
         validation=len(data.validation_set),
         test=len(data.test_set),
         data=f"{type(data).__name__} ({', '.join(f'data.init_args.{name}' for name in named)})",
@@ -165,7 +165,7 @@ def fit(job: Job) -> None:
     if not begun:
         shutil.rmtree(job.folder, ignore_errors=True)
     resumed = [f"--ckpt_path={job.folder}"] if begun else []
-    command = cli.command(["fit", f"--config={job.config}", *resumed])
+    command = recipe.command(["fit", f"--config={job.config}", *resumed])
     data: Any = command.datamodule
     _write(job.folder / CONDITIONS, conditions(data))
 
@@ -174,7 +174,7 @@ def evaluate(job: Job) -> None:
     """The test set, by what the run ended with, and once more without what its client learned."""
     last = job.folder / "checkpoints" / "last.ckpt"
     arguments = ["test", f"--config={job.config}", f"--ckpt_path={last}", "--trainer.logger=false"]
-    command: Any = cli.command(arguments, Evaluate)
+    command: Any = recipe.command(arguments, Evaluate)
     _write(job.folder / TEST, command.values)
 
 

@@ -13,7 +13,7 @@ from hosfl_lightning.optim.estimators import (
 )
 from hosfl_lightning.optim.local_walk import LocalWalk, check_linear
 from hosfl_lightning.optim.moments import Moments
-from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule
+from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule, rule_of
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
 __all__ = [
@@ -38,4 +38,5 @@ __all__ = [
     "check_linear",
     "forward_derivative",
     "forward_difference",
+    "rule_of",
 ]

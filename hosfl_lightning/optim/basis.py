@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -136,6 +137,12 @@ class SharedDirections(Basis):
         part = copy(self)
         part.streams = self.streams[first : first + probes]
         return part
+
+    def of_client(self, client: int) -> SharedDirections:
+        """As many directions that are that client's own."""
+        own = copy(self)
+        own.streams = [replace(stream, client=client) for stream in self.streams]
+        return own
 
     @override
     def describe(self) -> dict[str, Any]:

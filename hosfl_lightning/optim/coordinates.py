@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -39,13 +40,19 @@ class Coordinates(Basis):
         total = self.starts[-1]
         if not 1 <= count <= total:
             raise ValueError(f"count must be between 1 and the {total} trained values of the client, got {count}")
-        self.scale = total / count
-        self.chosen = permutation(total, seed, Domain.COORDINATES, round=round)[:count].sort().values
+        self.count, self.scale = count, total / count
+        self._drawn = total, seed, round
+
+    @cached_property
+    def chosen(self) -> Tensor:
+        """``S``, ascending; drawn when it is needed, which it is not by whoever only passes the coefficients on."""
+        total, seed, round = self._drawn
+        return permutation(total, seed, Domain.COORDINATES, round=round)[: self.count].sort().values
 
     @property
     @override
     def size(self) -> int:
-        return len(self.chosen)
+        return self.count
 
     @override
     def describe(self) -> dict[str, Any]:

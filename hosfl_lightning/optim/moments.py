@@ -41,8 +41,12 @@ class Moments:
 
     def commit(self, clients: Iterable[int]) -> None:
         """The round is over: keep what these clients did in it, and forget what the others did."""
-        self.held |= {client: self._moved[client] for client in clients}
+        self.held |= {client: self._moved[client] for client in clients if client in self._moved}
         self._moved = {}
+
+    def tensors(self, client: int) -> list[Tensor]:
+        """That client's, as of its last round that counted."""
+        return [t for held in self.held.get(client, (0, {}))[1].values() for t in held.values()]
 
     def _put(self, steps: int, slots: dict[int, dict[str, Tensor]]) -> None:
         for group in self.optimizer.param_groups:

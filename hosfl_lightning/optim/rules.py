@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,3 +105,24 @@ class AdamW(UpdateRule):
         square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
         param.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+
+
+def rule_of(description: Mapping[str, Any]) -> UpdateRule:
+    """The rule of a `ZerothOrder.prescription`: of this package, or of a class that was imported before.
+
+    Raises:
+        ValueError: An unknown name, or settings that the rule does not take.
+    """
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "name"}
+    known: dict[Any, Any] = {kind.__name__: kind for kind in _subclasses(UpdateRule)}
+    name = description.get("name")
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"no update rule {name!r} is known here, only {', '.join(sorted(known))}; import its class")
+    try:
+        return known[name](**settings)
+    except TypeError as error:
+        raise ValueError(f"update rule {name}: {error}") from error
+
+
+def _subclasses(kind: Any) -> list[Any]:
+    return [one for sub in kind.__subclasses__() for one in (sub, *_subclasses(sub))]

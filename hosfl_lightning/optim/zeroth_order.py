@@ -124,6 +124,12 @@ class ZerothOrder(torch.optim.Optimizer):
         """Steps taken."""
         return self.param_groups[0]["step"]
 
+    @property
+    def prescription(self) -> dict[str, Any]:
+        """The rule's name and its hyper-parameters now, one set for all groups: what a message says of it."""
+        group = self.param_groups[0]
+        return {"name": type(self.rule).__name__, **{name: group[name] for name in self.rule.hyper_parameters()}}
+
     def basis(self, round: int, probes: int | None = None) -> SharedDirections:
         """The directions of one round, ``P`` or another number; `step` on its own uses the number of steps taken."""
         group = self.param_groups[0]

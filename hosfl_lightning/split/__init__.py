@@ -10,6 +10,7 @@ from hosfl_lightning.split.halves import ClientHalf, ServerHalf
 from hosfl_lightning.split.image_halves import ImageClientHalf, ImageServerHalf
 from hosfl_lightning.split.images import place_side_images, split_images
 from hosfl_lightning.split.placement import Placement, add_side, place_side
+from hosfl_lightning.split.run import run
 from hosfl_lightning.split.side import Side
 from hosfl_lightning.split.structure import LayerPath, find_layers
 
@@ -36,6 +37,7 @@ __all__ = [
     "load_server_half",
     "place_side",
     "place_side_images",
+    "run",
     "split",
     "split_images",
 ]

@@ -22,6 +22,8 @@ from hosfl_lightning.wire.errors import (
 )
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
 from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.requests import ProbeRequest, RoundEnd, StepRequest
+from hosfl_lightning.wire.terms import Terms, manifest
 from hosfl_lightning.wire.weights import Weights
 
 __all__ = [
@@ -45,11 +47,15 @@ __all__ = [
     "Message",
     "Multiplier",
     "NonFiniteError",
+    "ProbeRequest",
     "ProbedData",
     "ProjectedGradients",
+    "RoundEnd",
     "ShapeError",
     "SmashedData",
     "Snapshot",
+    "StepRequest",
+    "Terms",
     "TooLargeError",
     "TruncatedError",
     "Update",
@@ -60,5 +66,6 @@ __all__ = [
     "decode",
     "encode",
     "encoded_size",
+    "manifest",
     "peek",
 ]

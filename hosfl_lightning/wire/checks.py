@@ -22,6 +22,12 @@ def check_counts(kind: str, **counts: object) -> None:
             raise FieldError(f"{kind}: {name} must be an integer >= 0, got {value!r:.80}")
 
 
+def check_loss(kind: str, loss: object) -> None:
+    """A float, or None."""
+    if loss is not None and not isinstance(loss, float):
+        raise FieldError(f"{kind}: loss must be a float or None, got {loss!r:.80}")
+
+
 def check_strings(kind: str, **strings: object) -> None:
     """Strings."""
     for name, value in strings.items():

@@ -34,6 +34,7 @@ class CodedGradient:
             read: like the bits behind a mask's last, it carries nothing.
         count: P.
         num_terms: n_k.
+        attempt: How often the round was repeated before, >= 0.
     """
 
     kind: ClassVar[str] = "coded_gradient"
@@ -43,10 +44,19 @@ class CodedGradient:
     coefficients: Coded
     count: int
     num_terms: int
+    attempt: int = 0
 
     @classmethod
     def pack(
-        cls, round: int, client: int, basis: dict[str, Any], coefficients: Tensor, num_terms: int, codec: str, seed: int
+        cls,
+        round: int,
+        client: int,
+        basis: dict[str, Any],
+        coefficients: Tensor,
+        num_terms: int,
+        codec: str,
+        seed: int,
+        attempt: int = 0,
     ) -> CodedGradient:
         """Codes ``coefficients`` (P,) float32.
 
@@ -57,7 +67,7 @@ class CodedGradient:
         count = len(coefficients)
         rows = torch.nn.functional.pad(coefficients, (0, -count % ROW)).reshape(-1, ROW)
         coded = Coded.of(rows, codec, rounding_stream(cls.kind, seed, round, client, 0), TENSOR)
-        return cls(round, client, basis, coded, count, num_terms)
+        return cls(round, client, basis, coded, count, num_terms, attempt)
 
     def unpack(self) -> Tensor:
         """The coefficients as the server knows them, (P,) float32."""
@@ -70,6 +80,7 @@ class CodedGradient:
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, count=self.count, num_terms=self.num_terms)
+        check_counts(self.kind, attempt=self.attempt)
         check_settings(self.kind, "basis", self.basis)
         self.coefficients.check(self.kind, "coefficients")
         if self.coefficients.dtype != "float32":

@@ -8,7 +8,7 @@ value. A bool tensor travels as packed bits, first element highest, with its sha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -47,7 +47,7 @@ def encode(message: Message, run_id: bytes = bytes(16)) -> bytes:
     """
     message.check()
     values, tensors = _take_apart(message)
-    header, starts, size = layout(values, _forms(tensors))
+    header, starts, size = _lay_out(message, values, tensors)
     frame = bytearray(ENVELOPE_BYTES + size)
     begin = ENVELOPE_BYTES + len(header)
     frame[ENVELOPE_BYTES:begin] = header
@@ -67,7 +67,7 @@ def encoded_size(message: Message) -> int:
         FieldError: A field that cannot be written.
     """
     values, tensors = _take_apart(message)
-    return ENVELOPE_BYTES + layout(values, _forms(tensors))[2]
+    return ENVELOPE_BYTES + _lay_out(message, values, tensors)[2]
 
 
 def decode(
@@ -124,9 +124,22 @@ def check_finite(message: Message) -> None:
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             bad = int((~tensor.isfinite()).sum())
             raise NonFiniteError(f"{message.kind}: {name} has {bad} values that are NaN or infinite")
+    for name in _not_finite(values):
+        raise NonFiniteError(f"{message.kind}: {name} has a number that is NaN or infinite")
+
+
+def _lay_out(message: Message, values: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[bytes, dict[str, int], int]:
+    """`layout`; what JSON has no word for is refused by name."""
+    for name in _not_finite(values):
+        raise FieldError(f"{message.kind}: {name} has a number that is NaN or infinite")
+    return layout(values, _forms(tensors))
+
+
+def _not_finite(values: dict[str, Any]) -> Iterator[str]:
+    """The plain fields that hold NaN or infinity."""
     for name, value in values["fields"].items():
-        if not all(math.isfinite(number) for number in _floats(value)):
-            raise NonFiniteError(f"{message.kind}: {name} has a number that is NaN or infinite")
+        if not all(map(math.isfinite, _floats(value))):
+            yield name
 
 
 def _take_apart(message: Message) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,11 +10,17 @@ and those of a client that comes back after missed rounds:
              client k -> server   CatchUpRequest       the version of θ_c that it holds
              server -> client k   Snapshot             θ_c and the optimizer's moments, where updates would not do
 
-Other methods send, beside or in place of these:
+The server begins, and asks for what does not follow from its last message; a method sends some of these:
 
+             server -> client k   StepRequest          begin the round, or go on at a local step of it
+             server -> client k   ProbeRequest         z at one side of a probe
+             server -> everybody  RoundEnd             whose part of a round without an Update counts
+             server -> client k   Terms                when it joins: all of a run that a client must know
              either way           Weights              full vectors, which the server averages
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
+
+Every message of a round says in which attempt of it it was sent, so that a late answer is known as one.
 
 Padding never travels: per-token tensors hold the n valid tokens only, row-major over the (B, S) positions where the
 mask is True. A message holds what travels, rounded by its codec already, so that it means the same whether it is
@@ -24,19 +30,28 @@ serialised or handed over. Messages compare by identity, since tensors do not co
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
-from hosfl_lightning.wire.checks import check_clients, check_counts, check_settings, check_strings, check_tensor
+from hosfl_lightning.wire.checks import (
+    check_clients,
+    check_counts,
+    check_loss,
+    check_settings,
+    check_strings,
+    check_tensor,
+)
 from hosfl_lightning.wire.codecs import Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.errors import FieldError, ShapeError
 from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
 from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.requests import ProbeRequest, RoundEnd, StepRequest
+from hosfl_lightning.wire.terms import Terms
 from hosfl_lightning.wire.weights import Weights
 
 IGNORE_INDEX = -100
@@ -55,6 +70,8 @@ class SmashedData:
             there is none), (B,) for one per sequence.
         mask: Valid tokens, (B, S) bool with n of them True.
         labels_per_token: Which of the two the labels are; their length does not tell when n = B.
+        attempt: How often the round was repeated before, >= 0.
+        step: The client's local step within the round, >= 0.
     """
 
     kind: ClassVar[str] = "smashed_data"
@@ -64,6 +81,8 @@ class SmashedData:
     labels: Tensor
     mask: Tensor
     labels_per_token: bool
+    attempt: int = 0
+    step: int = 0
 
     @classmethod
     def pack(
@@ -76,6 +95,7 @@ class SmashedData:
         codec: str = "fp32",
         seed: int = 0,
         step: int = 0,
+        attempt: int = 0,
     ) -> SmashedData:
         """Drops the padding and codes z.
 
@@ -88,6 +108,7 @@ class SmashedData:
             codec: How z travels, one of `CODECS`.
             seed: The run's, for the rounding of int8 and int4.
             step: The client's local step within the round, for the same: each z has noise of its own.
+            attempt: Of the round.
 
         Raises:
             FieldError: Shapes that do not fit, a mask that is not bool, a label beyond 32 bits, an unknown codec, or a
@@ -101,7 +122,7 @@ class SmashedData:
             )
         per_token = labels.dim() == 2
         labels = _narrowest(labels[mask] if per_token else labels)
-        return cls(round, client, coded, labels, mask, per_token)
+        return cls(round, client, coded, labels, mask, per_token, attempt, step)
 
     def unpack(self) -> tuple[Tensor, Tensor, Tensor]:
         """Restores z and puts the padding back.
@@ -120,13 +141,17 @@ class SmashedData:
         padded[self.mask] = labels
         return padded
 
+    def with_z(self, z: Coded) -> SmashedData:
+        """The same with another z of the same tokens, which came without labels and mask."""
+        return replace(self, z=z)
+
     def unpacked_bytes(self) -> int:
         """Memory of what `unpack` returns."""
         return self.mask.numel() * (self.z.row_bytes() + torch.int64.itemsize + torch.bool.itemsize)
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        check_counts(self.kind, round=self.round, client=self.client)
+        check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt, step=self.step)
         self.z.check(self.kind, "z")
         check_tensor(self.kind, "labels", self.labels, 1, _LABELS)
         check_tensor(self.kind, "mask", self.mask, 2, (torch.bool,))
@@ -148,12 +173,16 @@ class Multiplier:
         round: Round number, >= 0.
         client: Client number k, >= 0.
         multiplier: λ_k, (n, h), coded; it comes back in the dtype it had.
+        attempt: How often the round was repeated before, >= 0.
+        step: That of the smashed data it answers, >= 0.
     """
 
     kind: ClassVar[str] = "multiplier"
     round: int
     client: int
     multiplier: Coded
+    attempt: int = 0
+    step: int = 0
 
     @classmethod
     def pack(
@@ -165,6 +194,7 @@ class Multiplier:
         codec: str = "fp32",
         seed: int = 0,
         step: int = 0,
+        attempt: int = 0,
     ) -> Multiplier:
         """Drops the padding of ``multiplier`` (B, S, h) by ``mask`` (B, S) bool, and codes it.
 
@@ -172,7 +202,8 @@ class Multiplier:
             FieldError: Shapes that do not fit, a mask that is not bool, an unknown codec, or a local step out of range.
         """
         stream = rounding_stream(cls.kind, seed, round, client, step)
-        return cls(round, client, pack_rows(cls.kind, "multiplier", multiplier, mask, codec, stream, tensor=1))
+        coded = pack_rows(cls.kind, "multiplier", multiplier, mask, codec, stream, tensor=1)
+        return cls(round, client, coded, attempt, step)
 
     def unpack(self, mask: Tensor) -> Tensor:
         """λ_k as (B, S, h) with zeros at padding; ``mask`` is the one the client sent.
@@ -188,7 +219,7 @@ class Multiplier:
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        check_counts(self.kind, round=self.round, client=self.client)
+        check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt, step=self.step)
         self.multiplier.check(self.kind, "multiplier")
 
 
@@ -202,6 +233,9 @@ class ProjectedGradients:
         basis: How the coefficients are to be read, e.g. ``{"kind": "shared_directions", "probes": 2}``.
         coefficients: v_kp, (P,) float32.
         num_terms: n_k, the loss terms behind them, from which the server makes w_k.
+        attempt: How often the round was repeated before, >= 0.
+        loss: ℓ_k, nats, where the client alone knows it.
+        num_examples: The examples behind them, where z does not tell.
     """
 
     kind: ClassVar[str] = "projected_gradients"
@@ -210,12 +244,17 @@ class ProjectedGradients:
     basis: dict[str, Any]
     coefficients: Tensor
     num_terms: int
+    attempt: int = 0
+    loss: float | None = None
+    num_examples: int = 0
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, num_terms=self.num_terms)
+        check_counts(self.kind, attempt=self.attempt, num_examples=self.num_examples)
         check_settings(self.kind, "basis", self.basis)
         check_tensor(self.kind, "coefficients", self.coefficients, 1, (torch.float32,))
+        check_loss(self.kind, self.loss)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +309,10 @@ Message: TypeAlias = (
     | Weights
     | ProbedData
     | CodedGradient
+    | StepRequest
+    | ProbeRequest
+    | RoundEnd
+    | Terms
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind; the number of a kind in a frame is its place here, from 1 on."""

@@ -25,6 +25,7 @@ class ProbedData:
         probe: Index p of the direction, from 0 on.
         side: 0 for θ_c + μ u_p, 1 for θ_c − μ u_p.
         z: (n, h), coded; it comes back in the dtype it had.
+        attempt: How often the round was repeated before, >= 0.
     """
 
     kind: ClassVar[str] = "probed_data"
@@ -33,6 +34,7 @@ class ProbedData:
     probe: int
     side: int
     z: Coded
+    attempt: int = 0
 
     @classmethod
     def pack(
@@ -46,6 +48,7 @@ class ProbedData:
         codec: str = "fp32",
         seed: int = 0,
         step: int = 0,
+        attempt: int = 0,
     ) -> ProbedData:
         """Drops the padding of ``z`` (B, S, h) by ``mask`` (B, S) bool, and codes it.
 
@@ -53,10 +56,10 @@ class ProbedData:
             FieldError: Shapes that do not fit, a mask that is not bool, an unknown codec, or a probe, side or local
                 step out of range.
         """
-        _check_place(probe, side)
+        check_probe(cls.kind, probe, side)
         stream = rounding_stream(cls.kind, seed, round, client, step)
         coded = pack_rows(cls.kind, "z", z, mask, codec, stream, tensor=2 + 2 * probe + side)
-        return cls(round, client, probe, side, coded)
+        return cls(round, client, probe, side, coded, attempt)
 
     def unpack(self, mask: Tensor) -> Tensor:
         """z as (B, S, h) with zeros at padding; ``mask`` is the one the client sent.
@@ -72,14 +75,15 @@ class ProbedData:
 
     def check(self) -> None:
         """Raises FieldError unless types, dtypes and shapes are as stated above."""
-        check_counts(self.kind, round=self.round, client=self.client)
-        _check_place(self.probe, self.side)
+        check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt)
+        check_probe(self.kind, self.probe, self.side)
         self.z.check(self.kind, "z")
 
 
-def _check_place(probe: int, side: int) -> None:
-    check_counts(ProbedData.kind, probe=probe, side=side)
+def check_probe(kind: str, probe: int, side: int) -> None:
+    """Raises FieldError unless they name one side of a probe that a round can have."""
+    check_counts(kind, probe=probe, side=side)
     if probe >= PROBES:
-        raise FieldError(f"probed_data: probe must be below {PROBES}, got {probe}")
+        raise FieldError(f"{kind}: probe must be below {PROBES}, got {probe}")
     if side > 1:
-        raise FieldError(f"probed_data: side must be 0 (θ + μu) or 1 (θ − μu), got {side}")
+        raise FieldError(f"{kind}: side must be 0 (θ + μu) or 1 (θ − μu), got {side}")

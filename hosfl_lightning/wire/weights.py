@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hosfl_lightning.wire.checks import check_counts, check_named_tensors
+from hosfl_lightning.wire.checks import check_counts, check_loss, check_named_tensors, check_settings
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -25,6 +25,10 @@ class Weights:
         client: Client number k, >= 0; None from the server to everybody.
         tensors: Full vectors by the parameters' names; float32, bfloat16 or float16, any shape, bit for bit.
         num_terms: n_k, the loss terms behind a client's weights; 0 from the server.
+        attempt: How often the round was repeated before, >= 0.
+        rule: From the server, as in a `StepRequest`.
+        loss: From a client: the mean over its loss terms, nats, where it alone knows it.
+        num_examples: From a client: those of its local steps.
     """
 
     kind: ClassVar[str] = "weights"
@@ -32,10 +36,17 @@ class Weights:
     client: int | None
     tensors: dict[str, Tensor]
     num_terms: int = 0
+    attempt: int = 0
+    rule: dict[str, Any] = field(default_factory=dict)
+    loss: float | None = None
+    num_examples: int = 0
 
     def check(self) -> None:
         """Raises FieldError unless types and dtypes are as stated above."""
         check_counts(self.kind, round=self.round, num_terms=self.num_terms)
+        check_counts(self.kind, attempt=self.attempt, num_examples=self.num_examples)
         if self.client is not None:
             check_counts(self.kind, client=self.client)
         check_named_tensors(self.kind, "tensors", self.tensors, _DTYPES)
+        check_settings(self.kind, "rule", self.rule)
+        check_loss(self.kind, self.loss)

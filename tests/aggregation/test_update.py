@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from hosfl_lightning import HOSFL, aggregation
-from hosfl_lightning.aggregation import MEAN, Median, UpdateError, apply_update, combine, recorded
-from hosfl_lightning.callbacks import DimensionFreeAggregation
+from hosfl_lightning.aggregation import MEAN, AggregationRule, Median, UpdateError, apply_update, combine, recorded
+from hosfl_lightning.callbacks.drop_in import hybrid_order
 from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, UpdateRule, ZerothOrder
 from hosfl_lightning.rng import DISTRIBUTIONS
 from hosfl_lightning.wire import AddressError, ProjectedGradients, TooLargeError, Update, decode, encode
+from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
+
+pytestmark = LIGHTNING_WARNINGS
 
 ROUNDS = 6
 SHAPES = [(5, 3), (), (40,)]
@@ -210,9 +213,20 @@ def test_moments_of_another_form_are_refused(betas: Any) -> None:
     assert client.steps == 0
 
 
-def test_there_is_one_default_rule() -> None:
-    defaults = [inspect.signature(f).parameters["rule"].default for f in (combine, DimensionFreeAggregation.aggregate)]
-    assert all(rule is MEAN for rule in [*defaults, HOSFL().aggregation])
+def test_there_is_one_default_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a plain Trainer, where nobody can name another."""
+    in_a_trainer: list[AggregationRule] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Update:
+        call = inspect.signature(combine).bind(*args, **kwargs)
+        call.apply_defaults()
+        in_a_trainer.append(call.arguments["rule"])
+        return combine(*args, **kwargs)
+
+    monkeypatch.setattr(hybrid_order, "combine", noted)
+    fit(mlp(), hybrid(), max_steps=1)
+    default = inspect.signature(combine).parameters["rule"].default
+    assert [rule is MEAN for rule in [default, *in_a_trainer, HOSFL().aggregation]] == [True] * 3
 
 
 def test_an_update_applied_twice_is_refused(update: Update) -> None:

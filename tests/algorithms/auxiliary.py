@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hosfl_lightning.algorithms.auxiliary_training import AuxiliaryTraining
 from hosfl_lightning.split import LinearHead, linear_head
 from tests.algorithms.two_layers import CLASSES, WIDTH, Points, TwoLayers, plain
 
@@ -68,9 +68,10 @@ class Reference:
             w = [n / sum(counts) for n in counts]
             _copy(own, [sum(a * end[i] for a, end in zip(w, ends)) for i in range(len(own))])  # type: ignore[misc]
 
-    def assert_equal(self, model: WithHead, algorithm: AuxiliaryTraining, tolerance: float = 1e-6) -> None:
-        """To rounding: the weights of client half, head and server half."""
-        mine = [*algorithm.parameters(model).values(), *model.server_half.layer.parameters()]
+    def assert_equal(self, model: WithHead, trainer: Any, tolerance: float = 1e-6) -> None:
+        """To rounding: the weights of client half, head and server half of the run, and of its model."""
+        mine = [*trainer.endpoint.trained.values(), *model.server_half.layer.parameters()]
+        assert all(a is b for a, b in zip(mine, model.client_half.parameters()))
         theirs = [*self.first.parameters(), *self.head.parameters(), *self.second.parameters()]
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

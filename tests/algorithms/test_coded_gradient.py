@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,17 +32,19 @@ from hosfl_lightning.algorithms import (
     SplitFedV2,
     SplitLearning,
 )
-from hosfl_lightning.algorithms.crossing import answered
-from hosfl_lightning.catch_up import CatchUp
-from hosfl_lightning.checkpoint import CheckpointError
-from hosfl_lightning.clients import Anchor, Cohort
-from hosfl_lightning.optim import SGD, Basis, Dense, ZerothOrder
+from hosfl_lightning.clients.split_endpoint import SplitEndpoint
+from hosfl_lightning.fleet import Channel
+from hosfl_lightning.optim import SGD, Dense, ZerothOrder
 from hosfl_lightning.optim.compression import RandomSubset, Uncompressed
+from hosfl_lightning.run.checkpoint import CheckpointError
+from hosfl_lightning.server import RoundWatcher
+from hosfl_lightning.server.catch_up import CatchUp
+from hosfl_lightning.server.server import uncoded
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from hosfl_lightning.transport import InProcess
-from hosfl_lightning.wire import Codecs, CodedGradient, Message, ProjectedGradients, Update, encode
-from tests.algorithms.two_layers import Points, TwoLayers, orchestrator
-from tests.conftest import RandomTokens
+from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, Update, encode
+from tests.algorithms.auxiliary import WithHead
+from tests.algorithms.two_layers import Crossing, Points, TwoLayers, orchestrator
+from tests.random_tokens import RandomTokens
 from tests.recipe_runs import tiny_pretrained
 from tests.small_run import SmallRun, contents, plain
 
@@ -57,37 +59,48 @@ def known(**settings: Any) -> HOSFL:
     return HOSFL(estimator="local", **given)
 
 
+class GivenEndpoint(SplitEndpoint):
+    """Its clients' gradients are given, whatever their z and λ."""
+
+    def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
+        given = torch.tensor(self.terms.settings["gradients"][answer.client])
+        assert given.shape == answer.coefficients.shape
+        return super()._coded(replace(answer, coefficients=given))
+
+
 class Given(SplitFedSGD):
-    """Each client's gradient is given, whatever its z and λ; what the server knows of them is kept.
+    """Its clients are told their gradients.
 
     Args:
         gradients: (N, d_c).
     """
 
+    endpoint = GivenEndpoint
+
     def __init__(self, gradients: Tensor) -> None:
         super().__init__(SGD(lr=0.1))
-        self.gradients, self.known = gradients, list[ProjectedGradients]()
+        self.gradients = gradients
 
-    def answer(
-        self, batch: dict[str, Tensor], anchor: Anchor, multiplier: Tensor, cohort: Cohort, basis: Basis
-    ) -> Tensor:
-        return self.gradients[cohort.clients]
+    def client_settings(self) -> dict[str, Any]:
+        return {**super().client_settings(), "gradients": self.gradients.tolist()}
 
-    def aggregate(self, answers: list[ProjectedGradients]) -> Update:
-        self.known += answers
-        return super().aggregate(answers)
+
+class Known(Callback, RoundWatcher):
+    """What the server knows of the gradients that it takes the mean of."""
+
+    def __init__(self) -> None:
+        self.answers, self.known = list[ProjectedGradients](), list[ProjectedGradients]()
+
+    def on_answers(self, answers: list[ProjectedGradients]) -> list[ProjectedGradients]:
+        self.answers = answers
+        return answers
+
+    def on_update(self, update: Update) -> None:
+        self.known += [answer for answer in self.answers if answer.client in update.participants]
 
 
 def gradients(clients: int = 4, size: int = 36) -> Tensor:
     return torch.randn(clients, size, generator=torch.Generator().manual_seed(0))
-
-
-def watched(trainer: Orchestrator) -> list[Message]:
-    """What is sent up from now on."""
-    sent: list[Message] = []
-    up = trainer.transport.up
-    trainer.transport.up = lambda message: sent.append(message) or up(message)  # type: ignore[method-assign,func-returns-value]
-    return sent
 
 
 def rows(trainer: Orchestrator) -> list[dict[str, str]]:
@@ -102,12 +115,11 @@ class TestBytes:
         self, make_orchestrator: MakeOrchestrator, data: RandomTokens, simulation: Any, codec: str, bits: float
     ) -> None:
         """And stand where those of a gradient always stand: beside z and λ, under one name whatever the codec."""
-        trainer = make_orchestrator(
-            known(), max_rounds=1, clients_per_round=2, codec=Codecs(gradient=codec), simulation=simulation
-        )
-        sent = watched(trainer)
+        settings: dict[str, Any] = {"max_rounds": 1, "clients_per_round": 2, "simulation": simulation}
+        crossing = Crossing()
+        trainer = make_orchestrator(known(), codec=Codecs(gradient=codec), callbacks=[crossing], **settings)
         trainer.fit(SplitCausalLM("tiny_lm", cut=3, lora=Lora(client=None), side=Side(16, server=32)), data)
-        frames = {m.kind: [len(encode(n)) for n in sent if n.kind == m.kind] for m in sent}
+        frames = {m.kind: [len(encode(n)) for n in crossing.up if n.kind == m.kind] for m in crossing.up}
         assert {kind: len(of_kind) for kind, of_kind in frames.items()} == {"smashed_data": 2, "coded_gradient": 2}
         coefficients = trainer.summary["d_client"]
         assert coefficients == 8192
@@ -139,12 +151,11 @@ class TestRound:
     def test_the_server_knows_what_the_codec_leaves_batched_as_one_by_one(self, tmp_path: Path, codec: str) -> None:
         known = []
         for simulation in ("batched", "per_client"):
-            algorithm = Given(gradients())
-            trainer = orchestrator(
-                algorithm, tmp_path, simulation=simulation, codec=Codecs(gradient=codec), max_rounds=2, seed=7
-            )
+            settings: dict[str, Any] = {"codec": Codecs(gradient=codec), "max_rounds": 2, "seed": 7}
+            watcher = Known()
+            trainer = orchestrator(Given(gradients()), tmp_path, simulation=simulation, callbacks=[watcher], **settings)
             trainer.fit(TwoLayers(), Points())
-            known.append(algorithm.known)
+            known.append(watcher.known)
         assert len(known[0]) == 6
         for one, other in zip(*known, strict=True):
             assert plain(vars(one)) == plain(vars(other))
@@ -182,10 +193,10 @@ class TestRound:
         assert "comm/projected_gradients_bytes" not in (controls / "frozen" / "metrics.csv").read_text()
 
     def test_a_frozen_client_has_nothing_to_code(self, tmp_path: Path) -> None:
-        trainer = orchestrator(Frozen(), tmp_path, codec=INT4, max_rounds=1)
-        sent = watched(trainer)
+        crossing = Crossing()
+        trainer = orchestrator(Frozen(), tmp_path, codec=INT4, max_rounds=1, callbacks=[crossing])
         trainer.fit(TwoLayers(), Points())
-        assert {message.kind for message in sent} == {"smashed_data"}
+        assert {message.kind for message in crossing.up} == {"smashed_data"}
 
     @pytest.mark.parametrize("simulation", ["batched", "per_client"])
     @pytest.mark.parametrize(
@@ -200,11 +211,11 @@ class TestRound:
     ) -> None:
         bad = gradients(3)
         bad[1, 5] = value
-        algorithm = Given(bad)
-        trainer = orchestrator(algorithm, tmp_path, simulation=simulation, codec=INT4, max_rounds=1)
+        settings: dict[str, Any] = {"codec": INT4, "max_rounds": 1, "callbacks": [watcher := Known()]}
+        trainer = orchestrator(Given(bad), tmp_path, simulation=simulation, **settings)
         with pytest.warns(UserWarning, match=f"round 0: client 1 is refused: {reason}"):
             trainer.fit(TwoLayers(), Points([6, 6, 6]))
-        assert [answer.client for answer in algorithm.known] == [0, 2]
+        assert [answer.client for answer in watcher.known] == [0, 2]
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
@@ -212,12 +223,12 @@ def test_the_noise_of_the_mean_falls_like_one_over_the_number_of_clients(codec: 
     """All have one gradient, so that nothing else differs."""
     exact = gradients(1, 4096)[0]
     optimizer = ZerothOrder([nn.Parameter(torch.zeros(4096))], SGD())
-    runner: Any = SimpleNamespace(codec=Codecs(gradient=codec), seed=3, transport=InProcess(serialize=True))
+    channel = Channel(serialize=True)
 
     def variance(clients: int) -> float:
         basis = Dense([4096]).describe()
-        sent = [ProjectedGradients(2, k, basis, exact, 5) for k in range(clients)]
-        mean = combine([known for answer in sent for known in answered(runner, answer)], optimizer).coefficients
+        sent = [CodedGradient.pack(2, k, basis, exact, 5, codec, seed=3) for k in range(clients)]
+        mean = combine([uncoded(channel.up(answer)) for answer in sent], optimizer).coefficients
         return float((mean - exact).square().mean())
 
     one = variance(1)
@@ -270,7 +281,7 @@ def test_it_is_refused_where_no_gradient_travels(
 ) -> None:
     monkeypatch.setattr(kind, "check", lambda self, module: None)  # some want other models, and say so first
     with pytest.raises(ValueError, match=rf"trainer\.codec\.gradient: .* clients of {kind.__name__} .* leave it out"):
-        orchestrator(kind(), tmp_path, logger=True, codec=INT4).fit(TwoLayers(), Points())
+        orchestrator(kind(), tmp_path, logger=True, codec=INT4).fit(WithHead(), Points())
     assert not list(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from hosfl_lightning.algorithms import FedAvg
 from hosfl_lightning.wire import Codecs
 from tests.algorithms.plain_rounds import Reference, average_, method, two_layers
-from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, orchestrator, plain
+from tests.algorithms.two_layers import Crossing, Points, TwoLayers, assert_equal, orchestrator, plain
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
@@ -33,9 +33,11 @@ def test_equals_an_independent_implementation(steps: int, rule: str, tmp_path: P
 def test_nothing_but_weights_travels_and_no_line_says_that_labels_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer = orchestrator(method(FedAvg, local_steps=2), tmp_path)
+    crossing = Crossing()
+    trainer = orchestrator(method(FedAvg, local_steps=2), tmp_path, callbacks=[crossing])
     trainer.fit(two_layers(), Points())
-    assert {sent.kind for sent in trainer.transport.ledger} == {"weights"}
+    assert {sent.kind for sent in trainer.fleet.channel.ledger} == {"weights", "round_end"}
+    assert {message.kind for message in crossing.up} == {"weights"}
     assert "Labels travel" not in capsys.readouterr().out
     assert trainer.summary["memory"]["server_peak_bytes"] == 0
 

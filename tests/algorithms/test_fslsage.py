@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hosfl_lightning.algorithms import CSEFSL, FSLSAGE
 from hosfl_lightning.optim import SGD
 from tests.algorithms.auxiliary import Reference, WithHead, exact
-from tests.algorithms.two_layers import Points, orchestrator
+from tests.algorithms.two_layers import Points, endpoint_of, orchestrator
 from tests.test_round import MakeModel
 
 
@@ -39,7 +39,7 @@ def test_equals_a_plain_loop(tmp_path: Path, local_steps: int, upload_every: int
     reference = Reference(model)
     trainer.fit(model, Points())
     reference.run([trainer.sample(r) for r in range(5)], exact, local_steps, upload_every, correct=correct)
-    reference.assert_equal(model, algorithm, 5e-6)
+    reference.assert_equal(model, trainer, 5e-6)
 
 
 def test_one_multiplier_comes_down_in_a_round_of_alignment(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_one_multiplier_comes_down_in_a_round_of_alignment(tmp_path: Path) -> No
         algorithm = FSLSAGE(SGD(lr=0.1), local_steps=2, align_every=3)
         trainer = orchestrator(algorithm, tmp_path, max_rounds=rounds, simulation="per_client")
         trainer.fit(WithHead(), Points())
-        counts = Counter((sent.kind, sent.direction) for sent in trainer.transport.ledger)
+        counts = Counter((sent.kind, sent.direction) for sent in trainer.fleet.channel.ledger)
         assert counts["multiplier", "down"] == multipliers
         assert (counts["smashed_data", "up"], counts["weights", "up"]) == (6, 3)
 
@@ -55,9 +55,11 @@ def test_one_multiplier_comes_down_in_a_round_of_alignment(tmp_path: Path) -> No
 def test_alignment_brings_the_heads_gradient_to_the_servers(make_model: MakeModel) -> None:
     """Through attention, whose fused kernels have no second derivative; θ_c and the server stay."""
     model, algorithm = make_model(cut=1), FSLSAGE(auxiliary_blocks=2)
-    algorithm.setup(model, 0, [])
     tokens = torch.randint(3, 9, (4, 10), generator=torch.Generator().manual_seed(0))
-    client, batch = algorithm.client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    client, batch = (
+        endpoint_of(algorithm, model).client,
+        {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens},
+    )
     with torch.no_grad():  # B of LoRA is 0 at the start, and so is the gradient of A
         for p in [*client.half.auxiliary.parameters(), *model.server_parameters.values()]:
             if p.requires_grad:
@@ -81,12 +83,11 @@ def test_every_step_of_an_alignment_sees_the_one_before() -> None:
     batch = {"attention_mask": torch.ones(4, 1), "labels": torch.tensor([0, 1, 2, 1])}
     heads = []
     for calls, steps in ((1, 3), (3, 1)):
-        model, algorithm = WithHead(), FSLSAGE()
-        algorithm.setup(model, 0, [])
+        client = endpoint_of(FSLSAGE(), WithHead()).client
         for _ in range(calls):
             with torch.autocast("cpu", torch.bfloat16):
-                algorithm.client.align(batch, z, multiplier, steps, lr=2.0)
-        heads.append(algorithm.head(model)[0].state_dict())
+                client.align(batch, z, multiplier, steps, lr=2.0)
+        heads.append(client.half.auxiliary.state_dict())
     together, apart = heads
     assert all(torch.equal(together[name], apart[name]) for name in together)
 
@@ -136,7 +137,7 @@ def test_rounds_of_alignment_without_a_z_are_refused(
     settings = {"local_steps": local_steps, "upload_every": upload_every, "align_every": align_every}
     if sound:
         algorithm = FSLSAGE(**settings)  # type: ignore[arg-type]
-        rounds = [r for r in range(40) if any(algorithm.answered(r, step) for step in range(local_steps))]
+        rounds = [r for r in range(40) if any(algorithm.replied(r, step) for step in range(local_steps))]
         assert rounds == [*range(0, 40, align_every)]
         return
     with pytest.raises(ValueError, match=f"local_steps={local_steps} and upload_every={upload_every} .*align_every"):

@@ -15,16 +15,17 @@ from hosfl_lightning.algorithms import CSEFSL, HERONSFL, TooFewClientsError
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.callbacks import PeakMemoryMonitor
 from hosfl_lightning.clients import AuxiliaryClient
+from hosfl_lightning.clients.auxiliary_endpoint import SphereEndpoint
 from hosfl_lightning.memory import plain_forward_peak
 from hosfl_lightning.optim import SGD, AdamW, SharedDirections
 from hosfl_lightning.optim.sphere import in_order
-from hosfl_lightning.rebuild import rebuild
-from hosfl_lightning.replay import ReplayLog
 from hosfl_lightning.rng import Domain, Stream, direction
+from hosfl_lightning.run.rebuild import rebuild
+from hosfl_lightning.server.replay_log import ReplayLog
 from tests.algorithms.auxiliary import Reference, WithHead
 from tests.algorithms.test_csefsl import Unwell, resumed
-from tests.algorithms.two_layers import Points, orchestrator
-from tests.conftest import RandomTokens
+from tests.algorithms.two_layers import Points, endpoint_of, orchestrator
+from tests.random_tokens import RandomTokens
 from tests.test_round import MakeModel
 
 
@@ -59,7 +60,7 @@ def test_equals_a_plain_loop(tmp_path: Path, scalars: bool, local_steps: int, up
     reference = Reference(model)
     trainer.fit(model, Points())
     reference.run([trainer.sample(r) for r in range(5)], estimate(2, 0.5, scalars), local_steps, upload_every)
-    reference.assert_equal(model, algorithm, 5e-6)
+    reference.assert_equal(model, trainer, 5e-6)
 
 
 class TestSphere:
@@ -67,9 +68,8 @@ class TestSphere:
         model, data = WithHead(), Points()
         data.setup("fit")
         algorithm = HERONSFL(mu=1e-2)
-        algorithm.setup(model, 0, [])
-        batch = model.prepare(data.client_batch(0, 0))
-        [*parameters], client = algorithm.parameters(model).values(), algorithm.client
+        batch, endpoint = model.prepare(data.client_batch(0, 0)), endpoint_of(algorithm, model)
+        [*parameters], client = endpoint.trained.values(), endpoint.client
         for p in parameters:
             p.requires_grad_(True)
         expected = torch.cat([g.flatten() for g in torch.autograd.grad(client.objective(batch), parameters)])
@@ -116,8 +116,8 @@ class TestSphere:
 @torch.no_grad()
 def test_a_probe_reaches_all_of_a_copied_head(make_model: MakeModel, all_weights: bool) -> None:
     model, algorithm = make_model(**({"lora": None} if all_weights else {})), HERONSFL(auxiliary_blocks=1)
-    algorithm.setup(model, 0, [])
-    client, tokens = algorithm.client, torch.randint(3, 9, (2, 8), generator=torch.Generator().manual_seed(0))
+    client = endpoint_of(algorithm, model).client
+    tokens = torch.randint(3, 9, (2, 8), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
     for p in client.optimizer.parameters:  # B of LoRA is 0 at the start, so that A does not matter
         p.add_(0.05)
@@ -133,14 +133,14 @@ class TestScalars:
     def test_are_the_vectors_of_clients_with_the_same_directions(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ends, own = [], HERONSFL.directions
-        monkeypatch.setattr(HERONSFL, "directions", lambda self, round, client=None: own(self, round))
+        ends, own = [], SphereEndpoint.directions
+        monkeypatch.setattr(SphereEndpoint, "directions", lambda self, round, client=None: own(self, round))
         for scalars in (True, False):
             algorithm = HERONSFL(3, 0.5, SGD(lr=0.2), local_steps=4, upload_every=2, scalars=scalars)
             model = WithHead()
             trainer = orchestrator(algorithm, tmp_path)
             trainer.fit(model, Points())
-            trained = {**algorithm.parameters(model), "server": model.server_half.layer.weight}
+            trained = {**trainer.endpoint.trained, "server": model.server_half.layer.weight}
             ends.append([trainer.callback_metrics["train/loss"], *(p.detach().clone() for p in trained.values())])
         for a, b in zip(*ends, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -151,11 +151,13 @@ class TestScalars:
             algorithm = HERONSFL(2, 0.1, SGD(lr=0.1), local_steps=2, scalars=scalars)
             trainer = orchestrator(algorithm, tmp_path, simulation="per_client")
             trainer.fit(WithHead(), Points())
-            counts[scalars] = Counter((sent.kind, sent.direction) for sent in trainer.transport.ledger)
+            counts[scalars] = Counter((sent.kind, sent.direction) for sent in trainer.fleet.channel.ledger)
             probes.append(trainer.summary["probes"])
         up, down = ("smashed_data", "up"), ("weights", "down")
-        assert counts[False] == {up: 6, down: 3, ("weights", "up"): 3}
-        assert counts[True] == {up: 6, ("projected_gradients", "up"): 3, ("update", "down"): 1}
+        go_on = ("step_request", "down")
+        assert counts[False] == {down: 3, up: 6, go_on: 6, ("weights", "up"): 3, ("round_end", "down"): 1}
+        # Here a request begins a client's round as well.
+        assert counts[True] == {up: 6, go_on: 9, ("projected_gradients", "up"): 3, ("update", "down"): 1}
         assert probes == [2, 2]
 
     def test_rebuild_the_client_from_the_log(self, tmp_path: Path) -> None:
@@ -167,9 +169,9 @@ class TestScalars:
         trainer.fit(model, Points())
         assert trainer.summary["catch_up"]
         again = HERONSFL(scalars=True, client_optimizer=SGD(lr=0.1))
-        rebuild(fresh, ReplayLog.read(Path(trainer.log_dir) / "updates.log"), 5, again)
-        theirs = again.parameters(fresh)
-        mine = algorithm.parameters(model)
+        theirs, mine = again.parameters(fresh), trainer.endpoint.trained
+        rebuild(fresh, theirs, ReplayLog.read(Path(trainer.log_dir) / "updates.log"), 5, again)
+        assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_stopped(self, tmp_path: Path) -> None:
@@ -187,8 +189,8 @@ class TestScalars:
         reference = Reference(model)
         with pytest.warns(UserWarning, match="client 1 is refused"), pytest.raises(TooFewClientsError):
             trainer.fit(model, Unwell())
-        reference.assert_equal(model, algorithm, 0.0)
-        assert algorithm.client.optimizer.steps == 0
+        reference.assert_equal(model, trainer, 0.0)
+        assert trainer.endpoint.client.optimizer.steps == 0
 
     def test_beyond_all_measure_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         probe = AuxiliaryClient.probe
@@ -202,7 +204,7 @@ class TestScalars:
         monkeypatch.setattr(AuxiliaryClient, "probe", huge)
         with pytest.warns(UserWarning, match=r"client 1 is refused: coefficient 0 is .*, beyond ±1e\+06"):
             trainer.fit(model, Points())
-        assert trainer.refused == {1: 1}
+        assert trainer.run.refused == {1: 1}
         reference.run([[0, 2, 3]], estimate(2, 0.5, shared=True))
         for mine, theirs in zip(model.client_half.parameters(), reference.first.parameters()):
             torch.testing.assert_close(mine, theirs, rtol=5e-6, atol=5e-6)
@@ -219,13 +221,13 @@ def test_a_client_needs_the_memory_of_inference(make_model: MakeModel, tmp_path:
     heron = [HERONSFL(2, 1e-3, rule, local_steps=2, scalars=scalars) for scalars in (False, True)]
     for algorithm in (*heron, CSEFSL(rule, local_steps=2)):
         monitor, data = PeakMemoryMonitor(), RandomTokens([[48] * 8], batch_size=8)
-        orchestrator(algorithm, tmp_path, clients_per_round=1, max_rounds=1, callbacks=[monitor]).fit(
-            make_model(), data
-        )
-        algorithm.client.half.requires_grad_(False)
-        plain_loss = plain_forward_peak(lambda a=algorithm, d=data: a.client.objective(d.client_batch(0, 0)))
+        trainer = orchestrator(algorithm, tmp_path, clients_per_round=1, max_rounds=1, callbacks=[monitor])
+        trainer.fit(make_model(), data)
+        client = trainer.endpoint.client
+        client.half.requires_grad_(False)
+        plain_loss = plain_forward_peak(lambda c=client, d=data: c.objective(d.client_batch(0, 0)))
         above.append(monitor.report["client_peak_bytes"] - monitor.report["client_static_bytes"] - plain_loss)
-        assert not any(p.grad is not None for p in algorithm.client.half.parameters())
+        assert not any(p.grad is not None for p in client.half.parameters())
     assert max(above[:2]) < 0.1 * plain_loss < 0.5 * plain_loss < above[2]
 
 

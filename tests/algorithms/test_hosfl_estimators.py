@@ -13,20 +13,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, catch_up
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.aggregation.update import recorded
 from hosfl_lightning.algorithms import Frozen, SplitFedSGD
 from hosfl_lightning.availability import Trace
-from hosfl_lightning.catch_up import CatchUp, client_state
-from hosfl_lightning.checkpoint import CheckpointError, collect
-from hosfl_lightning.clients import FirstOrderClient, SplitClient
+from hosfl_lightning.clients import FirstOrderClient
+from hosfl_lightning.clients.catch_up import client_state
+from hosfl_lightning.clients.split_endpoint import SplitEndpoint
+from hosfl_lightning.fleet import Absentees
 from hosfl_lightning.optim import SGD, AdamW, EstimatorError, RandomProjections, RandomSubset, Uncompressed, basis_of
-from hosfl_lightning.rebuild import rebuild
-from hosfl_lightning.replay import ReplayLog
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.run.checkpoint import CheckpointError, callback_states
+from hosfl_lightning.run.rebuild import rebuild
+from hosfl_lightning.run.training import collect
+from hosfl_lightning.server.catch_up import CatchUp
+from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from tests.conftest import Joined, RandomTokens
+from tests.conftest import Joined
 from tests.faults import count_writes
+from tests.random_tokens import RandomTokens
 from tests.recipe_runs import tiny_pretrained
 from tests.small_run import SmallRun, contents, halved, plain
 
@@ -72,12 +76,17 @@ def same_bits(a: State, b: State) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-class ByBackprop(HOSFL):
-    """The same rounds by a client that has its whole gradient."""
+class BackpropEndpoint(SplitEndpoint):
+    """A client that has its whole gradient, and answers in the basis of the other's."""
 
-    def make_client(self, module: SplitModule, seed: int) -> SplitClient:
-        client = super().make_client(module, seed)
-        return FirstOrderClient(client.half, client.optimizer)
+    def make_client(self, half: nn.Module) -> FirstOrderClient:
+        return FirstOrderClient(half, super().make_client(half).optimizer)
+
+
+class ByBackprop(HOSFL):
+    """The same rounds by such clients."""
+
+    endpoint = BackpropEndpoint
 
 
 class TestARound:
@@ -182,11 +191,17 @@ class StopsBefore(Callback):
             raise KeyboardInterrupt
 
 
+def held(trainer: Orchestrator) -> Any:
+    """All that a run hands on to its next round."""
+    tensors, callbacks = trainer.lightning_module.trained_state(), callback_states(trainer.callbacks)
+    return plain({**collect(trainer, weights_only=False), "state_dict": tensors, "callbacks": callbacks})
+
+
 @some_methods
 def test_interrupted_and_resumed_it_is_never_interrupted(tmp_path: Path, method: str) -> None:
     run = Run(tmp_path, method=method)
     with count_writes():  # without waiting for the disk
-        expected, files = plain(collect(run.fit())), contents(run.folder)
+        expected, files = held(run.fit()), contents(run.folder)
         shutil.rmtree(run.folder)
         with pytest.raises(KeyboardInterrupt):
             run.fit(StopsBefore(3))
@@ -194,7 +209,7 @@ def test_interrupted_and_resumed_it_is_never_interrupted(tmp_path: Path, method:
             other = {"compression": RandomSubset(47)} if method == "subset" else {"taps": "keep"}
             with pytest.raises(CheckpointError, match="taps" if method == "dense" else "compression.count"):
                 Run(tmp_path, method=method, of_method=other).fit(ckpt_path=run.folder)
-        assert plain(collect(run.fit(ckpt_path=run.folder))) == expected
+        assert held(run.fit(ckpt_path=run.folder)) == expected
     assert contents(run.folder) == files
 
 
@@ -207,13 +222,13 @@ def test_a_client_that_was_away_returns_bit_for_bit_and_the_log_gives_it_alone(
     make_model: MakeModel, make_orchestrator: MakeOrchestrator, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:  # fmt: skip
     seen: list[tuple[int, State, State]] = []
-    compare = catch_up.Absentees._compare
+    compare = Absentees._compare
 
     def keeping(self: Any, replica: Any, who: str) -> None:
         seen.append((replica.steps, client_state(replica), client_state(self.optimizer, copy=True)))
         compare(self, replica, who)
 
-    monkeypatch.setattr(catch_up.Absentees, "_compare", keeping)
+    monkeypatch.setattr(Absentees, "_compare", keeping)
     data, model = RandomTokens([[6, 5], [4, 6], [5, 5]], batch_size=2), METHODS[method][1]
     algorithm = hosfl(method, client_optimizer=AdamW(lr=1e-2, weight_decay=0.1), client_scheduler=halved)
     settings: dict[str, Any] = {"availability": Trace(COMINGS), "catch_up": CatchUp("replay")}
@@ -223,19 +238,21 @@ def test_a_client_that_was_away_returns_bit_for_bit_and_the_log_gives_it_alone(
     assert all(same_bits(own, others) for _, own, others in seen)
     assert trainer.summary["catch_up"] == {"replay": 2}
     log = ReplayLog.read(Path(trainer.log_dir) / "updates.log")
-    updates = [recorded(frame, trainer.transport.run_id) for frame in log.frames()]
+    updates = [recorded(frame, trainer.fleet.channel.run_id) for frame in log.frames()]
     kinds = {"dense": "dense", "dense, kept taps": "dense", "subset": "coordinates"}
     assert {update.basis["kind"] for update in updates} == {kinds.get(method, "shared_directions")}
     # A smoothing length is named where something was probed by differences.
     assert {update.mu for update in updates} == {2**-7 if method == "beside LoRA" else None}
-    parameters = trainer.algorithm.client.optimizer.parameters
-    for update in updates:  # what the answers were measured in is what everybody applies
-        sizes = [p.numel() for p in parameters]
-        bases = [algorithm.basis(update.round), basis_of(update.basis, trainer.seed, update.round, sizes)]
-        ours, told = ([piece for *_, piece in b.chunks(parameters, update.coefficients)] for b in bases)
-        assert all(map(torch.equal, ours, told))
-    again = rebuild(make_model(**model), log, len(COMINGS), hosfl(method, client_optimizer=AdamW()))
-    assert same_bits(client_state(again), client_state(trainer.algorithm.client.optimizer))
+    parameters = trainer.endpoint.client.optimizer.parameters
+    for update in updates:  # what the answers were measured in is what everybody applies, and what the server expects
+        sizes, round = [p.numel() for p in parameters], update.round
+        bases = [trainer.endpoint.basis(round), basis_of(update.basis, trainer.seed, round, sizes)]
+        bases.append(algorithm.basis(trainer.seed, round, sizes))
+        measured, *others = ([piece for *_, piece in b.chunks(parameters, update.coefficients)] for b in bases)
+        assert all(len(pieces) == len(measured) and all(map(torch.equal, measured, pieces)) for pieces in others)
+    fresh, same = make_model(**model), hosfl(method, client_optimizer=AdamW())
+    again = rebuild(fresh, same.parameters(fresh), log, len(COMINGS), same)
+    assert same_bits(client_state(again), client_state(trainer.endpoint.client.optimizer))
 
 
 class TestRefused:

@@ -17,12 +17,12 @@ from hosfl_lightning.algorithms import HOSL, SplitFedSGD
 from hosfl_lightning.callbacks import LagrangianUpdate, PeakMemoryMonitor
 from hosfl_lightning.clients import ForwardOnlyClient
 from hosfl_lightning.optim import SGD
-from hosfl_lightning.servers.server import Server
+from hosfl_lightning.server.server import Server
 from hosfl_lightning.split import Lora, LoraHalf
 from hosfl_lightning.wire import Codecs, SmashedData
 from tests.algorithms.plain_probes import MU, RULES, central, expanded, minibatches, nats, points, step
-from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, orchestrator, plain, sgd
-from tests.conftest import RandomTokens
+from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, last_update, orchestrator, plain, sgd
+from tests.random_tokens import RandomTokens
 
 PROBES = 3
 
@@ -58,8 +58,7 @@ def test_equals_an_independent_implementation(tmp_path: Path, rule: str, simulat
 def first_values(algorithm: HOSFL | HOSL, folder: Path) -> Tensor:
     trainer = orchestrator(algorithm, folder, max_rounds=1)
     trainer.fit(TwoLayers(sgd()), Points())
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
+    update = last_update(trainer)
     assert update.mu == algorithm.mu
     return update.coefficients
 
@@ -80,9 +79,12 @@ def test_both_sides_of_every_probe_go_up_and_no_scalar_does(tmp_path: Path) -> N
     trainer = orchestrator(HOSL(PROBES), tmp_path, max_rounds=1)
     trainer.fit(TwoLayers(sgd()), Points())
     clients = trainer.sample(0)
-    sent = Counter((entry.kind, entry.direction, entry.client) for entry in trainer.transport.ledger)
+    sent = Counter((entry.kind, entry.direction, entry.client) for entry in trainer.fleet.channel.ledger)
     up = {("smashed_data", "up", k): 1 for k in clients} | {("probed_data", "up", k): 2 * PROBES for k in clients}
-    assert sent == Counter({**up, ("update", "down", None): 1})
+    asked = {("step_request", "down", k): 1 for k in clients} | {
+        ("probe_request", "down", k): 2 * PROBES for k in clients
+    }
+    assert sent == Counter({**up, **asked, ("update", "down", None): 1})
 
 
 def report(trainer: Orchestrator) -> dict[str, float]:
@@ -124,10 +126,11 @@ def test_the_server_evaluates_probes_without_dropout_or_graph_and_moves_once(
 
     model.training_step = training_step  # type: ignore[method-assign]
     make_orchestrator(HOSL(2, client_optimizer=SGD(lr=0.1)), max_rounds=2).fit(model, data)
-    a_round = [(True, True)] + [(False, False)] * (2 * 2 * 3)
-    assert seen == [(False, True), *a_round, *a_round]  # the first to measure memory
-    assert len(set(moved[:14])) == 1
-    assert len(set(moved[14:])) == 1
+    one, a_round = ([(True, True)] + [(False, False)] * (2 * 2 * clients) for clients in (1, 3))
+    measured = [*one, *one, (False, True), *one, *one]  # a client's memory, the server's, a client's cost
+    assert seen == [*measured, *a_round, *a_round]
+    assert len(set(moved[: -len(a_round)])) == 1
+    assert len(set(moved[-len(a_round) :])) == 1
     assert moved[0] != moved[-1]
 
 
@@ -142,8 +145,7 @@ def test_a_client_whose_losses_are_no_numbers_is_refused(tmp_path: Path, monkeyp
     trainer = orchestrator(algorithm, tmp_path, clients_per_round=4, max_rounds=1)
     with pytest.warns(UserWarning, match="client 2 is refused: coefficient 0 is nan"):
         trainer.fit(TwoLayers(sgd()), Points())
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
+    update = last_update(trainer)
     assert update.participants == [0, 1, 3]
 
 
@@ -161,10 +163,9 @@ def test_a_client_whose_probe_is_no_number_is_refused(tmp_path: Path, monkeypatc
     trainer = orchestrator(algorithm, tmp_path, clients_per_round=4, max_rounds=1)
     with pytest.warns(UserWarning, match="client 3 is refused: probed_data"):
         trainer.fit(TwoLayers(sgd()), Points())
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
+    update = last_update(trainer)
     assert update.participants == [0, 1, 2]
-    sent = Counter(entry.client for entry in trainer.transport.ledger if entry.kind == "probed_data")
+    sent = Counter(entry.client for entry in trainer.fleet.channel.ledger if entry.kind == "probed_data")
     assert sent == {0: 6, 1: 6, 2: 6, 3: 4}  # what comes after is not asked for
 
 
@@ -174,9 +175,8 @@ def test_a_client_without_a_loss_term_is_not_asked(
     algorithm = HOSL(2)
     trainer = make_orchestrator(algorithm, max_rounds=1)
     trainer.fit(make_model(), RandomTokens([[9, 12], [1, 1], [7]]))
-    assert {entry.client for entry in trainer.transport.ledger if entry.kind == "probed_data"} == {0, 2}
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
+    assert {entry.client for entry in trainer.fleet.channel.ledger if entry.kind == "probed_data"} == {0, 2}
+    update = last_update(trainer)
     assert dict(zip(update.participants, update.weights))[1] == 0
     assert torch.isfinite(update.coefficients).all()
 
@@ -187,8 +187,7 @@ def test_what_a_codec_rounds_is_in_the_losses(tmp_path: Path) -> None:
         algorithm = HOSL(PROBES, mu=2**-4)
         trainer = orchestrator(algorithm, tmp_path, max_rounds=1, codec=Codecs(smashed_data=codec))
         trainer.fit(TwoLayers(sgd()), Points())
-        assert algorithm.dimension_free_aggregation._update is not None
-        values[codec] = algorithm.dimension_free_aggregation._update.coefficients
+        values[codec] = last_update(trainer).coefficients
     assert 1e-5 < float((values["bf16"] - values["fp32"]).norm()) < 0.2
 
 

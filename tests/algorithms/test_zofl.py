@@ -9,19 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from hosfl_lightning import SplitCausalLM
 from hosfl_lightning.algorithms import ZOFL
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.callbacks import PeakMemoryMonitor
-from hosfl_lightning.catch_up import CatchUp
 from hosfl_lightning.clients import ObjectiveClient
 from hosfl_lightning.optim import SGD, AdamW
+from hosfl_lightning.server.catch_up import CatchUp
 from hosfl_lightning.wire import Codecs
 from tests.algorithms.plain_probes import MU, RULES, central, drawn, expanded, moved, nats, points, step
-from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, orchestrator, plain
-from tests.conftest import RandomTokens
+from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, last_update, orchestrator, plain
+from tests.random_tokens import RandomTokens
 
 PROBES = 3
 
@@ -100,10 +101,11 @@ def test_scalars_up_and_scalars_down(tmp_path: Path) -> None:
         algorithm = ZOFL(2, local_steps=steps)
         trainer = orchestrator(algorithm, tmp_path, max_rounds=1)
         trainer.fit(TwoLayers(client_holds="whole"), Points())
-        ledger = trainer.transport.ledger
+        ledger = trainer.fleet.channel.ledger
         sent = Counter((entry.kind, entry.direction, entry.client) for entry in ledger)
         up = {("projected_gradients", "up", k): 1 for k in trainer.sample(0)}
-        assert sent == Counter({**up, ("update", "down", None): 1})
+        asked = {("step_request", "down", k): 1 for k in trainer.sample(0)}
+        assert sent == Counter({**up, **asked, ("update", "down", None): 1})
         sizes[steps] = max(entry.bytes for entry in ledger if entry.direction == "up")
         monitor = next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor))
         assert monitor.report["server_peak_bytes"] == 0
@@ -118,8 +120,10 @@ def test_a_client_that_was_away_is_as_if_it_never_was(tmp_path: Path) -> None:
         availability=Trace([[0, 1, 2, 3], [0, 1], [1, 3], [0, 2, 3], [0, 1, 2, 3]]), catch_up=CatchUp("replay"),
     )  # fmt: skip
     trainer.fit(TwoLayers(client_holds="whole"), Points())  # which compares the bits
-    assert trainer.history.absentees is not None
-    assert trainer.history.absentees.chosen["replay"] == 4
+    history = trainer.run.history
+    assert history is not None
+    assert history.absentees is not None
+    assert history.absentees.chosen["replay"] == 4
 
 
 def test_a_client_whose_loss_is_no_number_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +137,10 @@ def test_a_client_whose_loss_is_no_number_is_refused(tmp_path: Path, monkeypatch
     algorithm = ZOFL(PROBES, MU, client_optimizer=SGD(lr=0.2), local_steps=2)
     trainer = orchestrator(algorithm, tmp_path, clients_per_round=4, max_rounds=2)
     model = TwoLayers(client_holds="whole")
-    with pytest.warns(UserWarning, match="client 1 is refused: projected_gradients"):
+    with pytest.warns(UserWarning, match="client 1 is refused: projected_gradients: loss has a number that is NaN"):
         trainer.fit(model, Points())
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
-    assert update.participants == [0, 2, 3]
-    assert trainer.refused == {1: 2}
+    assert last_update(trainer).participants == [0, 2, 3]
+    assert trainer.run.refused == {1: 2}
     assert all(torch.isfinite(tensor).all() for tensor in model.trained_state().values())
 
 
@@ -149,9 +151,15 @@ def test_a_language_model_learns_and_asks_for_no_gradient(
     trainer = orchestrator(ZOFL(4, client_optimizer=SGD(lr=2e-3)), tmp_path, clients_per_round=None, max_rounds=1)
     start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
     wanted: list[bool] = []
-    algorithm = trainer.algorithm
-    walk = algorithm.walk  # type: ignore[attr-defined]
-    algorithm.walk = lambda *a: wanted.append(any(p.requires_grad for p in model.parameters())) or walk(*a)  # type: ignore[attr-defined]
+
+    class Watches(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            walk = trainer.endpoint.walk
+            trainer.endpoint.walk = lambda request: (
+                wanted.append(any(p.requires_grad for p in model.parameters())) or walk(request)
+            )
+
+    trainer.callbacks.append(Watches())
     trainer.fit(model, data)
     assert wanted == [False] * 3
     assert all(p.requires_grad for p in model.whole.parameters())  # as they were found

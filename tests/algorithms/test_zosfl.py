@@ -15,10 +15,10 @@ from hosfl_lightning import HOSFL
 from hosfl_lightning.algorithms import ZOFL, ZOSFL
 from hosfl_lightning.callbacks import PeakMemoryMonitor
 from hosfl_lightning.optim import SGD, AdamW
-from hosfl_lightning.servers.server import Server
+from hosfl_lightning.server.server import Server
 from hosfl_lightning.wire import SmashedData
 from tests.algorithms.plain_probes import MU, RULES, central, expanded, minibatches, nats, points, step
-from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, orchestrator, plain
+from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, last_update, orchestrator, plain
 
 PROBES = 3
 
@@ -89,7 +89,8 @@ def test_nobody_backpropagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model, trainer = Watched(Unused, lr_scheduler=halved), orchestrator(ZOSFL(PROBES), tmp_path)
     start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
     trainer.fit(model, Points())
-    assert graphs == [False] * (1 + 5 * 3 * 2 * PROBES)  # the first to measure memory
+    measured = 1 + 4 * 2 * PROBES  # the server's memory; four rounds of a client for its memory and its cost
+    assert graphs == [False] * (measured + 5 * 3 * 2 * PROBES)
     assert all(p.grad is None for p in model.parameters())
     assert not any(torch.equal(start[name], tensor) for name, tensor in model.trained_state().items())
 
@@ -97,10 +98,11 @@ def test_nobody_backpropagates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_every_z_is_of_a_probe_and_the_labels_travel_once(tmp_path: Path) -> None:
     trainer = orchestrator(ZOSFL(PROBES), tmp_path, max_rounds=1)
     trainer.fit(TwoLayers(), Points())
-    sent = Counter((entry.kind, entry.direction, entry.client) for entry in trainer.transport.ledger)
-    clients = trainer.sample(0)
-    up = {("smashed_data", "up", k): 1 for k in clients} | {("probed_data", "up", k): 2 * PROBES - 1 for k in clients}
-    assert sent == Counter({**up, ("update", "down", None): 1})
+    sent = Counter((entry.kind, entry.direction, entry.client) for entry in trainer.fleet.channel.ledger)
+    clients, more = trainer.sample(0), 2 * PROBES - 1
+    up = {("smashed_data", "up", k): 1 for k in clients} | {("probed_data", "up", k): more for k in clients}
+    asked = {("step_request", "down", k): 1 for k in clients} | {("probe_request", "down", k): more for k in clients}
+    assert sent == Counter({**up, **asked, ("update", "down", None): 1})
 
 
 def test_the_server_needs_inference_memory(tmp_path: Path) -> None:
@@ -127,9 +129,7 @@ def test_a_client_whose_losses_are_no_numbers_is_refused(tmp_path: Path, monkeyp
     trainer = orchestrator(algorithm, tmp_path, clients_per_round=4, max_rounds=1)
     with pytest.warns(UserWarning, match="client 2 is refused: coefficient 0 is nan"):
         trainer.fit(TwoLayers(), Points())
-    update = algorithm.dimension_free_aggregation._update
-    assert update is not None
-    assert update.participants == [0, 1, 3]
+    assert last_update(trainer).participants == [0, 1, 3]
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 

@@ -1,4 +1,7 @@
-"""A model of two layers, cut between them, beside the same two layers in plain PyTorch; clients with points to sort."""
+"""A model of two layers, cut between them, beside the same two layers in plain PyTorch; clients with points to sort.
+
+What a test looks at in a run of them is here as well: what crosses, its last update, its clients by themselves.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,20 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric import Fabric
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from hosfl_lightning import Orchestrator
 from hosfl_lightning.algorithms import Algorithm
+from hosfl_lightning.callbacks import DimensionFreeAggregation
+from hosfl_lightning.clients.cohort import Minibatches
+from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.servers import SplitModule
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.wire import Codecs, Message, Update
 
 FEATURES, WIDTH, CLASSES = 5, 6, 3
 #: Examples of each client: unequal, and one with fewer than a minibatch.
@@ -131,6 +140,33 @@ def orchestrator(algorithm: Algorithm, folder: Path, **settings: Any) -> Orchest
         "enable_progress_bar": False, "enable_checkpointing": False, "logger": False,
     }  # fmt: skip
     return Orchestrator(algorithm, **given | settings)
+
+
+class Crossing(Callback):
+    """All messages between the server and the clients of a run, as they are sent; a rehearsal's are none of them."""
+
+    def __init__(self) -> None:
+        self.up: list[Message] = []
+        self.down: list[Message] = []
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        channel = trainer.fleet.channel
+        up, down = channel.up, channel.down
+        channel.up = lambda message: self.up.append(message) or up(message)
+        channel.down = lambda message, receivers=1: self.down.append(message) or down(message, receivers)
+
+
+def last_update(trainer: Orchestrator) -> Update:
+    """The update record of the run's last round."""
+    [watcher] = [one for one in trainer.callbacks if isinstance(one, DimensionFreeAggregation)]
+    assert watcher._update is not None
+    return watcher._update
+
+
+def endpoint_of(algorithm: Algorithm, model: SplitModule) -> Any:
+    """The method's clients by themselves, of run seed 0, with no server and no data."""
+    terms = algorithm.terms(model, 0, Codecs(), clients=len(SIZES))
+    return Endpoint.of(model, Minibatches(None, model), terms, Fabric(accelerator="cpu", devices=1))
 
 
 def plain(model: TwoLayers) -> tuple[nn.Sequential, nn.Linear]:

@@ -11,8 +11,8 @@ from hosfl_lightning import Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedV2
 from hosfl_lightning.callbacks import Budget, PeakMemoryMonitor
 from hosfl_lightning.optim import SGD
-from tests.callbacks.plain_modules import fit as fit_plain
-from tests.callbacks.plain_modules import mlp
+from tests.callbacks.drop_in.plain_modules import fit as fit_plain
+from tests.callbacks.drop_in.plain_modules import mlp
 from tests.conftest import RandomTokens
 
 Make = Callable[..., Any]

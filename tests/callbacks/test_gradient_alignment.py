@@ -213,7 +213,7 @@ def test_it_can_be_refused(make_orchestrator: MakeOrchestrator) -> None:
     alignment, trainer = GradientAlignment(), SimpleNamespace(world_size=2)
     with pytest.raises(ValueError, match="measures the rounds of an Orchestrator; remove it from this Trainer"):
         alignment.setup(trainer, None, "fit")
-    trainer.transport = None
+    trainer.processes = None
     with pytest.raises(ValueError, match=r"there are 2; set trainer\.devices: 1, or remove it"):
         alignment.setup(trainer, None, "fit")
     alignment.setup(trainer, None, "test")  # where there are no rounds

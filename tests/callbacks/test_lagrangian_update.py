@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
+from torch import Tensor
 
-from hosfl_lightning import SplitCausalLM
+from hosfl_lightning import HOSFL, SplitCausalLM
 from hosfl_lightning.callbacks import LagrangianUpdate
-from hosfl_lightning.clients import Cohort, ForwardOnlyClient
-from hosfl_lightning.optim import ZerothOrder
+from hosfl_lightning.clients import Endpoint, ForwardOnlyClient, Minibatches
+from hosfl_lightning.clients.split_endpoint import SplitEndpoint
+from hosfl_lightning.server import Inbox
+from hosfl_lightning.wire import Codecs, Multiplier, SmashedData, StepRequest
 from tests.conftest import RandomTokens
 
 
@@ -25,26 +29,34 @@ class Logged:
 
 
 @pytest.fixture
-def client(make_model: Callable[..., SplitCausalLM]) -> tuple[ForwardOnlyClient, list[Cohort]]:
-    """A client half and two clients' batches."""
+def clients(make_model: Callable[..., SplitCausalLM]) -> SplitEndpoint:
+    """Two clients, of two and of three examples."""
     model, data = make_model(), RandomTokens([[12] * 2, [20] * 3])
     data.setup("fit")
     data.tokenizer = model.tokenizer()
-    optimizer = ZerothOrder(model.client_parameters.items(), module=model.client_half)
-    cohorts = [Cohort.join([k], [data.client_batch(k, 0)], model.count) for k in range(2)]
-    return ForwardOnlyClient(model.client_half, optimizer), cohorts
+    terms = HOSFL().terms(model, 0, Codecs(), 2)
+    endpoint = Endpoint.of(model, Minibatches(data, model), terms, Fabric(accelerator="cpu"))
+    assert isinstance(endpoint, SplitEndpoint)
+    return endpoint
 
 
-def test_it_logs_norm_and_term_of_all_cohorts(client: tuple[ForwardOnlyClient, list[Cohort]]) -> None:
-    who, cohorts = client
+@pytest.mark.parametrize("joint", [True, False], ids=["one batch", "one after the other"])
+def test_it_logs_norm_and_term_of_all_clients(clients: SplitEndpoint, joint: bool) -> None:
     callback, module = LagrangianUpdate(), Logged()
+    requests = [StepRequest(0, client) for client in range(2)]
+    groups = [requests] if joint else [[request] for request in requests]
+    inbox = Inbox.of(
+        [z for group in groups for z in sent(clients, group)], clients.model.count, None if joint else [0, 1]
+    )
+    multipliers: dict[int, Multiplier] = {}
     squares, terms = 0.0, 0.0
-    for cohort in cohorts:
-        anchor = who.forward(cohort.batch, cohort.rows)
-        multiplier = torch.randn(anchor.z.shape, generator=torch.Generator().manual_seed(0))
+    for message in inbox.messages:
+        z, _, mask = message.unpack()
+        multiplier = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
         squares += float(multiplier.square().sum())
-        terms += float((multiplier * anchor.z).double().sum())
-        callback.answer(who, cohort.batch, anchor, multiplier, cohort, who.optimizer.basis(0))
+        terms += float((multiplier * z).double().sum())
+        multipliers[message.client] = Multiplier.pack(0, message.client, multiplier, mask)
+    callback.on_multipliers(inbox, multipliers)
     callback.on_train_batch_end(None, module, None, None, 0)
     assert module.values == {
         "client/multiplier_norm": pytest.approx(squares**0.5, rel=1e-5),
@@ -56,28 +68,34 @@ def test_it_logs_norm_and_term_of_all_cohorts(client: tuple[ForwardOnlyClient, l
 
 
 def test_mu_is_checked_once_and_no_probe_of_the_answer_sees_z(
-    client: tuple[ForwardOnlyClient, list[Cohort]], monkeypatch: pytest.MonkeyPatch
+    clients: SplitEndpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    who, [cohort, _] = client
-    callback, alive, checks = LagrangianUpdate(), [], []
+    who, alive, checks = clients.client, list[bool](), list[None]()
     check = ForwardOnlyClient.check_probe
     monkeypatch.setattr(ForwardOnlyClient, "check_probe", lambda *a: checks.append(check(*a)))  # type: ignore[func-returns-value]
-    for _ in range(2):
-        anchor = who.forward(cohort.batch, cohort.rows)
-        z: Any = weakref.ref(anchor.z.untyped_storage())
-        multiplier = torch.full_like(anchor.z, 1e-3)
+    for round in range(2):
+        [message] = sent(clients, [StepRequest(round, 0)])
+        multiplier = Multiplier.pack(round, 0, torch.full_like(message.unpack()[0], 1e-3), message.mask)
+        del message
+        z: Any = weakref.ref(clients.visits[0].anchor.z.untyped_storage())
         with monkeypatch.context() as patch:
             patch.setattr(who, "evaluate", _watched(who, z, alive))
-            callback.answer(who, cohort.batch, anchor, multiplier, cohort, who.optimizer.basis(0))
-    probes = who.optimizer.basis(0).size
+            clients.handle([multiplier])
+    probes = clients.basis(0).size
     assert len(checks) == 1
     assert alive == [True] * 8 + [False] * probes + [False] * probes  # 8: both sides of four directions
 
 
-def _watched(who: ForwardOnlyClient, z: Any, alive: list[bool]) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+def sent(clients: SplitEndpoint, requests: list[StepRequest]) -> list[SmashedData]:
+    messages = clients.handle(requests)
+    assert all(isinstance(message, SmashedData) for message in messages)
+    return messages  # type: ignore[return-value]
+
+
+def _watched(who: Any, z: Any, alive: list[bool]) -> Callable[[dict[str, Tensor]], Tensor]:
     evaluate = who.evaluate
 
-    def watched(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def watched(batch: dict[str, Tensor]) -> Tensor:
         alive.append(z() is not None)
         return evaluate(batch)
 

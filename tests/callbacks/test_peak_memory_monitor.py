@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,13 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
-from hosfl_lightning.algorithms import SplitFedSGD
+from hosfl_lightning.algorithms import (
+    FSLSAGE,
+    HERONSFL,
+    HOSL,
+    Algorithm,
+    FedAvg,
+    SplitFedSGD,
+    SplitFedV1,
+    SplitLearning,
+)
 from hosfl_lightning.callbacks import PeakMemoryMonitor, peak_memory_monitor
 from hosfl_lightning.callbacks.peak_memory_monitor import flops_of, measure_compute
-from hosfl_lightning.clients import Cohort, ForwardOnlyClient
+from hosfl_lightning.callbacks.rehearsal import Around
 from hosfl_lightning.memory import storage_bytes
-from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
+from hosfl_lightning.optim import SGD, AdamW
+from hosfl_lightning.wire import StepRequest
 from tests.conftest import RandomTokens
+from tests.small_run import adamw
 
 
 def report(trainer: Orchestrator) -> dict[str, float]:
@@ -75,13 +88,18 @@ def test_it_is_one_clients_batch_whatever_runs_jointly(
     assert reports[0] == reports[1]
 
 
+@pytest.mark.parametrize("method", [HOSFL, HOSL, SplitFedV1, SplitLearning, HERONSFL, FSLSAGE, FedAvg])
 def test_a_measured_run_is_the_unmeasured_run(
     make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], data: RandomTokens,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, method: type[Algorithm],
 ) -> None:  # fmt: skip
+    """Of methods that keep moments, heads and server halves of clients as well."""
+    settings: dict[str, Any] = {"auxiliary_blocks": 1} if method is FSLSAGE else {}
+    algorithm = method(client_optimizer=AdamW(lr=0.01), **settings)
+
     def train() -> dict[str, torch.Tensor]:
-        model = make_model()
-        make_orchestrator(HOSFL(client_optimizer=AdamW(lr=0.01))).fit(model, data)
+        model = make_model(client_holds=algorithm.client_holds, optimizer=adamw)
+        make_orchestrator(algorithm).fit(model, data)
         return {n: t.clone() for n, t in model.trained_state().items()}
 
     measured = train()
@@ -108,18 +126,32 @@ def test_attention_counts_and_rounds_that_differ_count_by_their_share(monkeypatc
     """One forward in a quarter of the rounds, five in the others, by a clock that goes with the forwards."""
     half, clock = Attention(), [0.0]
     monkeypatch.setattr(peak_memory_monitor.time, "perf_counter", lambda: clock[0])
-    client = ForwardOnlyClient(half, ZerothOrder(half.parameters(), module=half))
     batch = {"tokens": torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))}
 
-    def rehearse(forwards: int) -> int:
+    def work(forwards: int) -> None:
         for _ in range(forwards):
-            client.half(batch["tokens"])
+            half(batch["tokens"])
             clock[0] += 1.0
-        return 0
 
-    rehearsals = [(lambda *_, n=n: rehearse(n), share) for n, share in ((1, 0.25), (5, 0.75))]
-    cohort = Cohort([0], batch, [slice(0, 2)], [6], [1])
-    assert measure_compute(client, rehearsals, half, batch, cohort) == {"client_forwards": 4.0, "client_seconds": 4.0}
+    class TwoKinds:
+        """In the place of a `Rehearsal`: rounds with one answer of the client, and rounds with two."""
+
+        algorithm = SimpleNamespace(kinds_of_round=lambda: [(0, 0.25), (3, 0.75)])
+
+        def autocast(self) -> Any:
+            return nullcontext()
+
+        def undone(self) -> Any:
+            return nullcontext()
+
+        def round(self, around: Around, round: int = 0) -> None:
+            for forwards in {0: [1], 3: [1, 4]}[round]:
+                work(3)  # the server's, which is not the client's
+                with around(StepRequest(round, 0)):
+                    work(forwards)
+
+    rehearsal: Any = TwoKinds()
+    assert measure_compute(rehearsal, half, batch) == {"client_forwards": 4.0, "client_seconds": 4.0}
 
 
 @pytest.mark.parametrize("groups", [1, 4, 16])

@@ -15,9 +15,10 @@ from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.callbacks import LagrangianUpdate, RandomSigns
 from hosfl_lightning.optim import SGD, RandomSubset, Uncompressed
+from hosfl_lightning.server import Server
 from hosfl_lightning.split import Lora, LoraHalf, Side
 from hosfl_lightning.wire import ProjectedGradients
-from tests.callbacks.plain_modules import fit, hybrid, mlp
+from tests.callbacks.drop_in.plain_modules import fit, hybrid, mlp
 from tests.conftest import RandomTokens
 from tests.small_run import SmallRun, contents
 
@@ -47,14 +48,16 @@ def answers(
     def run(name: str = "dense", callback: LagrangianUpdate | None = None, **settings: Any) -> Answers:
         method, of_model = METHODS[name]
         seen: Answers = {}
-        aggregate = HOSFL.aggregate
+        screened = Server.screen
 
-        def watched(self: HOSFL, given: list[ProjectedGradients]) -> Any:
-            seen.update({(one.round, one.client): one.coefficients for one in given})
-            return aggregate(self, given)
+        def watched(self: Server, *given: Any) -> list[ProjectedGradients]:
+            taken = screened(self, *given)
+            if self is trainer.server:  # and not the one that the memory monitor rehearses with
+                seen.update({(one.round, one.client): one.coefficients for one in taken})
+            return taken
 
         with monkeypatch.context() as patch:
-            patch.setattr(HOSFL, "aggregate", watched)
+            patch.setattr(Server, "screen", watched)
             trainer = make_orchestrator(method, callbacks=[callback or LagrangianUpdate()], **settings)
             trainer.fit(make_model(optimizer=still, **of_model), data)
         return seen

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hosfl_lightning.clients import Cohort, FirstOrderClient, ForwardOnlyClient, FrozenClient, base, lagrangian_term
+from hosfl_lightning.clients import (
+    Cohort,
+    FirstOrderClient,
+    ForwardOnlyClient,
+    FrozenClient,
+    lagrangian,
+    lagrangian_term,
+)
 from hosfl_lightning.memory import MemoryMeter
 from hosfl_lightning.optim import Dense, ZerothOrder
 
@@ -115,8 +122,8 @@ def test_the_term_is_summed_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch
     rows = [slice(0, 1), slice(1, 2)]
     terms = []
     for elements, parts in ((1, 100), (3000, 100), (1, 3), (1 << 16, 32)):
-        monkeypatch.setattr(base, "WIDENED", elements)
-        monkeypatch.setattr(base, "PARTS", parts)
+        monkeypatch.setattr(lagrangian, "WIDENED", elements)
+        monkeypatch.setattr(lagrangian, "PARTS", parts)
         terms.append(lagrangian_term(z, multiplier, rows))
     assert all(torch.equal(term, terms[0]) for term in terms)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hosfl_lightning import SplitCausalLM
-from hosfl_lightning.clients import FirstOrderClient, LocalGradientClient, run
+from hosfl_lightning.clients import FirstOrderClient, LocalGradientClient
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak
 from hosfl_lightning.optim import Dense, SharedDirections, ZerothOrder
-from hosfl_lightning.split import Lora, LoraHalf, Side, add_side, split
+from hosfl_lightning.split import Lora, LoraHalf, Side, add_side, run, split
 from hosfl_lightning.split.side import Bottleneck
 
 MakeModel = Callable[..., SplitCausalLM]

@@ -19,7 +19,7 @@ import pytest
 import torch
 import yaml
 
-from hosfl_lightning import HOSFL, SplitCausalLM, checkpoint
+from hosfl_lightning import HOSFL, SplitCausalLM
 from hosfl_lightning.algorithms import Algorithm, FedAvg
 from hosfl_lightning.compare.command import parse
 from hosfl_lightning.compare.conditions import unequal
@@ -27,7 +27,8 @@ from hosfl_lightning.compare.runner import Runner
 from hosfl_lightning.compare.settings import Comparison, ComparisonError
 from hosfl_lightning.compare.table import pm
 from hosfl_lightning.compare.worker import Evaluate
-from hosfl_lightning.identity import digest
+from hosfl_lightning.run import checkpoint as checkpoints
+from hosfl_lightning.run.identity import digest
 from tests import recipe_runs
 from tests.compare.conftest import Compared, hosfl
 from tests.recipe_runs import ROOT
@@ -82,7 +83,7 @@ class TestDone:
             command = recipe_runs.hosfl("test", f"--config={folder}.yaml", "--trainer.logger=false")
             start = {key: bits.clone() for key, bits in command.model.trained_state().items()}
             assert digest(start) == load(folder / "run.json")["start"]
-            ended = checkpoint.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
+            ended = checkpoints.load(folder / "checkpoints" / "last.ckpt")["state_dict"]
             server = {key: bits for key, bits in ended.items() if key.startswith("server_half.")}
             assert 0 < len(server) < len(ended) == len(start)
             command.model.load_trained_state(start | server)

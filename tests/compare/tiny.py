@@ -49,7 +49,7 @@ def recipe(folder: Path) -> dict[str, Any]:
     return {
         "trainer": {"max_rounds": 3, "clients_per_round": 2, "accelerator": "cpu"},
         "model": {
-            "class_path": "hosfl_lightning.servers.SplitCausalLM",
+            "class_path": "hosfl_lightning.models.SplitCausalLM",
             "init_args": {
                 "pretrained": str(tiny_pretrained(folder / "model", "llama", 2)),
                 "cut": 1,

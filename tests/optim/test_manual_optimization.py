@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import mse_loss
 
-from tests.callbacks.plain_modules import LIGHTNING_WARNINGS, QUIET, fit
+from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, QUIET, fit
 
 pytestmark = LIGHTNING_WARNINGS
 PAGE = Path(__file__).parents[2] / "docs" / "manual_optimization.md"

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, SharedDirections, UpdateRule, ZerothOrder, basis
+from hosfl_lightning.optim import SGD, AdamW, Basis, Dense, SharedDirections, UpdateRule, ZerothOrder, basis, rule_of
+from hosfl_lightning.wire import StepRequest, decode, encode
 
 SHAPES = [(13, 7), (5,), (), (41, 3)]
 Reference = Callable[[Any], torch.optim.Optimizer]
@@ -191,3 +192,56 @@ def test_plain_sgd_keeps_no_state_and_a_group_may_differ() -> None:
 def test_a_setting_out_of_range_is_named(make: Callable[[], UpdateRule], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         make()
+
+
+def sent(rule: dict[str, Any]) -> dict[str, Any]:
+    """As it arrives in a message."""
+    received = decode(encode(StepRequest(0, 0, rule=rule)))
+    assert isinstance(received, StepRequest)
+    return received.rule
+
+
+class Clipped(SGD):
+    """A rule of somebody's own, below one of the package's; with a setting more."""
+
+    def __init__(self, limit: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        object.__setattr__(self, "limit", limit)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_is_made_of_what_a_message_says_of_it(name: str) -> None:
+    rule = RULES[name][0]
+    optimizer = ZerothOrder(make_parameters(), rule)
+    for description in (optimizer.prescription, sent(optimizer.prescription)):
+        made = rule_of(description)
+        assert type(made) is type(rule)
+        assert made == rule
+    optimizer.param_groups[0]["lr"] = 0.25  # as a scheduler does
+    assert rule_of(sent(optimizer.prescription)).lr == 0.25
+
+
+def test_a_rule_of_ones_own_is_known_once_its_class_is() -> None:
+    made = rule_of({"name": "Clipped", "lr": 0.1, "limit": 3.0})
+    assert isinstance(made, Clipped)
+    assert (made.lr, vars(made)["limit"]) == (0.1, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("description", "match"),
+    [
+        ({"name": "Adagrad", "lr": 0.1}, "no update rule 'Adagrad' is known here, only AdamW, .*SGD; import its class"),
+        ({"lr": 0.1}, "no update rule None is known here"),
+        ({}, "no update rule None is known here"),
+        ({"name": ["SGD"], "lr": 0.1}, r"no update rule \['SGD'\] is known here"),
+        ({"name": "UpdateRule", "lr": 0.1}, "no update rule 'UpdateRule' is known here"),
+        ({"name": "SGD", "lr": 0.1, "nesterov": True}, "update rule SGD: .*'nesterov'"),
+        ({"name": "SGD", "lr": "x"}, "update rule SGD: .*'str'"),
+        ({"name": "SGD", "lr": -1.0}, "SGD: lr must be >= 0, got -1.0"),
+        ({"name": "AdamW", "betas": 0.9}, "update rule AdamW: .*'float'"),
+        ({"name": "AdamW", "betas": [0.9, 1.0]}, "AdamW: betas must be in"),
+    ],
+)
+def test_a_description_of_no_rule_is_refused(description: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        rule_of(description)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hosfl_lightning.callbacks import GradientAlignment, PeakMemoryMonitor
-from tests.callbacks.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
+from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
 from tests.small_run import SmallRun
 from tools.wandb_dashboard import ROUNDS, TRAINER, Panel, main
 

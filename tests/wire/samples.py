@@ -23,15 +23,21 @@ from hosfl_lightning.wire import (
     Message,
     Multiplier,
     ProbedData,
+    ProbeRequest,
     ProjectedGradients,
+    RoundEnd,
     SmashedData,
     Snapshot,
+    StepRequest,
+    Terms,
     Update,
     Weights,
+    manifest,
 )
 
 BASIS: dict[str, Any] = {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"}
 RULE: dict[str, Any] = {"name": "adamw", "lr": 1e-3 / 3, "betas": [0.9, 0.999], "eps": 5e-324, "nesterov": False}
+SETTINGS: dict[str, Any] = {"kind": "forward_only", "probes": 2, "mu": 1e-3 / 3, "taps": None, "layers": [0, 1]}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAM = Stream(0, Domain.ROUNDING)
 RUN = bytes(range(16))
@@ -56,7 +62,8 @@ def smashed(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32, 
     z = finite_bits(seed, batch, length, hidden, dtype=dtype)
     if codec != "fp32":
         z = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    return SmashedData.pack(10 ** draw.randint(0, 6), draw.randint(0, 99), z, labels, mask, codec, seed)
+    round, client = 10 ** draw.randint(0, 6), draw.randint(0, 99)
+    return SmashedData.pack(round, client, z, labels, mask, codec, seed, step=7 * seed, attempt=seed)
 
 
 def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32) -> list[Message]:
@@ -64,26 +71,30 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
     first = smashed(seed, codec, dtype, per_token=seed % 2 == 0)
     coefficients = finite_bits(seed, seed % 17)
     state = {"w.lora_A": finite_bits(seed, seed % 3, 5, dtype=dtype), "é \n": finite_bits(seed), "m": coefficients}
-    mu = None if seed % 5 == 0 else 1e-3 / (seed + 1)
+    mu = loss = None if seed % 5 == 0 else 1e-3 / (seed + 1)
     trained = {name: finite_bits(seed, seed % 3, 5, dtype=FLOATS[seed % 3]) for name in ("w.lora_A", "", "é \n")}
     sender, terms = (None, 0) if seed % 2 == 0 else (first.client, seed)
     gradient = finite_bits(seed, 64 * seed + seed % 2)  # no row, whole rows, and rows with one that is not full
     if codec != "fp32":
         gradient = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed))
+    basis = BASIS | {"µ": 1 / 3, "note": 'a "b" \\ \n é'}
+    held, codecs = manifest(trained if seed else {}), {"smashed_data": codec, "multiplier": "fp32"}
     return [
         first,
-        Multiplier(first.round, first.client, first.z),
-        ProjectedGradients(
-            first.round, 4, BASIS | {"µ": 1 / 3, "note": 'a "b" \\ \n é'}, coefficients, 10 ** min(seed, 18)
-        ),
+        Multiplier(first.round, first.client, first.z, seed, 9 * seed),
+        ProjectedGradients(first.round, 4, basis, coefficients, 10 ** min(seed, 18), seed, loss, 3 * seed),
         Update(
             first.round, BASIS, coefficients, RULE, seed, list(range(seed)), [1 / (k + 3) for k in range(seed)], mu, "a"
         ),
         CatchUpRequest(first.round, 0, seed, "cpu-é"),
         Snapshot(first.round, 7, seed, "a", "the log was shorter", seed, state if seed else {}),
-        Weights(first.round, sender, trained if seed else {}, terms),
-        ProbedData(first.round, first.client, seed, seed % 2, first.z),
-        CodedGradient.pack(first.round, first.client, BASIS, gradient, seed, codec, seed),
+        Weights(first.round, sender, trained if seed else {}, terms, seed, RULE if sender is None else {}, loss, seed),
+        ProbedData(first.round, first.client, seed, seed % 2, first.z, seed),
+        CodedGradient.pack(first.round, first.client, BASIS, gradient, seed, codec, seed, attempt=seed),
+        StepRequest(first.round, first.client, seed, 9 * seed, RULE if seed % 2 else {}),
+        ProbeRequest(first.round, first.client, 4095 - seed, seed % 2, seed),
+        RoundEnd(first.round, list(range(seed)), seed),
+        Terms(first.round, sender, "é", SETTINGS, 2**64 - 1 - seed, held, RULE, BASIS if seed % 2 else {}, codecs),
     ]
 
 

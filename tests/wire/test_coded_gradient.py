@@ -130,7 +130,7 @@ def test_its_noise_has_the_last_place_of_the_first_step(codec: str) -> None:
 
 
 def test_what_a_codec_saves() -> None:
-    g, header = torch.ones(8192), 500
+    g, header = torch.ones(8192), 512
     sizes = {codec: encoded_size(_packed(g, codec)) for codec in CODECS}
     for codec, bits in {"fp32": 32, "bf16": 16, "fp16": 16, "int8": 8.125, "int4": 4.125, "ternary": 1.75}.items():
         assert 0 < sizes[codec] - bits / 8 * len(g) < header
@@ -158,6 +158,7 @@ def test_what_fills_up_the_last_row_is_zero_and_is_not_read(codec: str) -> None:
     [
         ({"client": -1}, FieldError, "client must be"),
         ({"num_terms": True}, FieldError, "num_terms must be"),
+        ({"attempt": -1}, FieldError, "attempt must be"),
         ({"basis": {"a": float("nan")}}, FieldError, r"basis\.a"),
         ({"count": -1}, FieldError, "count must be"),
         ({"count": 129.0}, FieldError, "count must be"),
@@ -193,7 +194,7 @@ def test_what_is_no_vector_of_fp32_is_not_packed() -> None:
 @pytest.mark.parametrize("count", [0, 127, 129, 1 << 40, (1 << 63) - 1])
 def test_nothing_is_made_of_a_count_that_the_rows_do_not_have(count: int) -> None:
     coded = {"codec": "int8", "dtype": "float32", "width": 128}
-    plain = {"basis": {}, "coefficients": coded, "count": count, "num_terms": 3}
+    plain = {"basis": {}, "coefficients": coded, "count": count, "num_terms": 3, "attempt": 0}
     rows = 2 if count == 127 else 1
     buffers = {
         "coefficients.values": torch.zeros(rows, 128, dtype=torch.int8),

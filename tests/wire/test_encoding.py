@@ -20,10 +20,14 @@ from hosfl_lightning.wire import (
     Multiplier,
     NonFiniteError,
     ProbedData,
+    ProbeRequest,
     ProjectedGradients,
+    RoundEnd,
     ShapeError,
     SmashedData,
     Snapshot,
+    StepRequest,
+    Terms,
     TooLargeError,
     Update,
     Weights,
@@ -31,9 +35,10 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     encoded_size,
+    manifest,
 )
 from tests.rng.conftest import MemoryMeter
-from tests.wire.samples import BASIS, CODED, FLOATS, RULE, RUN, STREAM, every_form, messages, same, smashed
+from tests.wire.samples import BASIS, CODED, FLOATS, RULE, RUN, SETTINGS, STREAM, every_form, messages, same, smashed
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -52,36 +57,45 @@ def _fixed(codec: str = "fp32") -> list[Message]:
     mask = torch.tensor([[True, True, False], [True, False, False]])
     z = (torch.arange(18).reshape(2, 3, 3) - 7) / 8
     labels, coefficients = torch.tensor([[5, -100, 9], [300, 1, 1]]), torch.tensor([0.5, -2.0])
+    held = manifest({"a": z[0].half(), "b.w": z})
     return [
         SmashedData.pack(3, 1, z, labels, mask, codec, seed=5),
         Multiplier.pack(3, 1, z / 1024, mask, codec, seed=5),
-        ProjectedGradients(3, 1, BASIS, coefficients, 7),
+        ProjectedGradients(3, 1, BASIS, coefficients, 7, 2, 0.375, 6),
         Update(3, BASIS, coefficients, RULE, 4, [0, 1], [0.25, 0.75], 2**-10, "cpu-1"),
         CatchUpRequest(3, 1, 2, "cpu-1"),
         Snapshot(3, 1, 2, "cpu-1", "the log was longer", 4, {"a": coefficients.bfloat16(), "b": z[0], "c": z[1, 1, 1]}),
-        Weights(3, 1, {"a": coefficients.half(), "b.w": z[0], "c": z[1, 1, 1]}, 7),
+        Weights(3, 1, {"a": coefficients.half(), "b.w": z[0], "c": z[1, 1, 1]}, 7, 2, RULE, 0.375, 6),
         ProbedData.pack(3, 1, 2, 1, z, mask, codec, seed=5, step=4),
         CodedGradient.pack(3, 1, {"kind": "dense"}, (torch.arange(131) - 64) / 32, 7, codec, seed=5),
+        StepRequest(3, 1, 2, 4, RULE),
+        ProbeRequest(3, 1, 2, 1, 2),
+        RoundEnd(3, [0, 1], 2),
+        Terms(3, None, "SplitEndpoint", SETTINGS, 2**64 - 1, held, RULE, BASIS, {"gradient": "int4"}),
     ]
 
 
 GOLDEN = {
     "fp32": [
-        "ee19db97ba0e9f06",
-        "3bae8fdafba3664c",
-        "b6828504d9e26e9e",
+        "ea86e66886490e24",
+        "9def862c28ea79dd",
+        "061ce0e64241f03e",
         "ef8d9d0be2a18e16",
         "c18e7a287e787a9a",
         "bd3f2306efd5e3a1",
-        "b27812675636ad3e",
-        "dbbfb315d29f312c",
-        "f331ad68290f9a78",
+        "2d3826f62056e6a3",
+        "ee03fd4fee690df4",
+        "c709336a415b2588",
+        "3906e351a0cca857",
+        "5889830d5c14724a",
+        "b4b88901e5f05d55",
+        "fb4e2479c7648283",
     ],
-    "bf16": ["8d97f716a40d0b47", "1739c0697f6d5bd3", "18cc97360ebd46a2", "c14371e1e8407263"],
-    "fp16": ["8223a171950ba80c", "ff6ebb6bcaebd6a5", "b58158e8752ccf36", "3bca9d3f0a863130"],
-    "int8": ["5f70b36b3bf5cb63", "4427538075b083fc", "afd8c846b958036d", "216d9b438a8d3887"],
-    "int4": ["e87c5caa5d8faed2", "e1bcbcc54d93b627", "5f82ea22132d6e46", "16c1960ee0509e4f"],
-    "ternary": ["e7601004376a4dd3", "38b344c0a6341cb2", "65a7cf8011148603", "d1ec68c03e2eb683"],
+    "bf16": ["455215a8e55aa80a", "c146238567c99db4", "a2f035a1fbf87eed", "381889f7c613828a"],
+    "fp16": ["bc51270ad5b8b07e", "5a2fd085a3e3207b", "db96df3d1e356e31", "5e5029437ad34a37"],
+    "int8": ["0dd41fcdd72c461f", "dd9e3afa4024505e", "a15151c9ded0fea5", "faf6477bf1cf0be0"],
+    "int4": ["eb41c3985c498823", "c35e111b1e2a9ac7", "89feb7f1c7018aba", "128e4c62f3163be7"],
+    "ternary": ["a23031b75fa2ce8f", "c21b7723d213f2de", "7b081af52dfd7789", "86c050b93ba2dbb4"],
 }
 """First 16 hex digits of the SHA-256 of `_fixed`'s frames; of coded ones beyond fp32. Another is another protocol."""
 
@@ -232,12 +246,27 @@ def test_the_limit_bounds_what_a_message_unpacks_to() -> None:
         {"client": True},
         {"num_terms": -1},
         {"num_terms": 2**63},
+        {"attempt": -1},
+        {"num_examples": 0.5},
+        {"loss": 1},
+        {"loss": torch.tensor(1.0)},
     ],
 )
 def test_what_does_not_travel_exactly_is_refused_when_sent(changes: dict[str, Any]) -> None:
     message = replace(ProjectedGradients(0, 0, BASIS, torch.ones(2), 1), **changes)
     with pytest.raises(FieldError, match=next(iter(changes))):
         encode(message)
+
+
+COUNTS = ("round", "client", "attempt", "step", "probe", "side", "version", "num_terms", "num_examples", "count")
+
+
+@pytest.mark.parametrize("bad", [-1, 1.0, "1", 2**63])
+def test_what_is_counted_is_an_integer_from_zero_on_in_every_message(bad: Any) -> None:
+    for message in messages(3):
+        for name in [name for name in COUNTS if name in vars(message)]:
+            with pytest.raises(FieldError, match=f"^{message.kind}: {name} must be an integer >= 0, got"):
+                encode(replace(message, **{name: bad}))
 
 
 @pytest.mark.parametrize(
@@ -270,6 +299,8 @@ def test_an_update_is_checked_when_sent(changes: dict[str, Any], error: type[Fie
     ("changes", "error", "match"),
     [
         ({"labels_per_token": 1}, FieldError, "labels_per_token"),
+        ({"attempt": -1}, FieldError, "attempt"),
+        ({"step": None}, FieldError, "step"),
         ({"labels": torch.ones(3, dtype=torch.int64)}, DtypeError, "labels"),
         ({"labels": torch.ones(2, dtype=torch.int8)}, ShapeError, "expected 3 labels"),
         ({"mask": torch.ones(3, 1)}, DtypeError, "mask"),
@@ -319,6 +350,11 @@ def test_what_catches_up_is_checked_when_sent(message: Message, match: str) -> N
         ({"client": -1}, FieldError, "client must be"),
         ({"num_terms": -1}, FieldError, "num_terms"),
         ({"num_terms": 1.0}, FieldError, "num_terms"),
+        ({"attempt": -1}, FieldError, "attempt"),
+        ({"num_examples": None}, FieldError, "num_examples"),
+        ({"loss": 1}, FieldError, "loss must be a float or None"),
+        ({"rule": {"lr": torch.ones(1)}}, FieldError, r"rule\.lr must be"),
+        ({"rule": None}, FieldError, "rule must be a dict"),
         ({"tensors": [torch.ones(1)]}, FieldError, "tensors must be a dict from names"),
         ({"tensors": {1: torch.ones(1)}}, FieldError, "tensors must be a dict from names"),
         ({"tensors": {"w": 1.0}}, FieldError, r"tensors\.w must be a tensor"),
@@ -340,6 +376,7 @@ def test_weights_are_checked_when_sent(changes: dict[str, Any], error: type[Fiel
         ({"probe": True}, "probe must be"),
         ({"side": 2}, "side must be 0 "),
         ({"side": -1}, "side must be"),
+        ({"attempt": -1}, "attempt must be"),
         ({"z": Coded("zip", "float32", 1, torch.ones(1, 1))}, "z.codec"),
     ],
 )

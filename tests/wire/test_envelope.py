@@ -31,7 +31,7 @@ REQUEST = CatchUpRequest(5, 2, 3, "a")
 DATA = encode(REQUEST, RUN)
 KINDS = [
     "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
-    "probed_data", "coded_gradient",
+    "probed_data", "coded_gradient", "step_request", "probe_request", "round_end", "terms",
 ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ BAD: list[tuple[bytes, type[WireError], str]] = [
     (_set(4, "<H", 2), VersionError, "version 2, this side speaks 1"),
     (_set(4, "<H", 256), VersionError, "256"),
     (_set(6, "<B", 0), KindError, "unknown kind of message: 0"),
-    (_set(6, "<B", 10), KindError, "unknown kind of message: 10"),
+    (_set(6, "<B", 14), KindError, "unknown kind of message: 14"),
     (_set(32, "<Q", 2**64 - 1), TooLargeError, "announces"),
     (_set(32, "<Q", 2**30), TooLargeError, "announces"),
     (_set(32, "<Q", 2**29), TruncatedError, "are missing"),

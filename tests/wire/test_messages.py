@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hosfl_lightning.wire import FieldError, Multiplier, ProbedData, SmashedData
+from hosfl_lightning.wire import CodedGradient, FieldError, Multiplier, ProbedData, SmashedData
 
 LEFT = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 0, 1]], dtype=torch.bool)
 MASKS = {"left": LEFT, "right": LEFT.flip(1), "none": torch.ones(3, 4, dtype=torch.bool), "holes": LEFT ^ LEFT.flip(1)}
@@ -51,6 +51,16 @@ def test_the_z_of_a_probe_comes_back_where_it_was(mask: Tensor) -> None:
     assert (message.round, message.client, message.probe, message.side) == (3, 2, 1, 0)
     assert message.z.values.shape == (int(mask.sum()), 5)
     assert torch.equal(message.unpack(mask), z * mask[..., None])
+
+
+def test_pack_says_in_which_attempt_and_at_which_local_step() -> None:
+    z, labels = _inputs(LEFT)
+    first, later = SmashedData.pack(0, 0, z, labels, LEFT), SmashedData.pack(0, 0, z, labels, LEFT, step=4, attempt=2)
+    assert (first.attempt, first.step, later.attempt, later.step) == (0, 0, 2, 4)
+    back = Multiplier.pack(0, 0, z, LEFT, step=4, attempt=2)
+    assert (back.attempt, back.step) == (2, 4)
+    assert ProbedData.pack(0, 0, 1, 0, z, LEFT, step=4, attempt=2).attempt == 2
+    assert CodedGradient.pack(0, 0, {}, z.flatten(), 1, "int8", 0, attempt=2).attempt == 2
 
 
 def test_one_label_per_sequence_even_when_there_are_as_many_tokens_as_sequences() -> None:

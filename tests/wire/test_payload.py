@@ -28,7 +28,7 @@ from hosfl_lightning.wire import (
 from tests.rng.conftest import MemoryMeter
 from tests.wire.samples import frame, same, seal
 
-GRADIENTS = {"basis": {}, "num_terms": 3}
+GRADIENTS = {"basis": {}, "num_terms": 3, "attempt": 0, "loss": None, "num_examples": 0}
 CODED = {"codec": "fp32", "dtype": "float32", "width": 2, "scale": None}
 TENSORS = {
     "z.values": torch.ones(3, 2),
@@ -49,7 +49,7 @@ def _text(old: str, new: str, **changes: object) -> str:
 
 
 def _smashed(bits: object = None, z: object = CODED, tensors: dict[str, Tensor] | None = None, **changes: Any) -> bytes:
-    fields = {"labels_per_token": False, "z": z} | changes
+    fields = {"labels_per_token": False, "z": z, "attempt": 0, "step": 0} | changes
     plain = {"fields": fields, "bits": {"mask": [1, 8]} if bits is None else bits}
     return frame(plain, TENSORS | (tensors or {}), kind=1)
 
@@ -60,12 +60,12 @@ def _snapshot(tensors: object, buffers: dict[str, Tensor]) -> bytes:
 
 
 def _weights(tensors: object, buffers: dict[str, Tensor], **changes: object) -> bytes:
-    fields = {"num_terms": 1, "tensors": tensors} | changes
+    fields = {"num_terms": 1, "tensors": tensors, "attempt": 0, "rule": {}, "loss": None, "num_examples": 0} | changes
     return frame({"fields": fields, "bits": {}}, buffers, kind=7)
 
 
 def _probed(buffers: dict[str, Tensor] | None = None, **changes: object) -> bytes:
-    fields = {"probe": 1, "side": 0, "z": CODED} | changes
+    fields = {"probe": 1, "side": 0, "z": CODED, "attempt": 0} | changes
     return frame({"fields": fields, "bits": {}}, {"z.values": torch.ones(3, 2)} | (buffers or {}), kind=8)
 
 
@@ -137,6 +137,10 @@ MALFORMED: list[tuple[bytes, type[WireError], str]] = [
     (frame(_gradients(secret=1)), FieldError, "secret"),
     (frame(_gradients(num_terms=1.5)), FieldError, "num_terms"),
     (frame(_gradients(num_terms=10**4000)), FieldError, "num_terms"),
+    (frame(_gradients(attempt=-1)), FieldError, "attempt"),
+    (frame(_gradients(num_examples=None)), FieldError, "num_examples"),
+    (frame(_gradients(loss=1)), FieldError, "loss"),
+    (frame(_text('"loss": null', '"loss": NaN')), NonFiniteError, "loss"),
     (frame(_gradients(basis=[])), FieldError, "basis"),
     (frame(_gradients(basis={"a": {"b": 1}})), FieldError, "basis.a"),
     (frame(_gradients(), {"coefficients": torch.ones(2).double()}), DtypeError, "coefficients"),
@@ -177,6 +181,8 @@ MALFORMED: list[tuple[bytes, type[WireError], str]] = [
     (_smashed(tensors={"labels": torch.ones(2, dtype=torch.int32)}), ShapeError, "1 labels"),
     (_smashed(tensors={"labels": torch.ones(1, dtype=torch.uint8)}), DtypeError, "labels"),
     (_smashed(tensors={"mask": torch.ones(2).byte()}), ShapeError, "mask"),
+    (_smashed(attempt=-1), FieldError, "attempt"),
+    (_smashed(step=0.0), FieldError, "step"),
     (_smashed(bits={}), DtypeError, "mask"),
     (_smashed(bits={"mask": [1, 8], "labels": [1]}), ShapeError, "labels"),
     (_smashed(bits={"mask": [1, 8], "more": [1]}), FieldError, "bits without a buffer: more"),
@@ -197,10 +203,16 @@ MALFORMED: list[tuple[bytes, type[WireError], str]] = [
     (_weights({}, {"tensors.a": torch.tensor(float("nan"))}), NonFiniteError, "tensors.a has 1"),
     (_weights({}, {}, client=2), DuplicateKeyError, "envelope"),
     (_weights({}, {}, num_terms=-1), FieldError, "num_terms"),
+    (_weights({}, {}, attempt=True), FieldError, "attempt"),
+    (_weights({}, {}, num_examples=-1), FieldError, "num_examples"),
+    (_weights({}, {}, loss="1"), FieldError, "loss"),
+    (_weights({}, {}, rule=[]), FieldError, "rule"),
+    (_weights({}, {"rule.lr": torch.ones(1)}), FieldError, "rule.lr"),
     (_weights({}, {}, extra=1), FieldError, "extra"),
     (_probed(probe=-1), FieldError, "probe"),
     (_probed(probe=4096), FieldError, "probe must be below"),
     (_probed(side=2), FieldError, "side must be 0"),
+    (_probed(attempt=None), FieldError, "attempt"),
     (_probed(z=3), FieldError, "unexpected tensor z.values"),
     (_probed({"z.values": torch.full((3, 2), float("inf"))}), NonFiniteError, "z.values has 6"),
     (_probed({"z.values": torch.ones(3, 3)}), ShapeError, "2 > 0 columns"),

@@ -1,0 +1,181 @@
+"""One client's side of the conversation: messages in, messages out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from hosfl_lightning.clients.cohort import Cohort
+from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, rule_of
+from hosfl_lightning.wire import Message, RoundEnd, SmashedData, StepRequest, Terms, Update, manifest
+
+#: The minibatches of some clients at a local step, counted over all rounds.
+ClientData = Callable[[list[int], int], Cohort]
+
+
+class EndpointError(RuntimeError):
+    """The server asks for what this client does not do."""
+
+
+class TermsError(ValueError):
+    """The client cannot take part in the run: its model or its code are others than the terms say."""
+
+
+class Endpoint(ABC):
+    """One client, or several that run as one batch; knows no server, only what is sent to it.
+
+    Args:
+        model: A `hosfl_lightning.models.SplitModule`, of which nothing is used but what a client holds.
+        data: Its minibatches.
+        terms: The contract of the run.
+        fabric: Device and precision.
+
+    Attributes:
+        trained: What it trains, by name, in manifest order.
+        client: The engine that holds it, and the rule that moves it.
+        checks: Whether its first answer looks at μ and warns.
+
+    Raises:
+        TermsError: The model trains other tensors than the terms say.
+    """
+
+    #: By the name that `Terms.endpoint` gives.
+    known: ClassVar[dict[str, type[Endpoint]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Endpoint.known[cls.__name__] = cls
+
+    def __init__(self, model: Any, data: ClientData, terms: Terms, fabric: Fabric) -> None:
+        self.model, self.data, self.terms, self.fabric = model, data, terms, fabric
+        half, self.trained = self.hold(model, terms.settings)
+        if manifest(self.trained) != terms.manifest:
+            raise TermsError(
+                f"the model trains {len(self.trained)} tensors at a client, the run {len(terms.manifest)} or others; "
+                "use the server's cut, adapters and dtype"
+            )
+        self.client: Any = self.make_client(half)
+        self.checks = True
+        self._open = (-1, -1)
+
+    @staticmethod
+    def of(model: Any, data: ClientData, terms: Terms, fabric: Fabric) -> Endpoint:
+        """The endpoint that the terms name.
+
+        Raises:
+            TermsError: It is not known here, or cannot take part.
+        """
+        kind = Endpoint.known.get(terms.endpoint)
+        if kind is None:
+            raise TermsError(
+                f"the run's clients are a {terms.endpoint!r}, which is not known here; import its module first"
+            )
+        return kind(model, data, terms, fabric)
+
+    # ---- what a method says about its client
+
+    @staticmethod
+    def hold(model: Any, settings: dict[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """What a client holds of the model, and what of it is trained: the layers before the cut."""
+        return model.client_half, model.client_parameters
+
+    @abstractmethod
+    def make_client(self, half: nn.Module) -> Any:
+        """The engine, over what `hold` gave."""
+
+    def respond(self, requests: Sequence[Any]) -> list[Message]:
+        """One answer to each request of one kind; a subclass knows some kinds and hands the others on.
+
+        Raises:
+            EndpointError: A kind that this client does not take.
+        """
+        raise EndpointError(f"a client with {type(self).__name__} does not take a {requests[0].kind}")
+
+    def end(self, message: RoundEnd) -> None:
+        """An attempt is over."""
+        self.forget()
+
+    def forget(self) -> None:  # noqa: B027  # some hold nothing
+        """Drop whatever is held of a round."""
+
+    # ---- the conversation
+
+    def handle(self, requests: Sequence[Message]) -> list[Message]:
+        """Answer the server.
+
+        Args:
+            requests: Of one kind; one a client, ascending, or one for everybody.
+
+        Returns:
+            One answer to each, or nothing to what is for everybody.
+        """
+        first = requests[0]
+        if isinstance(first, Update):
+            self.client.apply(first)
+            self.forget()
+            return []
+        if isinstance(first, RoundEnd):
+            self.end(first)
+            return []
+        place = (first.round, getattr(first, "attempt", 0))
+        if place != self._open:
+            self.forget()
+            self._open = place
+        return self.respond(requests)
+
+    # ---- what most of them need
+
+    @property
+    def rule(self) -> UpdateRule:
+        """As the run begins."""
+        return rule_of(self.terms.rule)
+
+    def basis(self, round: int) -> Basis:
+        """In what the round's answers and its update are expressed."""
+        sizes = [p.numel() for p in self.trained.values()]
+        return basis_of(self.terms.basis, self.terms.seed, round, sizes)
+
+    def zeroth_order(self, module: nn.Module, estimator: str | None = None) -> ZerothOrder:
+        """An optimizer of what is trained, probed layer by layer in ``module``, with the settings of the terms."""
+        settings = self.terms.settings
+        return ZerothOrder(
+            self.trained.items(), self.rule, module=module, probes=settings["probes"], mu=settings["mu"],
+            estimator=estimator or settings["estimator"], distribution=settings["distribution"], seed=self.terms.seed,
+        )  # fmt: skip
+
+    def smashed(self, cohort: Cohort, z: Tensor, request: StepRequest | Any, step: int = 0) -> list[SmashedData]:
+        """z, labels and mask of each client; padding and the joint batch's extra width stay behind.
+
+        Args:
+            cohort: Whose z it is.
+            z: ``(B, S, h)``.
+            request: What it answers.
+            step: The local step.
+        """
+        packed, codec = [], self.terms.codecs["smashed_data"]
+        for client, (rows, width, _) in cohort.parts().items():
+            labels = cohort.batch["labels"][rows]
+            labels = labels[:, :width] if labels.dim() > 1 else labels
+            packed.append(SmashedData.pack(
+                request.round, client, z[rows, :width], labels, cohort.mask(rows, width), codec, self.terms.seed, step,
+                request.attempt,
+            ))  # fmt: skip
+        return packed
+
+    def slots(self, client: int) -> list[Tensor]:
+        """The optimizer state that a client keeps from round to round."""
+        return [t for held in self.client.optimizer.state.values() for t in held.values()]
+
+    # ---- what goes on from a checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the clients keep from round to round, beside what is trained of the model."""
+        return {"client_optimizer": self.client.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.client.optimizer.load_state_dict(state["client_optimizer"])

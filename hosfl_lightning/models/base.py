@@ -1,0 +1,350 @@
+"""SplitModule: a cut model as a LightningModule; the server's training is its ``training_step``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from transformers import PreTrainedTokenizerBase
+
+from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
+from hosfl_lightning.padding import drop_unpredictable
+from hosfl_lightning.split import (
+    Lora,
+    Placement,
+    ServerHalf,
+    Side,
+    add_lora,
+    copied_head,
+    export_adapter,
+    place_side,
+    run,
+    split,
+)
+from hosfl_lightning.split.errors import SplitError
+from hosfl_lightning.split.side import of_side
+from hosfl_lightning.wire import SmashedData
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Metric]
+
+
+def default_optimizer(params: Any) -> torch.optim.Optimizer:
+    """The server's optimizer unless the recipe says otherwise."""
+    return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
+
+
+class SplitModule(L.LightningModule, ABC):
+    r"""``ℓ(f_s(f_c(x; θ_c); θ_s), y)``, cut into a client half ``f_c`` and a server half ``f_s``.
+
+    The server's step is an ordinary ``training_step`` on the smashed data; a subclass changes the loss by overriding
+    `loss` and `count`. The clients never see this module, only ``client_half``.
+
+    Args:
+        pretrained: ``tiny_lm`` (ships with the package), a folder, or a hub name.
+        cut: Number of layers the client holds, 1 .. layers − 1.
+        lora: Adapters on both halves; None trains every weight of both halves.
+        optimizer: The server's optimizer.
+        lr_scheduler: The server's schedule, stepped once a round.
+        dtype: Of the backbone: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
+        seed: Of the adapters' start and of a fresh head.
+        client_holds: ``half``: a client never holds more than the layers before the cut. ``whole``: the server's half
+            may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
+        side: A side adapter from the client's layers to the cut. Then nothing else of the client is trained but the
+            LoRA that ``lora.client`` asks for; without ``lora`` the server's half is trained whole.
+
+    Raises:
+        PretrainedError: The model cannot be loaded.
+        SplitError: The cut is out of range, the architecture cannot be cut exactly, LoRA matches nothing on a half.
+    """
+
+    #: What the orchestrator says in one line before the first round.
+    labels_notice = "Labels travel from the clients to the server."
+    auto_class: Any
+    trains_head = False
+
+    def __init__(
+        self,
+        pretrained: str,
+        cut: int,
+        lora: Lora | None = None,
+        optimizer: OptimizerCallable = default_optimizer,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: Literal["float32", "bfloat16", "auto"] = "float32",
+        seed: int = 0,
+        client_holds: Literal["half", "whole"] = "half",
+        side: Side | None = None,
+        **model_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
+        self.client_holds = client_holds
+        self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        whole = self.load_whole(dtype, seed, **model_kwargs)
+        whole.eval()
+        placement = None if side is None else self.place_side(whole, side)
+        if lora is not None:
+            base = resolve(pretrained)
+            peft_model = add_lora(
+                whole, cut, lora, head=self.trains_head, base_model_name_or_path=base, seed=seed, side=placement
+            ).eval()
+            whole = peft_model.get_base_model()
+        elif placement is not None:
+            placement.attach(whole)
+        # In a tuple: Lightning must see each parameter once, in its half.
+        self._whole = (peft_model if lora is not None else whole,)
+        self.client_half, self.server_half = self.split_whole(whole)
+        if side is not None and side.client and lora is None:
+            for name, parameter in self.client_half.named_parameters():
+                parameter.requires_grad_(of_side(name))
+        self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
+        self._server_trainable = tuple(n for n, p in self.server_half.named_parameters() if p.requires_grad)
+        self.strict_loading = False  # checkpoints hold what is trained, not the backbone
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.sync_on_compute = False  # every process evaluates all of the data
+
+    # ---- what a subclass says about its model
+
+    def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
+        """The uncut model."""
+        return load_model(self.auto_class, self.pretrained, seed=seed, dtype=dtype, **model_kwargs)
+
+    def split_whole(self, whole: Any) -> tuple[Any, Any]:
+        """Its two halves. The client's names what it takes of a batch (``inputs``) and its ``layers``."""
+        return split(whole, self.cut)
+
+    def place_side(self, whole: Any, side: Side) -> Placement:
+        """Where in the uncut model the bottlenecks go."""
+        return place_side(whole, self.cut, side, self.seed)
+
+    def prepare(self, batch: Batch) -> Batch:
+        """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""
+        return batch
+
+    def auxiliary_head(self, blocks: int) -> nn.Module:
+        """A head over z for a client that has a loss of its own, from ``z (B, S, h)`` and ``attention_mask`` to logits.
+
+        Args:
+            blocks: Server layers in it.
+
+        Returns:
+            A new one; what asks for a gradient in it is its own, everything else may be shared with the server.
+
+        Raises:
+            SplitError: There is none, or not with so many layers.
+        """
+        if not isinstance(self.server_half, ServerHalf):
+            raise SplitError(
+                f"{type(self).__name__} has no auxiliary head, which trainer.algorithm needs: take a method without "
+                "one (HOSFL, SplitFedV2), or override auxiliary_head"
+            )
+        return copied_head(self.server_half, blocks)
+
+    # ---- what a subclass says about its task
+
+    @abstractmethod
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """``ℓ``: the *mean* over the loss terms of the batch, a scalar with a graph."""
+
+    @abstractmethod
+    def count(self, labels: Tensor) -> int:
+        """``n``: how many terms `loss` averages over; client weights are ``w_k = n_k / Σ n``."""
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
+        return {"loss": MeanMetric()}
+
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
+        """Take one evaluation batch into the metrics."""
+        metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
+
+    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
+        """The values to log at the end of an evaluation, by name."""
+        return {name: metric.compute() for name, metric in metrics.items()}
+
+    def check_examples(self, examples: Sequence[Example], owner: str) -> None:
+        """Refuse data that the model cannot take, with the setting to mend instead of an index error mid-run.
+
+        Raises:
+            ValueError: A token id beyond the embeddings, or a row longer than the positions; names whose it is.
+        """
+        config = self.whole.config
+        largest = max((int(torch.as_tensor(e.input_ids).max()) for e in examples), default=0)
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"data of {owner}: token id {largest}, but {self.pretrained!r} embeds {config.vocab_size} tokens; "
+                "set data.init_args.tokenizer to the model's own (null)"
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        longest = max((len(e.input_ids) for e in examples), default=0)
+        if positions is not None and longest > positions:
+            raise ValueError(
+                f"data of {owner}: a row of {longest} tokens, but {self.pretrained!r} has {positions} positions; "
+                "lower the data's sequence_length or max_length"
+            )
+
+    def objection(self, message: SmashedData) -> str | None:
+        """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""
+        width = self.client_half.hidden_size
+        if message.z.width != width:
+            return f"its smashed data have {message.z.width} columns, the cut has {width}"
+        return None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
+        halves = (self.server_half, self.server_parameters), (self.client_half, self.client_parameters)
+        frozen = [p for half, trained in halves for n, p in half.named_parameters() if n not in trained]
+        if not frozen:
+            return "all trained"
+        return sha256(frozen[0].detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()
+
+    # ---- parameters
+
+    @property
+    def client_parameters(self) -> dict[str, nn.Parameter]:
+        """θ_c by name, in manifest order: the order numbers the random directions."""
+        named = dict(self.client_half.named_parameters())
+        return {name: named[name] for name in self._client_trainable}
+
+    @property
+    def server_parameters(self) -> dict[str, nn.Parameter]:
+        """θ_s by name; whether it asks for a gradient now or not."""
+        named = dict(self.server_half.named_parameters())
+        return {name: named[name] for name in self._server_trainable}
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes, both halves, by name; references, not copies."""
+        halves = {"client_half": self.client_parameters, "server_half": self.server_parameters}
+        return {f"{half}.{name}": p.detach() for half, named in halves.items() for name, p in named.items()}
+
+    @torch.no_grad()
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Copy trained tensors in.
+
+        Raises:
+            SplitError: The state is of another model, cut or adapter.
+        """
+        mine = self.trained_state()
+        differ = sorted(set(mine) ^ set(state)) + [n for n in mine if n in state and mine[n].shape != state[n].shape]
+        if differ:
+            raise SplitError(
+                f"the checkpoint is of another model, cut or LoRA setting: {len(differ)} tensors differ, "
+                f"the first is {differ[0]!r}; use the recipe it was made with"
+            )
+        for name, tensor in mine.items():
+            tensor.copy_(state[name])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what is trained; the backbone is where it came from."""
+        checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.trained_state().items()}
+
+    # ---- Lightning
+
+    @property
+    def whole(self) -> Any:
+        """The uncut model (a PeftModel with LoRA); its parameters are those of the halves."""
+        return self._whole[0]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer of ``pretrained``; None where the data is not text."""
+        return load_tokenizer(self.pretrained)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits through both halves, equal to the uncut model's bit for bit."""
+        return self.server_half(self.client_half(input_ids, attention_mask), attention_mask)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits of a prepared batch."""
+        return self.server_half(run(self.client_half, batch), batch["attention_mask"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The server's loss on smashed data.
+
+        Args:
+            batch: ``z (B, S, h)`` with ``requires_grad``, ``attention_mask (B, S)``, ``labels``.
+            batch_idx: The round.
+        """
+        return self.loss(self.server_half(batch["z"], batch["attention_mask"]), batch["labels"])
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Both halves on raw data; the batch's loss."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """``argmax`` of the logits: a class an example, or the next token at every position."""
+        return self.logits(self.prepare(batch)).argmax(-1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…``."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…``."""
+        self._log_metrics("test")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The server's optimizer over θ_s; the clients' is the algorithm's."""
+        optimizer = self.make_optimizer(list(self.server_parameters.values()))
+        if self.make_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
+        }
+
+    @contextmanager
+    def dropout_active(self) -> Iterator[None]:
+        """The server adapters' own dropout is on inside; everything else keeps its mode."""
+        dropouts = [m.lora_dropout for m in self.server_half.modules() if isinstance(m, LoraLayer)]
+        for dropout in dropouts:
+            dropout.train()
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.eval()
+
+    def export(self, directory: str) -> None:
+        """Write one PEFT adapter that holds both halves; with a side adapter PEFT reads it after this package's import.
+
+        Raises:
+            SplitError: Without LoRA there is no adapter to write.
+        """
+        if self.lora is None:
+            raise SplitError(
+                "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
+            )
+        export_adapter(self.whole, directory, resolve(self.pretrained))
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+        batch = self.prepare(batch)
+        logits = self.logits(batch)
+        labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
+        self.update_metrics(self._metrics(stage), logits, labels)
+        return self.loss(logits, labels)
+
+    def _metrics(self, stage: str) -> Metrics:
+        return dict(self.metrics[stage].items())  # type: ignore[operator]
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = self._metrics(stage)
+        self.log_dict({f"{stage}/{name}": value for name, value in self.computed(metrics).items()})
+        for metric in metrics.values():
+            metric.reset()

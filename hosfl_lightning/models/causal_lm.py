@@ -1,0 +1,58 @@
+"""A split causal language model."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from transformers import AutoModelForCausalLM
+
+from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.wire import SmashedData
+
+IGNORE = -100
+
+
+class SplitCausalLM(SplitModule):
+    r"""``ℓ = −(1/n) Σ_t log p(y_{t+1} | y_≤t)`` over the ``n`` next tokens whose label is not −100, in nats.
+
+    ``labels (B, S)`` are not shifted; the shift happens here. Logs ``loss`` (nats a token), ``perplexity``
+    ``exp(loss)``, ``token_accuracy``. Arguments as in `SplitModule`.
+    """
+
+    labels_notice = "Labels travel from the clients to the server, and a causal LM's labels are its text."
+    auto_class = AutoModelForCausalLM
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, fp32, of ``logits (B, S, V)`` and ``labels (B, S)``."""
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+    def count(self, labels: Tensor) -> int:
+        """Next tokens that are labelled."""
+        return int((labels[:, 1:] != IGNORE).sum())
+
+    def objection(self, message: SmashedData) -> str | None:
+        """As in `SplitModule`, and the labels are tokens, one a position, or -100."""
+        size = self.server_half.config.get_text_config().vocab_size
+        if not message.labels_per_token:
+            return "it sent one label a sequence, a causal LM has one a token"
+        labels = message.labels.long()  # the size may be beyond the narrow type in which they travel
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= size))]
+        if len(wrong):
+            return f"its label {int(wrong[0])} is neither {IGNORE} nor in 0..{size - 1}"
+        return super().objection(message)
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """``loss`` and ``token_accuracy``."""
+        return {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
+        """Weighted by the number of labelled tokens."""
+        super().update_metrics(metrics, logits, labels)
+        counted = labels[:, 1:] != IGNORE
+        metrics["token_accuracy"].update((logits[:, :-1].argmax(-1) == labels[:, 1:])[counted].float())
+
+    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
+        """Adds ``perplexity``."""
+        values = super().computed(metrics)
+        return {**values, "perplexity": values["loss"].exp()}

@@ -1,0 +1,63 @@
+"""What every split classifier has in common, whatever it classifies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.wire import SmashedData
+
+
+class SplitClassifier(SplitModule):
+    r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` examples, in nats.
+
+    ``labels (B,)``. Logs ``loss`` and ``accuracy`` (micro). A subclass sets ``num_labels``, the number of classes.
+    """
+
+    num_labels: int
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross entropy, fp32, of ``logits (B, C)`` and ``labels (B,)``."""
+        return F.cross_entropy(logits.float(), labels)
+
+    def count(self, labels: Tensor) -> int:
+        """Examples."""
+        return labels.numel()
+
+    def check_labels(self, examples: Sequence[Any], owner: str) -> None:
+        """Refuse labels beyond ``num_labels``.
+
+        Raises:
+            ValueError: Names whose they are.
+        """
+        wrong = [e.labels for e in examples if not 0 <= int(e.labels) < self.num_labels]
+        if wrong:
+            raise ValueError(
+                f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
+                "model.init_args.num_labels to the number of classes"
+            )
+
+    def objection(self, message: SmashedData) -> str | None:
+        """As in `SplitModule`, and the labels are classes, one a sequence."""
+        if message.labels_per_token:
+            return "it sent one label a token, a classifier has one a sequence"
+        labels = message.labels.long()  # the number may be beyond the narrow type in which they travel
+        wrong = labels[(labels < 0) | (labels >= self.num_labels)]
+        if len(wrong):
+            return f"its label {int(wrong[0])} is not in 0..{self.num_labels - 1}"
+        return super().objection(message)
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """``loss`` and ``accuracy``."""
+        return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
+
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
+        """One batch."""
+        super().update_metrics(metrics, logits, labels)
+        metrics["accuracy"].update(logits, labels)

@@ -1,0 +1,1 @@
+"""A run: its settings, its state, its rounds, its folder."""

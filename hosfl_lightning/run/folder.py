@@ -1,0 +1,209 @@
+"""The run folder: what writes into it, and how a run finds its own again."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from hosfl_lightning.files import rename, write_whole
+from hosfl_lightning.fleet import Processes
+from hosfl_lightning.loggers import CSVLogger
+from hosfl_lightning.run.checkpoint import CheckpointError, load, whole
+
+LOG = "updates.log"
+IDENTITY = "run.json"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on.
+
+    Args:
+        folder: Its own folder; None: the checkpoint lies outside of one, so the run goes on in a new folder.
+        checkpoint: The last complete one; None: the run died before its first, and begins anew in its folder.
+        later: Checkpoints in the folder that the run goes back before.
+    """
+
+    folder: Path | None
+    checkpoint: dict[str, Any] | None
+    later: Sequence[Path] = ()
+
+    @property
+    def round(self) -> int:
+        """Rounds that need not be run again."""
+        return self.checkpoint["global_step"] if self.checkpoint is not None else 0
+
+    @property
+    def files(self) -> dict[str, bool | None]:
+        """What was to be written or deleted in the checkpoint's round: checkpoints of this folder, whatever it says."""
+        folder, named = self.folder, (self.checkpoint or {}).get("files", {})
+        if folder is None:
+            return {}
+        own = {name for name in named if (folder / name).resolve().is_relative_to(folder.resolve())}
+        return {name: how for name, how in named.items() if name in own and name.endswith(".ckpt")}
+
+    @property
+    def last_row(self) -> int:
+        """The last row of metrics that stays; −1: none."""
+        return self.round if self.checkpoint is not None else -1
+
+
+def find(ckpt_path: str) -> Resumption:
+    """A run's folder, or a checkpoint file; with the folder, the last complete checkpoint in it.
+
+    Raises:
+        CheckpointError: Neither a checkpoint nor a run folder.
+    """
+    path = Path(ckpt_path)
+    if path.is_dir():
+        if not (path / IDENTITY).is_file():
+            raise CheckpointError(
+                f"ckpt_path: {ckpt_path!r} is not the folder of a run that can go on: it has no {IDENTITY}, which is "
+                "written before the first round; begin anew without ckpt_path"
+            )
+        found = max(_complete(path), key=lambda one: one[1]["global_step"], default=None)
+        return Resumption(path.absolute(), found[1] if found else None)
+    checkpoint, folder = load(path), path.absolute().parent.parent
+    if not (folder / IDENTITY).is_file():
+        return Resumption(None, checkpoint)
+    later = [file for file, one in _complete(folder) if one["global_step"] > checkpoint["global_step"]]
+    return Resumption(folder, checkpoint, later)
+
+
+def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The checkpoints from which a run can go on: passing over another costs rounds, no bits."""
+    return ((file, checkpoint) for file, checkpoint in whole(folder) if "method" in checkpoint)
+
+
+def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
+    """The loggers; first the `CSVLogger` whose folder is the run's, a new one where none is given."""
+    if not logger:
+        return []
+    given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
+    given.sort(key=lambda one: not isinstance(one, StockCSVLogger))
+    return given if given and isinstance(given[0], StockCSVLogger) else [CSVLogger(root, name=""), *given]
+
+
+def agree(loggers: Sequence[Logger], processes: Processes) -> None:
+    """All processes name the folder that the first one writes: each would number a new one for itself."""
+    for logger in loggers:
+        if hasattr(logger, "_version"):
+            logger._version, *_ = processes.share(logger.version)
+
+
+def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
+    """Point fresh loggers at the folder of a run that goes on; nothing that is in it is lost yet.
+
+    Raises:
+        ValueError: A logger that would delete what it wrote.
+    """
+    if resumed.folder is None:
+        return
+    identity = _identity(resumed.folder)
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            # As the logger was given: ModelCheckpoint compares its folder's name with the one it had.
+            relative = not os.path.isabs(logger.save_dir)
+            logger.resume(sys.maxsize, os.path.relpath(resumed.folder) if relative else resumed.folder)
+        elif isinstance(logger, StockCSVLogger):
+            raise ValueError(
+                "trainer.logger: Lightning's CSVLogger deletes metrics.csv when a run goes on; "
+                "use hosfl_lightning.loggers.CSVLogger"
+            )
+        elif isinstance(logger, WandbLogger) and "wandb" in identity:
+            logger._id = identity["wandb"]
+            logger._wandb_init.update(id=identity["wandb"], resume="allow")
+
+
+def check_start(resumed: Resumption, start: str) -> None:
+    """Whether a model is as it was when the run began.
+
+    Args:
+        resumed: Where the run goes on.
+        start: Digest of the tensors that are trained, of both halves.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if resumed.folder is not None and _identity(resumed.folder)["start"] != start:
+        raise ValueError(
+            "trainer.controls begin where the run began, but this model has been trained since: build it anew"
+        )
+
+
+def set_aside(folder: str, resumed: Resumption | None) -> None:
+    """Rename the checkpoints that an earlier run left in the folder of one that begins, which would go on from them.
+
+    The identity is the first, and the new run's is written last: in between the folder is no run's.
+    """
+    path = Path(folder)
+    if resumed is not None and resumed.folder is not None and resumed.folder.resolve() == path.resolve():
+        return
+    for file in (path / IDENTITY, *sorted((path / "checkpoints").glob("*.ckpt"))):
+        if file.exists():
+            rename(file, f"{file}.before")
+
+
+@rank_zero_only
+def rewind(loggers: Sequence[Logger], resumed: Resumption) -> None:
+    """Set checkpoints after the one that is resumed aside, then drop the rows after it: both are written again.
+
+    A later checkpoint that stayed would be the run's last one, with rows missing before it.
+    """
+    for file in resumed.later:
+        rename(file, f"{file}.later")
+    for logger in loggers:
+        if isinstance(logger, CSVLogger):
+            logger.resume(resumed.last_row)
+
+
+def open_loggers(loggers: Sequence[Logger]) -> None:
+    """Make the folder before anything is written into it; W&B's curves go over rounds."""
+    for logger in loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        if isinstance(logger, WandbLogger):
+            experiment.define_metric("round")
+            experiment.define_metric("*", step_metric="round", step_sync=True)
+
+
+def remember(folder: str, run_id: bytes, start: str, starts: dict[str, Any], loggers: Sequence[Logger]) -> None:
+    """Write what the run needs to find itself again: its id, W&B's, and where it started.
+
+    A folder without it is no run's. What is known of a run that goes on stays.
+    """
+    known = _identity(Path(folder)) if (Path(folder) / IDENTITY).is_file() else {}
+    ids = [logger.version for logger in loggers if isinstance(logger, WandbLogger)]
+    own = {"run_id": run_id.hex(), "start": start, "starts": starts}
+    identity = {**own, **known, **({"wandb": ids[-1]} if ids else {})}
+    write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
+
+
+def how_to_go_on(folder: str) -> str:
+    """What to tell whoever interrupted the run."""
+    if (Path(folder) / IDENTITY).is_file():
+        return f"go on with --ckpt_path={folder}"
+    return "no round had begun: start it anew"
+
+
+@contextmanager
+def may_hold_checkpoints(folder: str) -> Iterator[None]:
+    """ModelCheckpoint warns of a folder that is not empty, as one in which a run goes on is meant to be."""
+    with warnings.catch_warnings():
+        if (Path(folder) / IDENTITY).is_file():
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+        yield
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / IDENTITY).read_text())

@@ -1,0 +1,151 @@
+"""The rounds of a run, with Trainer's hooks around them."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
+from torch import Tensor
+
+from hosfl_lightning.callbacks.round_callback import RoundCallback
+from hosfl_lightning.run.evaluation import run_evaluation
+from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.run.result import Evaluation, RunResult
+from hosfl_lightning.server import Call, Outcome, TooFewClientsError
+
+#: How often a round is tried before the run stops.
+MAX_ATTEMPTS = 10
+
+
+class RoundLoop:
+    """Round after round, from where the run is to its end.
+
+    Args:
+        trainer: Whose training is set up.
+    """
+
+    def __init__(self, trainer: TrainerFace) -> None:
+        self.trainer, self.run, self.settings = trainer, trainer.run, trainer.settings
+
+    def train(self) -> RunResult:
+        """From ``on_train_start`` to ``on_fit_end``."""
+        trainer, run = self.trainer, self.run
+        trainer.call("on_train_start")
+        if run.global_step:
+            self.trainer.row.drop()  # what is measured at a start stands in the run's first row
+        if run.result is None:
+            first = self.validate()
+            run.result = RunResult(first, first)
+        result = run.result
+        self.end_round()
+        trainer.call("on_train_epoch_start")
+        while run.global_step < self.settings.max_rounds and not run.should_stop:
+            result.seconds.append(self.round(run.global_step))
+            due = run.global_step % self.settings.val_check_interval == 0
+            if due or trainer.is_last_batch or run.should_stop:
+                result.last = self.validate()
+            self.end_round()
+        if result.last.round < run.global_step:  # resumed at its end by a recipe with fewer rounds
+            result.last = self.validate()
+            self.trainer.row.drop()
+        trainer.state.status = TrainerStatus.FINISHED
+        for hook in ("on_train_epoch_end", "on_train_end", "on_fit_end"):
+            trainer.call(hook)
+        self.end_round()
+        return result
+
+    def round(self, round: int) -> float:
+        """One round; its seconds."""
+        trainer, run = self.trainer, self.run
+        began = time.perf_counter()
+        trainer.state.stage = RunningStage.TRAINING
+        trainer.fleet.channel.clear()
+        refused = run.refused.total()
+        call = self.call(round)
+        trainer.call("on_train_batch_start", batch=call, batch_idx=round)
+        call, outcome = self.attempt(call)
+        run.global_step = round + 1
+        module = trainer.lightning_module
+        module.log("train/loss", outcome.loss)
+        module.log("client/refused", run.refused.total() - refused)
+        seconds = time.perf_counter() - began
+        module.log("time/round_seconds", seconds)
+        outputs = {"loss": outcome.loss, "num_examples": outcome.num_examples}
+        trainer.call("on_train_batch_end", outputs=outputs, batch=call, batch_idx=round)
+        return seconds
+
+    def call(self, round: int, attempt: int = 0) -> Call:
+        """Who is asked; who is online is brought up to date before."""
+        trainer, history = self.trainer, self.run.history
+        assert history is not None
+        online = trainer.clients_online(round, attempt)
+        history.attend(round, online, trainer.datamodule.num_clients, attempt)
+        return Call(round, trainer.sample(round, attempt), online, attempt)
+
+    def attempt(self, call: Call) -> tuple[Call, Outcome]:
+        """The round as it succeeds; one that too few answer is repeated, or ends the run."""
+        round, attempts = call.round, range(MAX_ATTEMPTS if self.settings.on_too_few == "repeat" else 1)
+        if (follows := self.trainer.follows) is not None:
+            attempts = range(follows[round], follows[round] + 1)
+        for attempt in attempts:
+            call = self.call(round, attempt) if attempt else call
+            outcome, reason = self.tried(call)
+            self.count_refused()
+            if outcome is not None:
+                self.run.attempts.append(attempt)
+                return call, outcome
+        path = Path(self.trainer.log_dir) / "checkpoints" / "stopped.ckpt"
+        self.trainer.saving.save(str(path), {})
+        remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if len(attempts) == 1 else "")
+        raise TooFewClientsError(
+            f"round {round}: {reason}, tried {len(attempts)} time(s); {remedy}, and go on from the state before the "
+            f"round with --ckpt_path {path}"
+        )
+
+    def tried(self, call: Call) -> tuple[Outcome | None, str]:
+        """One attempt: what came of it, or why too few answered. The clients forget one that has failed."""
+        trainer = self.trainer
+        server, fleet = trainer.server, trainer.fleet
+        server.call = call
+        fleet.assemble(call.clients)
+        try:
+            server.require(len(call.clients))
+            outcome = trainer.algorithm.server_round(server, fleet, call)
+        except TooFewClientsError as error:
+            fleet.abandon()
+            for callback in trainer.callbacks:
+                if isinstance(callback, RoundCallback):
+                    callback.forget()
+            return None, str(error)
+        except BaseException:
+            fleet.abandon()
+            raise
+        trainer.algorithm.end_round(server)
+        return outcome, ""
+
+    def count_refused(self) -> None:
+        """Some refusals only the process of the client knows, others all do."""
+        fleet, run = self.trainer.fleet, self.run
+        told = dict(sorted(entry for part in fleet.processes.share([*fleet.refused.items()]) for entry in part))
+        fleet.refused.clear()
+        run.refused.update(told.keys())
+        for client, reason in told.items() if self.trainer.is_global_zero else ():
+            warnings.warn(f"round {run.global_step}: client {client} is refused: {reason}", stacklevel=2)
+
+    def validate(self) -> Evaluation:
+        """Both halves on the validation data."""
+        trainer = self.trainer
+        losses = run_evaluation(trainer, "validation", trainer.datamodule.val_dataloader())
+        trainer.has_validated = True
+        trainer.state.stage = RunningStage.TRAINING
+        metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}
+        if "val/loss" not in metrics:
+            raise ValueError(f"{type(trainer.lightning_module).__name__} must log 'val/loss' in its validation")
+        return Evaluation(metrics, [float(loss) for loss in losses if isinstance(loss, Tensor)], self.run.global_step)
+
+    def end_round(self) -> None:
+        """The row of metrics, then the files."""
+        self.trainer.row.flush()
+        self.trainer.saving.end_round()

@@ -1,0 +1,103 @@
+"""A model and its data, made ready for one entry point and put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
+from torch import nn
+
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.run import checkpoint as checkpoints
+from hosfl_lightning.run import folder
+from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.run.hooks import check_hooks
+from hosfl_lightning.run.state import RunState
+
+
+@contextmanager
+def session(
+    trainer: TrainerFace, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, ckpt_path: str | None = None
+) -> Iterator[None]:
+    """Model and data are ready inside; whatever happens, loggers are closed and everything is put back.
+
+    Args:
+        trainer: Whose callbacks and loggers take part.
+        model: The cut model.
+        data: The clients' data.
+        fn: What is going to be done.
+        ckpt_path: A checkpoint of the model, for an evaluation.
+    """
+    checkpoint = checkpoints.load(ckpt_path) if ckpt_path else None
+    check_model(model)
+    check_hooks(trainer.callbacks, model, data)
+    trainer.lightning_module, trainer.datamodule, trainer.ckpt_path = model, data, ckpt_path
+    trainer.enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
+    trainer.run, trainer.has_validated = RunState(), False
+    trainer.row.drop()
+    trainer.callback_metrics.clear()
+    _prepare_data(trainer, model, data, fn)
+    trainer.fabric.launch()  # when settings, model and data have been found good: what is wrong is said once
+    folder.agree(trainer.loggers, trainer.processes)
+    found = [(m, m.training) for m in model.modules()], [(p, p.requires_grad) for p in model.parameters()]
+    fabric_before = model._fabric
+    model.fabric = trainer.fabric  # self.log and self.manual_backward go through Fabric
+    try:
+        # Not `setup_module`: under several processes it would wrap the server for DDP, whose sums know no order.
+        trainer.fabric.to_device(trainer.fabric.strategy.precision.convert_module(model))
+        model.eval()
+        if checkpoint is not None:
+            checkpoints.load_model(model, checkpoint)
+        folder.open_loggers(trainer.loggers)
+        with folder.may_hold_checkpoints(trainer.log_dir):
+            trainer.call("setup", stage=fn.value)
+        yield
+    except BaseException as error:
+        trainer.state.status = TrainerStatus.INTERRUPTED
+        trainer.call("on_exception", exception=error)
+        raise
+    finally:
+        _finish(trainer, fn.value, *found)
+        model._fabric = fabric_before
+
+
+def check_model(model: SplitModule) -> None:
+    """Refuse what is no cut model.
+
+    Raises:
+        TypeError: It is not.
+    """
+    if not isinstance(model, SplitModule):
+        raise TypeError(f"model must be a hosfl_lightning.models.SplitModule, got {type(model).__name__}")
+
+
+def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataModule, fn: TrainerFn) -> None:
+    """Set up and check the data before a run folder is made."""
+    if data.tokenizer is None:
+        data.tokenizer, data.tokenizer_of = model.tokenizer(), model.pretrained
+    elif data.tokenizer_of not in (None, model.pretrained):
+        raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
+    data.prepare_data()
+    data.setup(fn.value)
+    if fn is TrainerFn.FITTING:
+        trainer.settings.sample_size(data.num_clients)
+        for name, examples in zip(data.client_names, data.clients):
+            model.check_examples(examples, f"client {name!r}")
+    model.check_examples(data.validation_set, "validation")
+    model.check_examples(data.test_set, "test")
+
+
+def _finish(
+    trainer: TrainerFace, stage: str, modes: list[tuple[nn.Module, bool]], wanted: list[tuple[nn.Parameter, bool]]
+) -> None:
+    trainer.call("teardown", stage=stage)
+    trainer.datamodule.teardown(stage)
+    for module, training in modes:
+        module.training = training
+    for parameter, requires_grad in wanted:
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = None
+    for logger in trainer.loggers:
+        logger.finalize("failed" if trainer.state.status is TrainerStatus.INTERRUPTED else "success")

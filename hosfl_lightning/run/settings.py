@@ -1,0 +1,144 @@
+"""What may be set of a run, checked in one place before anything is built."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from hosfl_lightning.algorithms import Algorithm
+from hosfl_lightning.availability import Always, Availability
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.server import CatchUp
+from hosfl_lightning.wire import Codecs
+
+#: No GradScaler among them.
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+#: The client does nothing; the client backpropagates and its gradient is averaged every step.
+CONTROLS = ("frozen", "first_order")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The arguments of an `hosfl_lightning.Orchestrator` that say what is run; see there.
+
+    Raises:
+        ValueError: Names the setting and what it may be.
+    """
+
+    max_rounds: int = 100
+    clients_per_round: int | None = None
+    simulation: Literal["batched", "per_client"] | None = None
+    controls: list[str] = field(default_factory=list)
+    seed: int = 0
+    val_check_interval: int = 50
+    log_every_n_steps: int = 1
+    devices: int = 1
+    codec: Codecs = field(default_factory=Codecs)
+    availability: Availability = field(default_factory=Always)
+    catch_up: CatchUp = field(default_factory=CatchUp)
+    min_clients: int = 1
+    on_too_few: Literal["repeat", "stop"] = "stop"
+    replay_log: bool = True
+    precision: str = "32-true"
+    gradient_clip_val: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.simulation is None:
+            object.__setattr__(self, "simulation", "batched" if self.devices == 1 else "per_client")
+        for name in ("max_rounds", "val_check_interval", "log_every_n_steps", "min_clients"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
+        if self.clients_per_round is not None and self.clients_per_round < 1:
+            raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
+        if self.simulation not in ("batched", "per_client"):
+            raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
+        if self.on_too_few not in ("repeat", "stop"):
+            raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
+        if type(self.devices) is not int or self.devices < 1:
+            raise ValueError(f"trainer.devices must be a number of processes >= 1, got {self.devices!r}")
+        if self.devices > 1 and self.simulation == "batched":
+            raise ValueError(
+                "trainer.simulation=batched is one batch in one process; with trainer.devices > 1 leave it out"
+            )
+        self._check_precision()
+        for name in self.controls:
+            if name not in CONTROLS:
+                raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            raise ValueError(f"trainer.gradient_clip_val must be > 0, or null for none, got {self.gradient_clip_val}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"trainer.seed must be between 0 and 2**64 - 1, got {self.seed}")
+
+    def _check_precision(self) -> None:
+        if self.precision in PRECISIONS:
+            return
+        reason = (
+            "fp16 needs a GradScaler, which scales λ and refuses forward-only steps; "
+            if str(self.precision).startswith("16")
+            else ""
+        )
+        raise ValueError(f"trainer.precision={self.precision!r}: {reason}use one of {', '.join(PRECISIONS)}")
+
+    def arguments(self) -> dict[str, Any]:
+        """Of an Orchestrator with the same settings."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    def check(self, algorithm: Algorithm, model: SplitModule) -> None:
+        """Whether the method can run with this model, where and beside what the settings say.
+
+        Raises:
+            ValueError: Names the setting and the fix.
+        """
+        if algorithm.records and not self.replay_log and not isinstance(self.availability, Always):
+            raise ValueError(
+                "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
+            )
+        algorithm.check(model)
+        if self.controls and (algorithm.local_steps > 1 or not algorithm.joint or algorithm.server_order != "first"):
+            raise ValueError(
+                f"trainer.controls: a round of {algorithm.name} is not a round of theirs (one minibatch a client, one "
+                "step of a server that backpropagates); set it to [], and compare with hosfl compare"
+            )
+        if self.devices > 1 and not algorithm.joint:
+            raise ValueError(f"trainer.devices: the clients of {algorithm.name} run one after the other; set it to 1")
+        algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.parameters(model).values()])
+
+    def sample_size(self, clients: int) -> int:
+        """How many clients a round samples.
+
+        Args:
+            clients: Of the data.
+
+        Raises:
+            ValueError: More than there are, or fewer than needed.
+        """
+        if self.clients_per_round is not None and self.clients_per_round > clients:
+            raise ValueError(
+                f"trainer.clients_per_round is {self.clients_per_round}, but the data has {clients} clients; lower it"
+            )
+        sampled = self.clients_per_round if self.clients_per_round is not None else clients
+        if self.min_clients > sampled:
+            raise ValueError(f"trainer.min_clients is {self.min_clients}, but a round has {sampled} clients; lower it")
+        return sampled
+
+    def agreed(self, algorithm: Algorithm, clients: int, server_schedule: bool) -> dict[str, Any]:
+        """What a resumed run must agree on with the run that made the checkpoint; plain values.
+
+        Args:
+            algorithm: The method.
+            clients: Of the data.
+            server_schedule: Whether the server's learning rate has one.
+        """
+        return {
+            "algorithm": algorithm.name,
+            **algorithm.settings(),
+            "seed": self.seed,
+            "clients": clients,
+            "clients_per_round": self.sample_size(clients),
+            "simulation": self.simulation,
+            "precision": self.precision,
+            "server_schedule": server_schedule,
+            "codec": asdict(self.codec),
+            "availability": self.availability.settings(),
+            "catch_up": asdict(self.catch_up),
+        }

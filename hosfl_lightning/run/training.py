@@ -1,0 +1,138 @@
+"""The rounds of a run, begun or gone on with: the clients, the server and the log are made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+
+from hosfl_lightning.availability import Always
+from hosfl_lightning.clients.cohort import Minibatches
+from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.fleet import Channel, LocalFleet, Ranks
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.run import checkpoint as checkpoints
+from hosfl_lightning.run import folder
+from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.run.history import History
+from hosfl_lightning.run.identity import digest, starts
+from hosfl_lightning.run.loop import RoundLoop
+from hosfl_lightning.run.result import Evaluation, RunResult
+from hosfl_lightning.run.session import session
+from hosfl_lightning.server import Replica, RoundWatcher, Server
+from hosfl_lightning.server.configured import configured
+
+
+def train(
+    trainer: TrainerFace,
+    model: SplitModule,
+    data: FederatedDataModule,
+    resumed: folder.Resumption | None,
+    first: Evaluation | None = None,
+) -> RunResult:
+    """The rounds alone.
+
+    Args:
+        trainer: Its settings say what is run.
+        model: The cut model.
+        data: The clients' data.
+        resumed: Where the run goes on; None: it begins.
+        first: The validation at the start, where it is known.
+    """
+    initial, started = digest(model.trained_state()), starts(model.trained_state())
+    if resumed is not None:
+        folder.adopt(trainer.loggers, resumed)
+    with session(trainer, model, data, TrainerFn.FITTING):
+        trainer.run.result = RunResult(first, first) if first is not None else None
+        set_up(trainer, model)
+        if resumed is not None and resumed.checkpoint is not None:
+            _restore(trainer, resumed.checkpoint)
+        if resumed is not None and trainer.settings.controls:
+            folder.check_start(resumed, initial)
+        _open_log(trainer, resumed)
+        first_of_all = trainer.announces and trainer.is_global_zero
+        if first_of_all:  # only now that nothing can refuse it
+            folder.set_aside(trainer.log_dir, resumed)
+        if resumed is not None and resumed.folder is not None:
+            folder.rewind(trainer.loggers, resumed)
+            trainer.saving.write(resumed.files)
+        trainer.saving.pending = {}
+        try:
+            if first_of_all and trainer.algorithm.client_holds == "half":
+                print(model.labels_notice, flush=True)
+            trainer.call("on_fit_start")
+            if first_of_all:
+                folder.remember(trainer.log_dir, trainer.fleet.channel.run_id, initial, started, trainer.loggers)
+            return RoundLoop(trainer).train()
+        finally:
+            trainer.saving.pending = None
+
+
+def set_up(trainer: TrainerFace, model: SplitModule) -> None:
+    """The clients, the way to them, and the server."""
+    settings, method = trainer.settings, trainer.algorithm
+    trainer.num_val_batches = [len(trainer.datamodule.val_dataloader())]
+    terms = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
+    trainer.endpoint = endpoint = Endpoint.of(model, Minibatches(trainer.datamodule, model), terms, trainer.fabric)
+    endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
+    channel = Channel(serialize=settings.simulation == "per_client")
+    joint = method.joint and settings.simulation == "batched"
+    kind = Ranks if settings.devices > 1 else LocalFleet
+    trainer.fleet = kind(endpoint, channel, joint, trainer.processes)
+    optimizer, scheduler = configured(model)
+    wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
+    replica = Replica(endpoint.trained, endpoint.client.optimizer)
+    sizes = [p.numel() for p in replica.trained.values()]
+    agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None)
+    trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
+    trainer.server = Server(
+        model, trainer.fabric, wrapped, scheduler, fleet=trainer.fleet, replica=replica,
+        basis=lambda round: method.basis(settings.seed, round, sizes), publish=history.publish, fire=trainer.call,
+        terms=terms, joint=joint, min_clients=settings.min_clients, gradient_clip_val=settings.gradient_clip_val,
+        seed=settings.seed, codec=settings.codec.multiplier,
+        watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],
+    )  # fmt: skip
+    method.setup(trainer.server)
+
+
+def collect(trainer: TrainerFace, weights_only: bool) -> dict[str, Any]:
+    """What a checkpoint holds, but for the hooks' part."""
+    method, rounds = trainer.algorithm, trainer.settings.max_rounds
+    return trainer.run.collect(method, trainer.endpoint, trainer.server, _agreed(trainer), rounds, weights_only)
+
+
+def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
+    method, rounds = trainer.algorithm, trainer.settings.max_rounds
+    trainer.run.restore(checkpoint, method, trainer.endpoint, trainer.server, _agreed(trainer), rounds)
+    trainer.call("on_load_checkpoint", checkpoint=checkpoint)
+    checkpoints.restore_callbacks(trainer.callbacks, checkpoint["callbacks"])
+
+
+def _agreed(trainer: TrainerFace) -> dict[str, Any]:
+    scheduled = trainer.server.scheduler is not None
+    return trainer.settings.agreed(trainer.algorithm, trainer.datamodule.num_clients, scheduled)
+
+
+def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
+    """Of a new run, or of the one that goes on."""
+    history, settings, log = trainer.run.history, trainer.settings, Path(trainer.log_dir) / folder.LOG
+    assert history is not None
+    basis, always = trainer.server.basis(0), isinstance(settings.availability, Always)
+    if resumed is not None and not settings.replay_log and log.exists():
+        raise checkpoints.CheckpointError(
+            f"ckpt_path: the run wrote {log}, which would lack the rounds to come; set trainer.replay_log: true"
+        )
+    if not settings.replay_log or not trainer.is_global_zero or basis is None:
+        return  # a control, a process that does not write, or a method without updates
+    if resumed is None or not resumed.round or log.exists():
+        sampled = settings.sample_size(trainer.datamodule.num_clients)
+        history.open(log, resumed, basis, sampled, settings.catch_up, None if always else trainer.clients_online)
+    elif always:
+        print(f"Going on in {trainer.log_dir} without an update log: rounds 0 to {resumed.round - 1} are not in it.")
+    else:
+        raise checkpoints.CheckpointError(
+            f"ckpt_path: clients that were away replay the update log, and there is none in {trainer.log_dir}; give "
+            "the folder of the run that made the checkpoint"
+        )

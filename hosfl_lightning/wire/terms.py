@@ -1,0 +1,70 @@
+"""The contract of a run: all that a client must know beside its data, its model and the messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hosfl_lightning.wire.checks import check_counts, check_settings, check_strings
+from hosfl_lightning.wire.errors import FieldError
+
+SEEDS = 1 << 64
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """Server to client k, when it joins; the protocol's version and the run's id are in the envelope.
+
+    A client computes nothing that is not fixed by its terms, its data and the messages.
+
+    Attributes:
+        round: The round that the run is at, >= 0.
+        client: Client number k, >= 0; None: the same terms for all.
+        endpoint: What the client runs, by the name of its class.
+        settings: Of the method, those of the client's side; plain values.
+        seed: The run's 64 bits, of directions, of stochastic rounding, of coordinate subsets.
+        manifest: ``[name, shape, dtype]`` of what is trained, in the order that numbers the directions.
+        rule: Name and hyper-parameters of the update rule at the start; messages carry those of their round.
+        basis: In what the round's answers and updates are expressed; empty where there are none.
+        codecs: In what z, λ and a gradient travel: ``smashed_data``, ``multiplier``, ``gradient``.
+    """
+
+    kind: ClassVar[str] = "terms"
+    round: int
+    client: int | None
+    endpoint: str
+    settings: dict[str, Any]
+    seed: int
+    manifest: list[list[Any]]
+    rule: dict[str, Any]
+    basis: dict[str, Any]
+    codecs: dict[str, Any]
+
+    def check(self) -> None:
+        """Raises FieldError unless types are as stated above."""
+        check_counts(self.kind, round=self.round)
+        if self.client is not None:
+            check_counts(self.kind, client=self.client)
+        check_strings(self.kind, endpoint=self.endpoint)
+        for name in ("settings", "rule", "basis", "codecs"):
+            check_settings(self.kind, name, getattr(self, name))
+        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
+            raise FieldError(f"terms: seed must be an integer of 64 bits, got {self.seed!r:.80}")
+        if not isinstance(self.manifest, list) or not all(map(_is_entry, self.manifest)):
+            raise FieldError("terms: manifest must be a list of [name, shape, dtype]")
+
+
+def manifest(parameters: Mapping[str, Tensor]) -> list[list[Any]]:
+    """``[name, shape, dtype]`` of the tensors, in the order that numbers the directions."""
+    return [[name, [*p.shape], str(p.dtype).removeprefix("torch.")] for name, p in parameters.items()]
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list) or len(entry) != 3:
+        return False
+    name, shape, dtype = entry
+    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    return isinstance(name, str) and sizes and isinstance(dtype, str)

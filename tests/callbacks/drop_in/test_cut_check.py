@@ -1,0 +1,284 @@
+"""Cuts and modules that do not fit, and what they are told."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import OPTConfig, OPTForCausalLM
+
+from hosfl_lightning.callbacks.drop_in.cut_check import CutError, check_gradient, client_parameters
+from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
+from tests.callbacks.drop_in.plain_modules import FEATURES, LIGHTNING_WARNINGS, Sequential, fit, hybrid, mlp
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+class Skip(Sequential):
+    """A gated path around the cut, the gate still at zero."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        z = self.net[:2](batch[0])
+        return cross_entropy(self.net[4](self.net[2:4](z) + self.gate * z), batch[1])
+
+
+class Tied(Sequential):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0 * self.net[0].weight.sum()
+
+
+class Twice(Sequential):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + super().training_step(batch, batch_idx)
+
+
+class Elsewhere(Sequential):
+    """Never goes there."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net[4](self.net[:2](batch[0])), batch[1])
+
+
+class Detached(Sequential):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.net[4](self.net[2:4](self.net[:2](batch[0])).detach()), batch[1])
+
+
+class Noisy(Sequential):
+    """Draws where no replay of torch's random state reaches."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.generator = np.random.default_rng(0)
+        self.net[1].register_forward_hook(lambda m, x, out: out + float(self.generator.normal()))
+
+
+class Swallows(Sequential):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        z = self.net[:2](x)
+        try:
+            z = self.net[2](z)
+        except Exception:
+            z = torch.zeros_like(z)
+        return cross_entropy(self.net[3:](z), y)
+
+
+class Closures(Sequential):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(p for p in self.parameters() if p.requires_grad)
+
+
+class Iterates(Sequential):
+    def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "message"),
+    [
+        (Skip, hybrid(), r"net.0.weight, net.0.bias by a path around 'net.2'"),
+        (Tied, hybrid(), r"net.0.weight by a path around"),
+        (
+            Sequential,
+            hybrid(client=["net.0", "net.4"]),
+            r"client: net.4.weight, net.4.bias are used at or after 'net.2'",
+        ),
+        (Sequential, hybrid("net.4", client="net.0"), r"net.2.weight, net.2.bias are trained and used before 'net.4'"),
+        (Sequential, hybrid(client="net.2"), r"client: net.2.weight is in 'net.2'"),
+        (Sequential, hybrid(client=["net.0", "nett"]), r"client: 'nett' matches no trainable .* names are net\.\d"),
+        (Sequential, hybrid("net.9"), r"no submodule 'net.9'; the nearest names are net\.\d, net\.\d"),
+        (Sequential, hybrid("net.0"), r"no trainable parameter is registered before 'net.0'"),
+        (Twice, hybrid(), r"called 'net.2' 2 times, not once"),
+        (Elsewhere, hybrid(), r"called 'net.2' 0 times with a graph"),
+        (Detached, hybrid(), r"the loss does not depend on the input of 'net.2'"),
+        (Noisy, hybrid(), r"again, its output changes"),
+        (Swallows, hybrid(), r"'net.2' is not reached when the same batch runs again"),
+        (Closures, hybrid(), r"closure more than once"),
+        (Iterates, hybrid(), r"dataloader_iter"),
+    ],
+)
+def test_modules_and_cuts_that_do_not_fit(kind: type[Sequential], order: HybridOrder, message: str) -> None:
+    module = kind(*mlp().net)
+    with pytest.raises(ValueError, match=message):
+        fit(module, order)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+def test_an_unused_parameter_is_not_moved_by_noise() -> None:
+    module = mlp()
+    module.net[0].register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    with pytest.raises(CutError, match=r"net.0.spare are not used before 'net.2'"):
+        fit(module, hybrid())
+
+
+class Opt(L.LightningModule):
+    """Registers its last norm before its layers, so that what comes before the cut by name does not do so by graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = OPTForCausalLM(OPTConfig(
+            vocab_size=16, hidden_size=8, num_hidden_layers=3, ffn_dim=8, num_attention_heads=1, word_embed_proj_dim=8,
+            max_position_embeddings=16, tie_word_embeddings=False,
+        ))  # fmt: skip
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.model(input_ids=batch[0], labels=batch[0], use_cache=False).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_error_names_the_client_that_fits() -> None:
+    data = DataLoader(TensorDataset(torch.randint(0, 16, (4, 6))), batch_size=2)
+    module, cut = Opt(), "model.model.decoder.layers.2"
+    with pytest.raises(CutError, match=r"final_layer_norm.weight.* are used at or after .*client=\[") as refused:
+        fit(module, hybrid(cut), data=data)
+    client = ast.literal_eval(str(refused.value).rpartition("client=")[2])
+    decoder = "model.model.decoder"
+    inside = ["embed_tokens", "embed_positions", "layers.0", "layers.1"]
+    assert client == [f"{decoder}.{name}" for name in inside]
+    before = module.model.model.decoder.layers[0].fc1.weight.clone()
+    fit(module, hybrid(cut, client=client), data=data)
+    assert not torch.equal(before, module.model.model.decoder.layers[0].fc1.weight)
+
+
+def test_a_cut_that_is_never_called() -> None:
+    module = mlp()
+    module.register_module("spare", nn.Linear(2, 2))
+    with pytest.raises(CutError, match="called 'spare' 0 times"):
+        fit(module, hybrid("spare", client="net.0"))
+
+
+# ---- names
+
+
+def test_the_nearest_names_begin_with_the_one_that_lacks_a_prefix() -> None:
+    backbone = nn.ModuleDict({"layers": nn.Sequential(*(nn.Linear(2, 2) for _ in range(9))), "norm": nn.LayerNorm(2)})
+    model = nn.ModuleDict({"norms": nn.LayerNorm(2), "backbone": backbone})
+    for cut, near in (("norm", "backbone.norm, norms, "), ("backbone.layer.3", "backbone.layers.3, ")):
+        with pytest.raises(CutError, match=rf"no submodule {cut!r}; the nearest names are {near}"):
+            client_parameters(model, cut, None)
+
+
+def test_nothing_trainable_below_the_cut() -> None:
+    module = mlp()
+    module.net[0].requires_grad_(False)
+    with pytest.raises(CutError, match=r"no trainable parameter is registered before 'net\.2'"):
+        fit(module, hybrid())
+
+
+def test_a_weight_on_both_sides_is_named_by_both_names() -> None:
+    class Autoencoder(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return (self.net(batch[0]) - batch[0]).square().mean()
+
+    module = Autoencoder(nn.Linear(FEATURES, FEATURES), nn.Tanh(), nn.Linear(FEATURES, FEATURES))
+    module.net[2].weight = module.net[0].weight
+    with pytest.raises(CutError, match=r"net\.0\.weight \(tied to net\.2\.weight\) by a path around 'net\.1'"):
+        fit(module, hybrid("net.1"))
+
+
+# ---- gradients
+
+
+class Caches(Sequential):
+    """Computes the features of a batch once."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.features: dict[int, Tensor] = {}
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        if batch_idx not in self.features:
+            self.features[batch_idx] = self.net[:2](batch[0])
+        z, self.features[batch_idx] = self.features[batch_idx], self.features[batch_idx].detach()
+        return cross_entropy(self.net[2:](z), batch[1])
+
+
+def test_a_replay_that_does_not_compute_again_is_found_by_its_gradient() -> None:
+    with pytest.raises(
+        CutError, match=r"verify: below 'net\.2' the gradient from λ differs by 100%.* net\.0\.weight; a"
+    ):
+        fit(Caches(*mlp().net), hybrid())
+    with pytest.warns(UserWarning, match="changes only 0%"):  # what is left without it
+        fit(Caches(*mlp().net), hybrid(verify=False))
+
+
+def test_verifying_leaves_no_trace() -> None:
+    verified, plain = mlp(nn.BatchNorm1d(8), nn.Dropout(0.3)), mlp(nn.BatchNorm1d(8), nn.Dropout(0.3))
+    gradients: list[bool] = []
+    verified.net[4].register_full_backward_hook(lambda *_: gradients.append(verified.net[0].weight.grad is not None))
+    for module, verify in ((verified, True), (plain, False)):
+        torch.manual_seed(1)
+        fit(module, hybrid("net.4", verify=verify), gradient_clip_val=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(verified.state_dict().values(), plain.state_dict().values()))
+    assert all(p.grad is None for p in verified.net[:4].parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in verified.parameters())
+
+
+@pytest.mark.parametrize(("scale", "agrees"), [(1.0, True), (1.04, True), (1.06, False), (torch.nan, False)])
+def test_gradients_agree_to_a_twentieth_of_their_norm(scale: float, agrees: bool) -> None:
+    exact = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    ours = [scale * g for g in exact]
+    if agrees:
+        check_gradient("cut", ["a", "b"], exact, ours, "hint")
+    else:
+        with pytest.raises(CutError, match=r"differs by (6|nan)%.*most in (a|b); hint"):
+            check_gradient("cut", ["a", "b"], exact, ours, "hint")
+
+
+def test_gradients_that_vanish_agree() -> None:
+    check_gradient("cut", ["a"], [torch.zeros(2)], [torch.zeros(2)], "hint")
+
+
+def test_a_parameter_unfrozen_below_the_cut_during_the_run_is_refused() -> None:
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[0].bias.requires_grad_(trainer.current_epoch > 0)
+
+    module = mlp()
+    module.net[0].bias.requires_grad_(False)
+    with pytest.raises(CutError, match=r"net\.0\.bias was unfrozen during the run and is used before 'net\.2'"):
+        fit(module, hybrid(), Unfreeze(), max_epochs=2)
+
+
+def test_a_prefix_may_be_written_with_its_dot() -> None:
+    assert list(client_parameters(mlp(), "net.2", ["net.0."])) == ["net.0.weight", "net.0.bias"]
+
+
+def test_an_input_that_requires_a_gradient_is_no_parameter() -> None:
+    module = mlp()
+    module.net.register_forward_pre_hook(lambda m, args: (args[0].clone().requires_grad_(),))
+    assert fit(module, hybrid()).global_step == 4
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_is_not_finite_is_called_that(value: float) -> None:
+    exact = [torch.ones(2), torch.tensor([1.0, value])]
+    with pytest.raises(CutError, match="the gradient of b is not finite"):
+        check_gradient("cut", ["a", "b"], exact, [torch.ones(2)] * 2, "hint")
+
+
+def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_cut() -> None:
+    class Diverges(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * torch.nan
+
+    with pytest.raises(
+        ValueError, match=r"at step 0 the loss or its gradient at the cut is not finite; lower rule\.lr"
+    ):
+        fit(Diverges(*mlp().net), hybrid())

@@ -1,0 +1,94 @@
+"""A small run of which two rounds are kept, to be gone on with by later code; see the README beside this file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
+from hosfl_lightning.availability import Trace
+from hosfl_lightning.optim import AdamW
+from hosfl_lightning.split import Lora, LoraHalf
+from tests.recipe_runs import tiny_pretrained
+from tests.small_run import ONLINE, SmallRun, adamw
+
+ROUNDS = 4
+#: Where the run is, from the folder in which it is made and gone on with.
+FOLDER = Path("runs") / "version_0"
+
+
+def falling(optimizer: Any) -> Any:
+    """1, 1, 1/2, 1/4 of the rate: the last is that of who knows how many rounds there were."""
+    return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.5)
+
+
+def model() -> SplitCausalLM:
+    """As in `SmallRun`, with weights that are the same bits wherever they are made, and without dropout."""
+    lora = Lora(**{half: LoraHalf(r=2, target_modules=["o_proj"]) for half in ("client", "server")})
+    pretrained = str(tiny_pretrained(Path("model"), "llama", 2))
+    made = SplitCausalLM(pretrained, cut=1, lora=lora, optimizer=adamw, lr_scheduler=falling)
+    generator = torch.Generator().manual_seed(0)
+    for _, weight in sorted(made.named_parameters()):
+        whole = torch.randint(-64, 65, weight.shape, generator=generator)
+        weight.data.copy_(whole / 256 if weight.ndim > 1 else 1 + whole / 1024)  # of norms: about 1
+    return made
+
+
+def data() -> Any:
+    return SmallRun(Path()).data()
+
+
+def trainer(*callbacks: Callback, **settings: Any) -> Orchestrator:
+    """AdamW and schedules on both halves; a client is away when the second round is over, and returns."""
+    algorithm = HOSFL(probes=2, mu=2**-7, client_optimizer=AdamW(lr=1e-2), client_scheduler=falling)
+    given: dict[str, Any] = {
+        "max_rounds": ROUNDS, "clients_per_round": 2, "val_check_interval": 2, "availability": Trace(ONLINE),
+        "enable_progress_bar": False, "callbacks": [*callbacks, ModelCheckpoint(filename="{step}", save_top_k=-1)],
+    }  # fmt: skip
+    return Orchestrator(algorithm, **given | settings)
+
+
+def state_of(made: SplitCausalLM, optimizer: Any, round: int) -> dict[str, Tensor]:
+    """What both halves train after so many rounds, and the moments of the clients' rule."""
+    moments = {f"{i}.{name}": t for i, p in enumerate(optimizer.parameters) for name, t in optimizer.state[p].items()}
+    held = made.trained_state() | {f"moments.{name}": t for name, t in moments.items()}
+    return {f"{round}/{name}": tensor.detach().clone() for name, tensor in held.items()}
+
+
+class Remembers(Callback):
+    """The state after every round, of the code before."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.states |= state_of(pl_module, trainer.algorithm.client.optimizer, trainer.global_step)
+
+
+def main(out: Path) -> None:
+    """Make the files of this folder, in a folder of its own that is empty before."""
+    torch.set_num_threads(1)
+    out.mkdir(parents=True)
+    os.chdir(out)
+    remembers = Remembers()
+    trainer(remembers).fit(model(), data())
+    save_file(remembers.states, "states.safetensors")
+    shutil.move(FOLDER / "updates.log", "whole.log")
+    shutil.rmtree(FOLDER)
+    trainer(max_rounds=2).fit(model(), data())
+    for name in ("updates.log", "run.json", "metrics.csv", "checkpoints/step=2.ckpt"):
+        target = Path("run") / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(FOLDER / name, target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

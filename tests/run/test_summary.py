@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+
+from hosfl_lightning.run.result import Evaluation, RunResult
+from hosfl_lightning.run.summary import gap_closed, size
+
+
+def run(losses: list[float]) -> RunResult:
+    evaluation = Evaluation({"val/loss": sum(losses) / len(losses)}, losses)
+    return RunResult(evaluation, evaluation)
+
+
+FROZEN, FIRST_ORDER = run([3.0, 3.2, 3.4]), run([2.0, 2.2, 2.4])
+
+
+@pytest.mark.parametrize(("method", "expected"), [(3.2, 0.0), (2.2, 1.0), (2.7, 0.5), (3.7, -0.5)])
+def test_gap_closed_is_the_recovered_fraction(method: float, expected: float) -> None:
+    assert gap_closed(run([method] * 3), FROZEN, FIRST_ORDER) == pytest.approx(expected)
+
+
+def test_no_gap_where_the_controls_cannot_be_told_apart() -> None:
+    noisy = run([3.0, 3.3, 3.2])  # 0.033 above FROZEN's mean in the right direction, but within the noise of pairs
+    assert gap_closed(run([3.1] * 3), FROZEN, noisy) is None
+    assert gap_closed(run([2.7] * 3), FIRST_ORDER, FROZEN) is None
+    assert gap_closed(run([2.7]), run([3.0]), run([2.0])) is None  # one batch has no standard error
+
+
+def test_size() -> None:
+    assert [size(v) for v in (12, 2048, 3 * 2**20, 5 * 2**30)] == ["12 B", "2.0 KiB", "3.0 MiB", "5.00 GiB"]
