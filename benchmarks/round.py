@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +62,15 @@ def child(case: str, rounds: int, threads: int) -> dict[str, Any]:
             self.validation_set = [example()]
 
     class Clock(Callback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
+        """From the end of a round to the end of the next: whatever happens in it, wherever hooks lie."""
 
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 1:
-                Path("/proc/self/clear_refs").write_text("5")
-            self.began = time.perf_counter()
+        def __init__(self) -> None:
+            self.ends: list[float] = []
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
+            if not self.ends:
+                Path("/proc/self/clear_refs").write_text("5")
+            self.ends.append(time.perf_counter())
 
     lora = Lora(client=LoraHalf(target_modules=["q_proj", "v_proj"]), server=LoraHalf(target_modules="all-linear"))
     model, clock = SplitCausalLM("tiny_lm", cut=3, lora=lora), Clock()
@@ -82,7 +82,7 @@ def child(case: str, rounds: int, threads: int) -> dict[str, Any]:
         ).fit(model, Tokens(batch_size=batch))  # fmt: skip
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"seconds": clock.seconds[1:], "peak": peak * 1024}
+    return {"seconds": [b - a for a, b in pairwise(clock.ends)], "peak": peak * 1024}
 
 
 def run(case: str, checkout: Path, arguments: argparse.Namespace, memory: bool) -> dict[str, Any]:

@@ -46,4 +46,5 @@ class LocalFleet(Fleet):
 
     def _exchange(self, requests: list[Message], expected: Sequence[type[Message]]) -> list[Message]:
         answers = self.endpoint.handle([self.channel.down(request) for request in requests])
-        return [taken for pair in zip(requests, answers) for taken in self.take(*pair, expected)]
+        pairs = zip(requests, answers, strict=True)
+        return [taken for request, answer in pairs for taken in self.take(request, answer, expected)]

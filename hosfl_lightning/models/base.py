@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -12,7 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +32,7 @@ from hosfl_lightning.split import (
     run,
     split,
 )
+from hosfl_lightning.split.adapters import dropouts, training
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.side import of_side
 from hosfl_lightning.wire import SmashedData
@@ -309,17 +310,14 @@ class SplitModule(L.LightningModule, ABC):
             "lr_scheduler": {"scheduler": self.make_scheduler(optimizer), "interval": "step"},
         }
 
-    @contextmanager
-    def dropout_active(self) -> Iterator[None]:
+    def dropout_active(self) -> AbstractContextManager[None]:
         """The server adapters' own dropout is on inside; everything else keeps its mode."""
-        dropouts = [m.lora_dropout for m in self.server_half.modules() if isinstance(m, LoraLayer)]
-        for dropout in dropouts:
-            dropout.train()
-        try:
-            yield
-        finally:
-            for dropout in dropouts:
-                dropout.eval()
+        return training(self._dropouts)
+
+    @cached_property
+    def _dropouts(self) -> list[nn.Module]:
+        # Looked for once: a round needs them once a client.
+        return dropouts(self.server_half)
 
     def export(self, directory: str) -> None:
         """Write one PEFT adapter that holds both halves; with a side adapter PEFT reads it after this package's import.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
@@ -193,3 +194,21 @@ def _set_dropout(model: nn.Module, layers: LayerPath, cut: int) -> None:
                 if i < cut:
                     module.lora_dropout["default"] = nn.Identity()
                 module.train(module.get_base_layer().training)
+
+
+def dropouts(half: nn.Module) -> list[nn.Module]:
+    """The adapters' own, those that drop anything."""
+    found = [m.lora_dropout for m in half.modules() if isinstance(m, LoraLayer)]
+    return [dropout for dropout in found if any(isinstance(m, nn.Dropout) for m in dropout.modules())]
+
+
+@contextmanager
+def training(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Modules that are in eval mode are in train mode inside."""
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()

@@ -27,6 +27,8 @@ def rounding_stream(kind: str, seed: int, round: int, client: int, step: int) ->
 def pack_rows(kind: str, name: str, x: Tensor, mask: Tensor, codec: str, stream: Stream, tensor: int) -> Coded:
     """The rows of ``x`` (B, S, h) where ``mask`` (B, S) is True, row-major and coded.
 
+    Where nothing is padded they are ``x`` itself, as its codec leaves it: who packs does not change it afterwards.
+
     Raises:
         FieldError: Shapes that do not fit, a mask that is not bool, or an unknown codec.
     """
@@ -36,7 +38,8 @@ def pack_rows(kind: str, name: str, x: Tensor, mask: Tensor, codec: str, stream:
         raise ShapeError(
             f"{kind}: {name} must be (B, S, h) and the mask (B, S), got {tuple(x.shape)} and {tuple(mask.shape)}"
         )
-    return Coded.of(x[mask], codec, stream, tensor)
+    rows = x.reshape(-1, x.shape[-1]) if mask.all() else x[mask]  # without padding there is nothing to copy
+    return Coded.of(rows, codec, stream, tensor)
 
 
 def unpack_rows(kind: str, coded: Coded, mask: Tensor) -> Tensor:
@@ -49,6 +52,8 @@ def unpack_rows(kind: str, coded: Coded, mask: Tensor) -> Tensor:
     if rows != valid:
         raise ShapeError(f"{kind}: {rows} rows for a mask of {valid} valid tokens")
     restored = coded.restore()
+    if valid == mask.numel():  # a copy as well: what is in the message may be its sender's
+        return (restored.clone() if restored is coded.values else restored).view(*mask.shape, restored.shape[1])
     padded = restored.new_zeros(*mask.shape, restored.shape[1])
     padded[mask] = restored
     return padded

@@ -82,7 +82,7 @@ def test_all_are_asked_at_once_or_one_after_the_other(joint: bool, groups: list[
     answers = fleet.ask(asked, ProjectedGradients)
     assert [[request.client for request in group] for group in endpoint.heard] == groups  # type: ignore[union-attr]
     for request in [request for group in endpoint.heard for request in group]:
-        mine = asked[request.client]  # type: ignore[union-attr]
+        mine = asked[request.client]  # type: ignore[union-attr,index]
         assert same(request, mine)
         assert (request is mine) is not serialize
     assert [answer.client for answer in answers] == [1, 3, 4]

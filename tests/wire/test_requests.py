@@ -74,13 +74,15 @@ def test_who_it_is_for() -> None:
         with pytest.raises(AddressError, match=f"{message.kind}: expected client 7, got 2"):
             decode(encode(message), client=7)
         with pytest.raises(FieldError, match=f"{message.kind}: client must be"):
-            encode(replace(message, client=None))
+            encode(replace(message, client=None))  # type: ignore[arg-type]
         with pytest.raises(AddressError, match=f"{message.kind}: it is from or to one client"):
             decode(frame(_plain(message), {}, kind=KINDS[message.kind], client=0))
     with pytest.raises(AddressError, match="round_end: it is for everybody"):
         decode(frame(_plain(END), {}, kind=KINDS["round_end"], client=3))
 
 
+PLAIN = ("settings", "rule", "basis", "codecs")
+NO_DICT: list[Any] = [None, [], "a"]
 BAD: list[tuple[Message, str, Any, str]] = [
     *((message, "round", value, "an integer >= 0") for message in ALL for value in (-1, 1.0, None, True, 2**63)),
     *((message, "client", value, "an integer >= 0") for message in (STEP, PROBE, TERMS) for value in (-1, "2", True)),
@@ -95,11 +97,11 @@ BAD: list[tuple[Message, str, Any, str]] = [
     (PROBE, "probe", 4096, "below 4096, got 4096"),
     *((PROBE, "side", value, "an integer >= 0") for value in (-1, 1.0)),
     (PROBE, "side", 2, "0 .* or 1 .*, got 2"),
-    *((END, "counted", value, "a list") for value in (None, (0, 2), {"0": 1}, "02")),
+    *((END, "counted", value, "a list") for value in [None, (0, 2), {"0": 1}, "02"]),
     *((END, "counted", [0, value], "an integer >= 0") for value in (-1, None, "2", 1.0)),
     *((TERMS, "endpoint", value, "a string") for value in (None, 3, ["SplitEndpoint"])),
-    *((TERMS, name, value, "a dict") for name in ("settings", "rule", "basis", "codecs") for value in (None, [], "a")),
-    *((TERMS, name, {"a": [[1]]}, "a plain") for name in ("settings", "rule", "basis", "codecs")),
+    *((TERMS, name, value, "a dict") for name in PLAIN for value in NO_DICT),
+    *((TERMS, name, {"a": [[1]]}, "a plain") for name in PLAIN),
     *((TERMS, "seed", value, "an integer of 64 bits") for value in (-1, 2**64, 1.0, None, True)),
     *(
         (TERMS, "manifest", value, r"a list of \[name, shape, dtype\]")
@@ -156,7 +158,7 @@ def test_a_bad_field_is_refused_by_name_when_received(
         _received(message, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["rule", "settings", "basis", "codecs"])
+@pytest.mark.parametrize("name", PLAIN)
 def test_settings_hold_no_tensors(name: str) -> None:
     for message in ALL:
         if hasattr(message, name):
