@@ -45,7 +45,7 @@ class RandomSigns(LagrangianUpdate):
 
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """As of `LagrangianUpdate`; the run's seed is known now."""
+        """The run's seed is known now."""
         super().on_train_start(trainer, pl_module)
         # A key of its own: under the run's seed the signs could be those of a direction.
         named = f"random signs/{trainer.seed}/{self.seed}"

@@ -48,9 +48,9 @@ class AuxiliaryClient(ObjectiveClient):
     Args:
         half: An `AuxiliaryHalf`.
         optimizer: Holds θ_c, then θ_a.
-        loss: As in `ObjectiveClient`.
-        backprop: As in `ObjectiveClient`.
-        checkpointing: As in `FirstOrderClient`.
+        loss: ``ℓ``, the mean over the loss terms, of logits and labels.
+        backprop: Whether it does; otherwise nothing in it asks for a graph.
+        checkpointing: Keep each layer's input instead of its graph, and run it twice.
     """
 
     half: AuxiliaryHalf

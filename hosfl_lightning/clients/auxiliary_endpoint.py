@@ -63,7 +63,7 @@ class AuxiliaryEndpoint(LocalEndpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """As in `LocalEndpoint`, and θ_a."""
+        """The optimizer, each client's moments, and θ_a."""
         held = {name: p.detach().clone() for name, p in self.trained.items() if name.startswith("auxiliary.")}
         return {**super().state_dict(), "auxiliary": held}
 

@@ -51,7 +51,7 @@ class ObjectiveClient(Client):
         optimizer: Holds what is trained of it.
         loss: ``ℓ``, the mean over the loss terms, of logits and labels.
         backprop: Whether it does; otherwise it is evaluated only, and nothing in it asks for a graph.
-        checkpointing: As in `FirstOrderClient`.
+        checkpointing: Keep each layer's input instead of its graph, and run it twice.
     """
 
     def __init__(

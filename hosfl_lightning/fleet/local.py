@@ -21,9 +21,9 @@ class LocalFleet(Fleet):
 
     Args:
         endpoint: The clients.
-        channel: As in `Fleet`.
+        channel: Carries and counts the messages.
         joint: A round's clients run as one batch; else one after the other.
-        processes: As in `Fleet`.
+        processes: Which others have a part in the server's work; None: there is one.
     """
 
     def __init__(self, endpoint: Endpoint, channel: Channel, joint: bool, processes: Processes | None = None) -> None:

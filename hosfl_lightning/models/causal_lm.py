@@ -32,7 +32,7 @@ class SplitCausalLM(SplitModule):
         return int((labels[:, 1:] != IGNORE).sum())
 
     def objection(self, message: SmashedData) -> str | None:
-        """As in `SplitModule`, and the labels are tokens, one a position, or -100."""
+        """z has the cut's width, and the labels are tokens, one a position, or -100."""
         size = self.server_half.config.get_text_config().vocab_size
         if not message.labels_per_token:
             return "it sent one label a sequence, a causal LM has one a token"

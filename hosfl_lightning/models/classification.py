@@ -44,7 +44,7 @@ class SplitClassifier(SplitModule):
             )
 
     def objection(self, message: SmashedData) -> str | None:
-        """As in `SplitModule`, and the labels are classes, one a sequence."""
+        """z has the cut's width, and the labels are classes, one a sequence."""
         if message.labels_per_token:
             return "it sent one label a token, a classifier has one a sequence"
         labels = message.labels.long()  # the number may be beyond the narrow type in which they travel

@@ -51,7 +51,7 @@ class SplitImageClassifier(SplitClassifier):
         lr_scheduler: The server's schedule, stepped once a round.
         dtype: Of the model: ``float32``, ``bfloat16``, or ``auto`` (as stored). Adapters are fp32.
         seed: Of a network's start, a fresh head's and the adapters'.
-        client_holds: As in `SplitModule`.
+        client_holds: ``half``, or ``whole`` where the method has no cut.
         side: As in `SplitModule`, on the client's layers that have parameters: of a feature map by convolutions, 1x1
             or ``side.kernel``, averaged to the resolution of the cut.
 
@@ -173,7 +173,7 @@ class SplitImageClassifier(SplitClassifier):
         self.check_labels(examples, owner)
 
     def objection(self, message: SmashedData) -> str | None:
-        """As in `SplitClassifier`, and z has all positions of an image."""
+        """z has the cut's width and all positions of an image, and the labels are classes."""
         positions = self.client_half.positions
         if message.mask.shape[1] != positions or not message.mask.all():
             return f"its smashed data do not have {positions} positions an image, as the cut has"

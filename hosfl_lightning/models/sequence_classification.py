@@ -43,6 +43,6 @@ class SplitSequenceClassifier(SplitClassifier):
         )
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:
-        """As in `SplitModule`, and the labels are within ``num_labels``."""
+        """Token ids and lengths that the model can take, and labels within ``num_labels``."""
         super().check_examples(examples, owner)
         self.check_labels(examples, owner)

@@ -54,7 +54,7 @@ class ZerothOrder(torch.optim.Optimizer):
             numbers, exact, ``μ`` unused; needs ``module``).
         distribution: ``rademacher`` or ``gauss16``.
         seed: 64-bit seed of the directions.
-        first_tensor: As in `SharedDirections`.
+        first_tensor: Number of the first tensor in the directions; the server's follow the client's.
 
     Raises:
         EstimatorError: ``jvp`` without a module.
