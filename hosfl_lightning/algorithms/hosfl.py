@@ -68,7 +68,7 @@ class HOSFL(SharedScalars, SplitRound):
         taps: Taps = "recompute",
         **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, estimator, distribution, **kwargs)
+        super().__init__(probes=probes, mu=mu, estimator=estimator, distribution=distribution, **kwargs)
         self.first_order_optimizer, self.compression, self.taps = first_order_optimizer, compression, taps
         if taps not in get_args(Taps):
             raise ValueError(f"taps must be one of {', '.join(get_args(Taps))}, got {taps!r}")

@@ -38,7 +38,7 @@ class TwoPoint(SharedScalars):
     probe_first = False
 
     def __init__(self, probes: int = 2, mu: float = 1e-3, distribution: str = "rademacher", **kwargs: Any) -> None:
-        super().__init__(probes, mu, "central", distribution, **kwargs)
+        super().__init__(probes=probes, mu=mu, estimator="central", distribution=distribution, **kwargs)
 
     @override
     def client_settings(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ZOFL(SharedScalars):
         local_steps: int = 1,
         **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, estimator, distribution, **kwargs)
+        super().__init__(probes=probes, mu=mu, estimator=estimator, distribution=distribution, **kwargs)
         if not 1 <= local_steps <= 4096 // probes:
             raise ValueError(
                 f"trainer.algorithm: local_steps must be between 1 and {4096 // probes}, so that a round has at most "

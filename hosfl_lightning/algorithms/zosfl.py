@@ -53,7 +53,7 @@ class ZOSFL(TwoPoint):
         server_optimizer: UpdateRule | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(probes, mu, distribution, **kwargs)
+        super().__init__(probes=probes, mu=mu, distribution=distribution, **kwargs)
         self.server_optimizer = server_optimizer if server_optimizer is not None else self.client_optimizer
         self.server_rule: ZerothOrder
         self.server_schedule: Any | None = None

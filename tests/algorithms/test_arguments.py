@@ -1,0 +1,44 @@
+"""What a recipe may set of each method: arguments are handed up by ``**kwargs``, and none may be lost on the way."""
+
+from __future__ import annotations
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from hosfl_lightning import algorithms
+from hosfl_lightning.algorithms import Algorithm
+
+ALL = {"client_optimizer", "client_scheduler", "aggregation"}
+PROBES = {"probes", "mu", "distribution"}
+LOCAL = {"local_steps", "checkpointing"}
+HEAD = {"upload_every", "auxiliary_blocks"}
+ARGUMENTS = {
+    "CSEFSL": ALL | LOCAL | HEAD,
+    "FSLSAGE": ALL | LOCAL | HEAD | {"align_every", "align_steps", "align_lr"},
+    "FedAvg": ALL | LOCAL,
+    "Frozen": ALL,
+    "HERONSFL": ALL | HEAD | {"local_steps", "probes", "mu", "scalars"},
+    "HOSFL": ALL | PROBES | {"estimator", "first_order_optimizer", "compression", "taps"},
+    "HOSL": ALL | PROBES,
+    "MUSplitFed": ALL | PROBES | {"server_steps", "global_lr", "server_optimizer"},
+    "MixedHOSFL": ALL | {"clients", "mu", "estimator", "distribution", "checkpointing"},
+    "SplitFedSGD": ALL | {"checkpointing"},
+    "SplitFedV1": ALL | LOCAL,
+    "SplitFedV2": ALL | LOCAL,
+    "SplitLearning": (ALL - {"aggregation"}) | LOCAL,
+    "ZOFL": ALL | PROBES | {"estimator", "local_steps"},
+    "ZOSFL": ALL | PROBES | {"server_optimizer"},
+}
+
+
+def test_every_method_is_here() -> None:
+    named = {name for name in algorithms.__all__ if isinstance(kind := getattr(algorithms, name), type)
+             and issubclass(kind, Algorithm)}  # fmt: skip
+    assert named - {"Algorithm"} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_what_may_be_set(name: str) -> None:
+    parser = ArgumentParser()
+    found = parser.add_class_arguments(getattr(algorithms, name), "a")
+    assert {argument.removeprefix("a.") for argument in found} == ARGUMENTS[name]
