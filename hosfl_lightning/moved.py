@@ -11,24 +11,24 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-#: Old name: new name, below the package.
-MOVED = {
-    "callbacks.batch_state": "callbacks.drop_in.batch_state",
-    "callbacks.cut_check": "callbacks.drop_in.cut_check",
-    "callbacks.hybrid_order": "callbacks.drop_in.hybrid_order",
-    "callbacks.lower_part": "callbacks.drop_in.lower_part",
-    "callbacks.zeroth_order_training": "callbacks.drop_in.zeroth_order_training",
+#: Old name: new name, below the package; what is in a moved package and has gone elsewhere stands before it.
+MOVED: dict[str, str] = {
+    **{f"callbacks.{name}": f"callbacks.drop_in.{name}" for name in (
+        "batch_state", "cut_check", "hybrid_order", "lower_graph", "lower_part", "repeat_check", "replayed_client",
+        "resumed", "silence", "step_memory", "trainer_check", "zeroth_order_training",
+    )},
+    **{name: f"run.{name}" for name in (
+        "checkpoint", "controls", "evaluation", "history", "hooks", "identity", "rebuild", "settings", "summary",
+    )},
     "catch_up": "server.catch_up",
-    "checkpoint": "run.checkpoint",
-    "history": "run.history",
-    "identity": "run.identity",
-    "rebuild": "run.rebuild",
     "replay": "server.replay_log",
     "run_folder": "run.folder",
+    "servers.server": "server.server",
     "servers": "models",
-    "summary": "run.summary",
+    "trainer_face": "run.face",
+    "transport.in_process": "fleet.channel",
     "transport": "fleet",
-}
+}  # fmt: skip
 
 
 class Moved(MetaPathFinder, Loader):

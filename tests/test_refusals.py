@@ -37,6 +37,7 @@ from hosfl_lightning.wire import (
     Multiplier,
     NonFiniteError,
     ProjectedGradients,
+    RoundEnd,
     SmashedData,
     StepRequest,
     Update,
@@ -73,7 +74,7 @@ class Faulty(HOSFL):
         def spoil(self, answer: ProjectedGradients) -> ProjectedGradients:
             values, second = answer.coefficients * self.terms.settings["scale"], self.terms.settings["second"]
             if second is not None:
-                values[1:] = second
+                values[1:] = float(second)
             return replace(answer, coefficients=values)
 
     endpoint = Lies
@@ -87,7 +88,8 @@ class Faulty(HOSFL):
         **kwargs: Any,
     ) -> None:
         super().__init__(**({"client_optimizer": SGD(lr=0.1)} | kwargs))
-        self.fault = {"faulty": client, "second": second, "scale": scale, "rounds": rounds}
+        said = None if second is None else str(second)  # NaN is no setting
+        self.fault = {"faulty": client, "second": said, "scale": scale, "rounds": rounds}
 
     def client_settings(self) -> dict[str, Any]:
         return {**super().client_settings(), **self.fault}
@@ -496,6 +498,9 @@ class TestTooFewClients:
             trainer.fit(model, data)
         asked = [(m.attempt, m.client) for m, _ in sent if isinstance(m, StepRequest)]
         assert asked == [(attempt, client) for attempt in range(MAX_ATTEMPTS) for client in (0, 1)]
+        # Clients elsewhere hold what they began until they are told that it does not count.
+        ended = [(m.attempt, m.counted) for m, _ in sent if isinstance(m, RoundEnd)]
+        assert ended == [(attempt, []) for attempt in range(MAX_ATTEMPTS)]
         assert same_bits(state_of(model), before)
 
     def test_attempts_draw_different_clients(self, make_model: MakeModel, make_orchestrator: MakeOrchestrator) -> None:

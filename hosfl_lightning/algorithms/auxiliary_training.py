@@ -44,8 +44,8 @@ class AuxiliaryTraining(LocalTraining):
         own = {"upload_every": self.upload_every, "auxiliary_blocks": self.auxiliary_blocks}
         return {**super().client_settings(), **own}
 
+    @override
     def due(self, round: int, step: int) -> bool:
-        """Whether z goes up at that local step."""
         return (round * self.local_steps + step) % self.upload_every == 0
 
     @override

@@ -9,13 +9,14 @@ from typing_extensions import override
 
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.auxiliary_training import AuxiliaryTraining
+from hosfl_lightning.algorithms.local_training import Losses
 from hosfl_lightning.algorithms.zofl import told_loss
 from hosfl_lightning.clients.auxiliary_endpoint import SphereEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.optim import Basis, SharedDirections, check_linear
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import ProjectedGradients
+from hosfl_lightning.wire import ProjectedGradients, StepRequest
 
 #: Of one round: the generator's counter has 12 bits for them.
 MAX_PROBES = 4096
@@ -87,14 +88,21 @@ class HERONSFL(AuxiliaryTraining):
         held = server.state()
         try:
             requests = call.to_each(rule=server.client_rule.prescription)
-            own = [a for k in fleet.own for a in self.follow(server, fleet, requests[k], ProjectedGradients, [])]
-            answers = server.screen(own)
+            answers = server.screen([a for k in fleet.own for a in self.walked(server, fleet, requests[k])])
             update = server.record(combine(answers, server.client_rule, self.aggregation, self.mu))
         except BaseException:
             server.put(*held)
             raise
         fleet.tell(update, call.online)
         return Outcome(told_loss(answers), sum(answer.num_examples for answer in answers))
+
+    def walked(self, server: Server, fleet: Fleet, request: StepRequest) -> list[ProjectedGradients]:
+        """A client's round; nothing where it is refused."""
+        losses = Losses()
+        answers: list[ProjectedGradients] = self.follow(server, fleet, request, ProjectedGradients, losses)
+        everywhere = all(self.due(request.round, step) for step in range(self.local_steps))
+        seen = sum(n for _, n in losses) if everywhere else None
+        return [answer for answer in answers if self.taken(server, fleet, request.client, answer, seen)]
 
     @override
     def settings(self) -> dict[str, Any]:

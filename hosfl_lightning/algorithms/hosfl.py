@@ -63,6 +63,7 @@ class HOSFL(SharedScalars, SplitRound):
         mu: float = 1e-3,
         estimator: str = "forward",
         distribution: str = "rademacher",
+        *,
         first_order_optimizer: UpdateRule | None = None,
         compression: Compression | None = None,
         taps: Taps = "recompute",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class LocalTraining(Algorithm):
 
     joint = False
     records = False
+    #: Whether the training loss is one that only the clients know.
+    client_loss: ClassVar[bool] = True
 
     def __init__(self, *args: Any, local_steps: int = 1, checkpointing: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,6 +51,10 @@ class LocalTraining(Algorithm):
     @override
     def client_settings(self) -> dict[str, Any]:
         return {"local_steps": self.local_steps, "checkpointing": self.checkpointing}
+
+    def due(self, round: int, step: int) -> bool:
+        """Whether z goes up at that local step."""
+        return False
 
     def replied(self, round: int, step: int) -> bool:
         """Whether λ comes down for the z of that local step."""
@@ -85,16 +91,31 @@ class LocalTraining(Algorithm):
         request = server.replica.message(shared, call.round, client, call.attempt)
         own: Losses = []
         answers: list[Weights] = self.follow(server, fleet, request, Weights, own)
-        answers = [answer for answer in answers if self.taken(server, fleet, answer)]
+        seen = sum(n for _, n in own) if all(self.due(call.round, step) for step in range(self.local_steps)) else None
+        answers = [answer for answer in answers if self.taken(server, fleet, client, answer, seen)]
         for answer in answers:
             losses += own if answer.loss is None else [(torch.tensor(answer.loss), answer.num_terms)]
         return answers
 
-    def taken(self, server: Server, fleet: Fleet, answer: Weights) -> bool:
-        """Whether a client's weights are those of the run; one that sends others is refused."""
-        reason = server.replica.objection(answer)
+    def taken(
+        self, server: Server, fleet: Fleet, client: int, answer: Weights | ProjectedGradients, seen: int | None
+    ) -> bool:
+        """Whether a client's last answer can be believed; one that cannot is refused.
+
+        Args:
+            server: Knows what the weights must be.
+            fleet: Where it is.
+            client: Whose.
+            answer: Its last.
+            seen: Its loss terms where the server has counted all of them; one that claims more would own the mean.
+        """
+        reason = server.replica.objection(answer) if isinstance(answer, Weights) else None
+        if reason is None and seen not in (None, answer.num_terms):
+            reason = f"it claims {answer.num_terms} loss terms, its labels have {seen}"
+        if reason is None and self.client_loss and answer.num_terms and answer.loss is None:
+            reason = "it does not say its loss, which nobody else knows"
         if reason is not None:
-            fleet.refuse(answer.client or 0, reason)
+            fleet.refuse(client, reason)
         return reason is None
 
     def follow(
@@ -114,6 +135,9 @@ class LocalTraining(Algorithm):
             [message] = arrived
             if isinstance(message, last):
                 return [message]
+            if message.step >= self.local_steps or not self.due(message.round, message.step):
+                fleet.refuse(client, f"it sent smashed data of local step {message.step}, for which none are due")
+                return []
             inbox = server.admit_one(message)
             if inbox is None:
                 return []
@@ -143,6 +167,11 @@ class LocalSplitTraining(LocalTraining):
     r"""Local steps through the cut: ``z`` up, one server step, ``λ`` down, ``θ_k ← rule(θ_k, ∇⟨λ, f_c(x; θ_k)⟩)``."""
 
     endpoint = LocalSplitEndpoint
+    client_loss = False
+
+    @override
+    def due(self, round: int, step: int) -> bool:
+        return True
 
 
 def mean_of(losses: Losses) -> Tensor:

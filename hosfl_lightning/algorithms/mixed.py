@@ -18,7 +18,7 @@ from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Basis, Dense
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.rng import Domain, permutation
-from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.server import Call, Outcome, Server, TooFewClientsError
 from hosfl_lightning.split.side import of_side
 from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, SmashedData, Terms
 
@@ -93,6 +93,7 @@ class MixedHOSFL(SplitRound):
     def __init__(
         self,
         clients: list[ClientKind],
+        *,
         mu: float = 1e-3,
         estimator: str = "forward",
         distribution: str = "rademacher",
@@ -126,6 +127,16 @@ class MixedHOSFL(SplitRound):
         if beside:
             raise ValueError(
                 f"trainer.algorithm: clients of kind 'side' know no gradient of {beside[0]}; set lora.client: null"
+            )
+
+    @override
+    def check_codecs(self, codecs: Codecs, sizes: Sequence[int]) -> None:
+        """A few scalars are no gradient that ternary could make smaller."""
+        super().check_codecs(codecs, sizes)
+        if codecs.gradient == "ternary" and any(kind.probes for kind in self.clients):
+            raise ValueError(
+                "trainer.codec.gradient: the scalars of forward_only clients are not fewer bytes in ternary, and are "
+                "rounded beyond use; take int8, or leave it out"
             )
 
     @override
@@ -169,6 +180,11 @@ class MixedHOSFL(SplitRound):
             return basis_of_kind(self.client_terms, kind, server.seed, call.round, sizes)
 
         inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        if not any(asked(client) is not None for client in call.clients):
+            raise TooFewClientsError(
+                f"all {len(call.clients)} client(s) of the round are frozen, so nobody answers; raise "
+                "trainer.clients_per_round, or set trainer.on_too_few: repeat"
+            )
         loss, multipliers = server.backward(inbox)
         able = {client: message for client, message in multipliers.items() if asked(client) is not None}
         answers = server.screen(fleet.ask(able, ProjectedGradients, CodedGradient), inbox, asked)

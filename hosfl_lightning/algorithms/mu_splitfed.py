@@ -61,12 +61,14 @@ class MUSplitFed(LocalTraining):
 
     endpoint = UnbalancedEndpoint
     server_order = "zeroth"
+    client_loss = False
 
     def __init__(
         self,
         probes: int = 1,
         mu: float = 1e-3,
         distribution: str = "gauss16",
+        *,
         server_steps: int = 2,
         global_lr: float = 0.3,
         server_optimizer: UpdateRule | None = None,
@@ -135,7 +137,8 @@ class MUSplitFed(LocalTraining):
         arrived: list[Any] = fleet.ask({client: request}, SmashedData, Weights)
         if arrived and isinstance(arrived[0], SmashedData):  # a client without a loss term has nothing to send
             arrived = self.answer(server, fleet, arrived[0], own)
-        answers = [answer for answer in arrived if self.taken(server, fleet, answer)]
+        seen = sum(n for _, n in own)
+        answers = [answer for answer in arrived if self.taken(server, fleet, client, answer, seen)]
         for answer in answers:
             losses += own
             self._copies.append((flat(server.module.server_parameters.values()), answer.num_terms))

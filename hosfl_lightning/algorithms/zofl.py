@@ -61,6 +61,7 @@ class ZOFL(SharedScalars):
         mu: float = 1e-3,
         estimator: str = "forward",
         distribution: str = "rademacher",
+        *,
         local_steps: int = 1,
         **kwargs: Any,
     ) -> None:
@@ -85,8 +86,13 @@ class ZOFL(SharedScalars):
 
     @override
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
-        requests = call.to_each(rule=server.client_rule.prescription)
-        answers = server.screen(fleet.ask(requests, ProjectedGradients))
+        asked: list[ProjectedGradients] = fleet.ask(
+            call.to_each(rule=server.client_rule.prescription), ProjectedGradients
+        )
+        for answer in asked:
+            if answer.num_terms and answer.loss is None:
+                fleet.refuse(answer.client, "it does not say its loss, which nobody else knows")
+        answers = server.screen([answer for answer in asked if answer.client not in fleet.refused])
         update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
         fleet.tell(update, call.online)
         return Outcome(told_loss(answers), sum(answer.num_examples for answer in answers))

@@ -50,6 +50,7 @@ class ZOSFL(TwoPoint):
         probes: int = 2,
         mu: float = 1e-3,
         distribution: str = "rademacher",
+        *,
         server_optimizer: UpdateRule | None = None,
         **kwargs: Any,
     ) -> None:

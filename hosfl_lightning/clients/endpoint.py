@@ -48,7 +48,10 @@ class Endpoint(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Endpoint.known[cls.__name__] = cls
+        known = Endpoint.known.setdefault(cls.__name__, cls)
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"an endpoint {cls.__name__} is in {known.__module__} already; terms name it: rename one")
+        Endpoint.known[cls.__name__] = cls  # of a module that was loaded again
 
     def __init__(self, model: Any, data: ClientData, terms: Terms, fabric: Fabric) -> None:
         self.model, self.data, self.terms, self.fabric = model, data, terms, fabric
@@ -102,6 +105,9 @@ class Endpoint(ABC):
     def forget(self) -> None:  # noqa: B027  # some hold nothing
         """Drop whatever is held of a round."""
 
+    def dismiss(self, client: int) -> None:  # noqa: B027  # some hold nothing
+        """Drop what is held of a client that the round goes on without."""
+
     # ---- the conversation
 
     def handle(self, requests: Sequence[Message]) -> list[Message]:
@@ -115,8 +121,8 @@ class Endpoint(ABC):
         """
         first = requests[0]
         if isinstance(first, Update):
+            self.forget()  # before it moves: who holds an open round would put θ back
             self.client.apply(first)
-            self.forget()
             return []
         if isinstance(first, RoundEnd):
             self.end(first)

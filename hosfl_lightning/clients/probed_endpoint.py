@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.clients.cohort import Batch, Cohort
-from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.optim import SharedDirections
 from hosfl_lightning.wire import Message, ProbedData, ProbeRequest, StepRequest
@@ -50,6 +50,10 @@ class ProbedEndpoint(Endpoint):
     def forget(self) -> None:
         self.visits.clear()
 
+    @override
+    def dismiss(self, client: int) -> None:
+        self.visits.pop(client, None)
+
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """``z_k`` with labels and mask."""
         clients, round = [request.client for request in requests], requests[0].round
@@ -66,6 +70,8 @@ class ProbedEndpoint(Endpoint):
     def probe(self, requests: Sequence[ProbeRequest]) -> list[Message]:
         """``f_c(x_k; θ_c ± μ u_p)`` of the clients that are asked."""
         first = requests[0]
+        if first.client not in self.visits:
+            raise EndpointError(f"client {first.client} is asked for a probe, and has begun no round")
         cohort, batch = self.visits[first.client]
         z, parts, codec = self._at(batch, first.round, first.probe, first.side), cohort.parts(), self.terms.codecs
         answers: list[Message] = []

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from hosfl_lightning.clients.base import Anchor, SplitClient
 from hosfl_lightning.clients.cohort import Batch, Cohort
-from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
@@ -83,6 +83,10 @@ class SplitEndpoint(Endpoint):
     def forget(self) -> None:
         self.visits.clear()
 
+    @override
+    def dismiss(self, client: int) -> None:
+        self.visits.pop(client, None)
+
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """Step 2: ``z_k = f_c(x_k; θ_c)``, kept until λ comes where one is to come."""
         clients = [request.client for request in requests]
@@ -97,15 +101,16 @@ class SplitEndpoint(Endpoint):
     def answer(self, multipliers: Sequence[Multiplier]) -> list[Message]:
         """Step 4: each client's coefficients of ``∇⟨λ_k, f_c(x_k; θ_c)⟩``."""
         first = multipliers[0]
-        visit, engine = self.visits[first.client], self.engine_of(first.client)
-        basis = self.answered_in(first.client, first.round)
-        assert basis is not None  # or nothing would be held of it
+        visit, basis = self.visits.get(first.client), self.answered_in(first.client, first.round)
+        if visit is None or basis is None:
+            raise EndpointError(f"client {first.client} is sent a multiplier, and waits for none")
+        engine = self.engine_of(first.client)
         for client in visit.cohort.clients:
             self.visits.pop(client, None)
         cohort, batch, anchor = visit.cohort, visit.batch, visit.anchor
         multiplier = cohort.multiplier(anchor.z, multipliers)
         with self.fabric.autocast():
-            if self.checks and isinstance(engine, ForwardOnlyClient):
+            if self.checks and isinstance(engine, ForwardOnlyClient) and engine.optimizer.probed != set():
                 engine.check_probe(batch, anchor.z, multiplier)
                 self.checks = False
             values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()

@@ -14,6 +14,7 @@ from hosfl_lightning.run.evaluation import run_evaluation
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.server import Call, Outcome, TooFewClientsError
+from hosfl_lightning.wire import RoundEnd
 
 #: How often a round is tried before the run stops.
 MAX_ATTEMPTS = 10
@@ -114,7 +115,7 @@ class RoundLoop:
             server.require(len(call.clients))
             outcome = trainer.algorithm.server_round(server, fleet, call)
         except TooFewClientsError as error:
-            fleet.abandon()
+            fleet.tell(RoundEnd(call.round, [], call.attempt), call.clients)
             for callback in trainer.callbacks:
                 if isinstance(callback, RoundCallback):
                     callback.forget()

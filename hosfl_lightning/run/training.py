@@ -9,7 +9,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from hosfl_lightning.availability import Always
 from hosfl_lightning.clients.cohort import Minibatches
-from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Channel, LocalFleet, Ranks
 from hosfl_lightning.models import SplitModule
@@ -23,6 +22,7 @@ from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
 from hosfl_lightning.server import Replica, RoundWatcher, Server
 from hosfl_lightning.server.configured import configured
+from hosfl_lightning.wire import decode, encode
 
 
 def train(
@@ -74,8 +74,10 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     """The clients, the way to them, and the server."""
     settings, method = trainer.settings, trainer.algorithm
     trainer.num_val_batches = [len(trainer.datamodule.val_dataloader())]
-    terms = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
-    trainer.endpoint = endpoint = Endpoint.of(model, Minibatches(trainer.datamodule, model), terms, trainer.fabric)
+    terms: Any = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
+    terms = decode(encode(terms), "terms")  # as a client elsewhere would have them
+    data = Minibatches(trainer.datamodule, model)
+    trainer.endpoint = endpoint = method.endpoint(model, data, terms, trainer.fabric)
     endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
     channel = Channel(serialize=settings.simulation == "per_client")
     joint = method.joint and settings.simulation == "batched"

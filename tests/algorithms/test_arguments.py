@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 
 from hosfl_lightning import algorithms
 from hosfl_lightning.algorithms import Algorithm
+from hosfl_lightning.optim import SGD
 
 ALL = {"client_optimizer", "client_scheduler", "aggregation"}
 PROBES = {"probes", "mu", "distribution"}
@@ -35,6 +36,12 @@ def test_every_method_is_here() -> None:
     named = {name for name in algorithms.__all__ if isinstance(kind := getattr(algorithms, name), type)
              and issubclass(kind, Algorithm)}  # fmt: skip
     assert named - {"Algorithm"} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ["HOSFL", "ZOSFL", "ZOFL", "MUSplitFed", "MixedHOSFL"])
+def test_an_optimizer_in_a_place_it_does_not_have_is_no_other_setting(name: str) -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        getattr(algorithms, name)(2, 1e-3, "forward", "rademacher", SGD())
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)

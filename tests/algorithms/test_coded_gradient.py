@@ -63,7 +63,7 @@ class GivenEndpoint(SplitEndpoint):
     """Its clients' gradients are given, whatever their z and λ."""
 
     def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
-        given = torch.tensor(self.terms.settings["gradients"][answer.client])
+        given = torch.tensor([*map(float, self.terms.settings["gradients"][answer.client].split())])
         assert given.shape == answer.coefficients.shape
         return super()._coded(replace(answer, coefficients=given))
 
@@ -82,7 +82,8 @@ class Given(SplitFedSGD):
         self.gradients = gradients
 
     def client_settings(self) -> dict[str, Any]:
-        return {**super().client_settings(), "gradients": self.gradients.tolist()}
+        told = [" ".join(map(str, one)) for one in self.gradients.tolist()]  # some are NaN, which no number may be
+        return {**super().client_settings(), "gradients": told}
 
 
 class Known(Callback, RoundWatcher):

@@ -23,11 +23,15 @@ from tests.test_round import MakeModel
 
 
 class Unwell(Points):
-    """Client 1 sends numbers that are none."""
+    """One client sends numbers that are none."""
+
+    def __init__(self, client: int = 1) -> None:
+        super().__init__()
+        self.client = client
 
     def client_batch(self, client: int, round: int) -> dict[str, Tensor]:
         batch = super().client_batch(client, round)
-        return {**batch, "points": batch["points"] * torch.nan} if client == 1 else batch
+        return {**batch, "points": batch["points"] * torch.nan} if client == self.client else batch
 
 
 @pytest.mark.parametrize(("local_steps", "upload_every"), [(1, 1), (3, 1), (3, 2), (2, 5)])

@@ -192,6 +192,21 @@ class TestScalars:
         reference.assert_equal(model, trainer, 0.0)
         assert trainer.endpoint.client.optimizer.steps == 0
 
+    @pytest.mark.parametrize("local_steps", [1, 2])
+    def test_go_on_without_the_client_that_was_last(self, tmp_path: Path, local_steps: int) -> None:
+        """What it leaves undone must not undo the update: the clients share one half in a simulation."""
+        algorithm = HERONSFL(2, 0.1, SGD(lr=0.1), local_steps=local_steps, scalars=True)
+        trainer = orchestrator(algorithm, tmp_path, clients_per_round=None, logger=True, max_rounds=3)
+        model, fresh = WithHead(), WithHead()
+        with pytest.warns(UserWarning, match="client 3 is refused"):
+            trainer.fit(model, Unwell(client=3))
+        assert trainer.run.refused == {3: 3}
+        theirs, mine = algorithm.parameters(fresh), trainer.endpoint.trained
+        start = {name: p.detach().clone() for name, p in theirs.items()}
+        rebuild(fresh, theirs, ReplayLog.read(Path(trainer.log_dir) / "updates.log"), 3, algorithm)
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+        assert not any(torch.equal(mine[name], start[name]) for name in mine)
+
     def test_beyond_all_measure_are_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         probe = AuxiliaryClient.probe
 

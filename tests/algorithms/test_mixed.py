@@ -15,10 +15,15 @@ from hosfl_lightning import HOSFL
 from hosfl_lightning.aggregation import Median
 from hosfl_lightning.algorithms import Algorithm, ClientKind, Frozen, MixedHOSFL, SplitFedSGD
 from hosfl_lightning.algorithms.mixed import deal
-from hosfl_lightning.optim import SGD
+from hosfl_lightning.optim import SGD, Uncompressed
+from hosfl_lightning.server import TooFewClientsError
+from hosfl_lightning.split import Side
+from hosfl_lightning.wire import Codecs
 from tests.algorithms.plain_probes import MU, RULES, expanded, minibatches, moved, nats, points, step
 from tests.algorithms.plain_probes import drawn as shared
 from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, orchestrator, plain
+from tests.random_tokens import RandomTokens
+from tests.test_round import MakeModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:the two sides of a probe")  # μ is large on purpose
 
@@ -90,6 +95,26 @@ def test_one_kind_is_that_method(kind: ClientKind, alone: Algorithm, tmp_path: P
         states.append(model.trained_state())
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-6)
+
+
+def test_side_clients_are_those_of_the_local_gradient(make_model: MakeModel, tmp_path: Path) -> None:
+    """Alone they are that method; beside them a phone probes the same adapter, and is the one whose μ is looked at."""
+    settings: dict[str, Any] = {"cut": 3, "lora": None, "side": Side(4)}
+    data, states = RandomTokens([[8] * 4] * 3, batch_size=2), []
+    side = ClientKind("side", share=1)
+    for algorithm in (
+        mixed([side], "sgd"),
+        HOSFL(estimator="local", compression=Uncompressed(), client_optimizer=RULES["sgd"][0]),
+    ):
+        model = make_model(**settings)
+        orchestrator(algorithm, tmp_path, max_rounds=2).fit(model, data)
+        states.append(model.trained_state())
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-6)
+    kinds = [ClientKind("side", clients=[0]), ClientKind(PHONE, clients=[1, 2], probes=PROBES)]
+    both = MixedHOSFL(kinds, mu=10.0, client_optimizer=RULES["sgd"][0])
+    with pytest.warns(UserWarning, match="the two sides of a probe"):
+        orchestrator(both, tmp_path, max_rounds=1, clients_per_round=3).fit(make_model(**settings), data)
 
 
 def test_frozen_clients_teach_the_server_alone(tmp_path: Path) -> None:
@@ -169,6 +194,19 @@ class TestRefusals:
     def test_a_side_adapter_that_is_not_there(self, tmp_path: Path) -> None:
         trainer = orchestrator(mixed([ClientKind("side", share=1)]), tmp_path)
         with pytest.raises(ValueError, match="kind 'side' need a side adapter"):
+            trainer.fit(TwoLayers(), Points())
+
+    def test_scalars_in_ternary(self) -> None:
+        """A phone's answer would be little but signs."""
+        ternary = Codecs(gradient="ternary")
+        with pytest.raises(ValueError, match=r"trainer\.codec\.gradient: the scalars of forward_only clients"):
+            mixed(MIXED).check_codecs(ternary, [1000])
+        mixed([ClientKind(LAPTOP, share=1)]).check_codecs(ternary, [1000])
+
+    def test_a_round_of_frozen_clients_alone(self, tmp_path: Path) -> None:
+        kinds = [ClientKind(STILL, clients=[0, 1, 2]), ClientKind(LAPTOP, clients=[3])]
+        trainer = orchestrator(mixed(kinds), tmp_path, clients_per_round=1)
+        with pytest.raises(TooFewClientsError, match=r"all 1 client\(s\) of the round are frozen.*clients_per_round"):
             trainer.fit(TwoLayers(), Points())
 
     def test_probes_out_of_range(self) -> None:

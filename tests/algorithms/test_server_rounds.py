@@ -412,6 +412,40 @@ class TestLocalTraining:
         mean = start + sum(w[k] * (vectors[k] - start) for k in w)
         torch.testing.assert_close(lonely.replica.vector(), mean, rtol=1e-6, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        ("kind", "changes", "reason"),
+        [
+            (SplitFedV2, {"num_terms": 10**9}, f"it claims {10**9} loss terms, its labels have {STEPS * TERMS[1]}"),
+            (SplitFedV2, {"num_terms": 0}, f"it claims 0 loss terms, its labels have {STEPS * TERMS[1]}"),
+            (FedAvg, {"loss": None}, "it does not say its loss, which nobody else knows"),
+        ],
+    )
+    def test_a_claim_that_cannot_be_believed_is_refused(
+        self, kind: type[Any], changes: dict[str, Any], reason: str
+    ) -> None:
+        lonely = local(kind, instead(Training(kind is SplitFedV2), 1, Weights, lambda one: replace(one, **changes)))
+        lonely.round(CALL)
+        assert lonely.fleet.refused == {1: reason}
+        [(end, _)] = lonely.fleet.told
+        assert end.counted == [0, 3, 5]
+
+    def test_smashed_data_without_end_are_refused(self) -> None:
+        """Or a client could hold the server for ever, and teach it at every step."""
+
+        class Tireless(Training):
+            def __call__(self, request: Any) -> Message:
+                if isinstance(request, Weights):
+                    self.asked = 0
+                elif request.client == 1:
+                    self.asked += 1
+                    return smashed(request, self.asked)
+                return super().__call__(request)
+
+        lonely = local(SplitFedV2, Tireless(cut=True))
+        lonely.round(CALL)
+        assert lonely.fleet.refused == {1: f"it sent smashed data of local step {STEPS}, for which none are due"}
+        assert [list(one) for one in lonely.fleet.asked].count([1]) == 1 + STEPS
+
     @each_method
     def test_a_round_that_fails_puts_the_replica_and_the_server_back(self, kind: type[Any]) -> None:
         """In the second round: there are moments by then, and the server has learned from three clients."""

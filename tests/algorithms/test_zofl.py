@@ -18,8 +18,10 @@ from hosfl_lightning.availability import Trace
 from hosfl_lightning.callbacks import PeakMemoryMonitor
 from hosfl_lightning.clients import ObjectiveClient
 from hosfl_lightning.optim import SGD, AdamW
+from hosfl_lightning.server import Call
 from hosfl_lightning.server.catch_up import CatchUp
-from hosfl_lightning.wire import Codecs
+from hosfl_lightning.wire import Codecs, ProjectedGradients, StepRequest
+from tests.algorithms.fake_fleet import LonelyServer
 from tests.algorithms.plain_probes import MU, RULES, central, drawn, expanded, moved, nats, points, step
 from tests.algorithms.two_layers import Points, TwoLayers, assert_equal, last_update, orchestrator, plain
 from tests.random_tokens import RandomTokens
@@ -37,6 +39,22 @@ def forward(net: nn.Module, batch: dict[str, Tensor], round: int, probe: int) ->
 
 def two_sided(net: nn.Module, batch: dict[str, Tensor], round: int, probe: int) -> Tensor:
     return central(lambda: nats(net, batch), list(net.parameters()), round, probe)
+
+
+def test_a_client_that_hides_its_loss_is_refused() -> None:
+    """Nobody else knows it, and the round's is the mean of them."""
+    basis = ZOFL(PROBES).basis(0, 0, []).describe()
+
+    def script(request: StepRequest) -> ProjectedGradients:
+        loss = None if request.client == 1 else 1.5
+        values = torch.full((PROBES,), 0.1)
+        return ProjectedGradients(0, request.client, basis, values, 2, loss=loss, num_examples=2)
+
+    lonely = LonelyServer(ZOFL(PROBES, client_optimizer=SGD(lr=0.1)), script, TwoLayers(client_holds="whole"))
+    outcome = lonely.round(Call(0, [0, 1, 2], [0, 1, 2]))
+    assert lonely.fleet.refused == {1: "it does not say its loss, which nobody else knows"}
+    assert lonely.recorded[0][0].participants == [0, 2]
+    assert (float(outcome.loss), outcome.num_examples) == (1.5, 4)
 
 
 ESTIMATORS = {"forward": forward, "central": two_sided}

@@ -14,9 +14,10 @@ from torch import Tensor
 from hosfl_lightning import HOSFL
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.clients import Anchor, Half, Minibatches, SplitEndpoint
+from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.optim import SGD, basis_of
 from hosfl_lightning.rng import direction
-from hosfl_lightning.wire import Codecs, Multiplier, StepRequest, Update
+from hosfl_lightning.wire import Codecs, Multiplier, SmashedData, StepRequest, Update
 from tests.algorithms.two_layers import WIDTH, Points, TwoLayers
 
 MU, PROBES = 2**-7, 2
@@ -101,3 +102,21 @@ def test_a_half_in_numpy_answers_as_one_in_pytorch(clients: list[int]) -> None:
     weight = next(iter(ours.trained.values()))
     moved: Any = theirs.client
     torch.testing.assert_close(weight.detach().double(), torch.from_numpy(moved.weight), rtol=1e-4, atol=1e-5)
+
+
+def test_a_multiplier_that_nobody_waits_for_is_an_error_by_name() -> None:
+    """Of another round, or twice: the fleet is at fault, and says what it did."""
+    client, request = endpoint(SplitEndpoint), StepRequest(0, 1)
+    [smashed] = client.handle([request])
+    assert isinstance(smashed, SmashedData)
+    multiplier = Multiplier.pack(0, 1, torch.zeros(smashed.unpack()[0].shape), smashed.unpack()[2])
+    client.handle([multiplier])
+    with pytest.raises(EndpointError, match="client 1 is sent a multiplier, and waits for none"):
+        client.handle([multiplier])
+
+
+def test_an_endpoint_needs_a_name_of_its_own() -> None:
+    """The terms say which it is, by its name."""
+    with pytest.raises(TypeError, match=r"an endpoint SplitEndpoint is in hosfl_lightning.* already"):
+        type("SplitEndpoint", (SplitEndpoint,), {"__module__": "elsewhere"})
+    assert Endpoint.known["SplitEndpoint"] is SplitEndpoint
