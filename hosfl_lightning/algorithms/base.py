@@ -23,7 +23,8 @@ from hosfl_lightning.wire import Codecs, Terms, manifest
 class Algorithm(ABC):
     """A method: what the server does in a round, as a conversation with its clients, and what the clients answer.
 
-    Sampling, hooks, logging, checkpoints, and where the clients are, are not its matter.
+    Sampling, hooks, logging, checkpoints, and where the clients are, are not its matter. An argument that a subclass
+    adds belongs into `settings`, which a resumed run must repeat, and into `client_settings` if its endpoint needs it.
 
     Args:
         client_optimizer: The update rule on what the clients train.
@@ -72,7 +73,8 @@ class Algorithm(ABC):
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
         """The server's part of a round, of one attempt of it.
 
-        What it knows of a client it has from messages. One that fails leaves no trace in the server.
+        What it knows of a client it has from messages. One that fails leaves no trace in the server. It also runs
+        before round 0, to see what a client needs; what that did to the server and to `state_dict` is undone.
 
         Raises:
             TooFewClientsError: Too few clients sent something valid.

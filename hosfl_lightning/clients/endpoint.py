@@ -105,9 +105,6 @@ class Endpoint(ABC):
     def forget(self) -> None:  # noqa: B027  # some hold nothing
         """Drop whatever is held of a round."""
 
-    def dismiss(self, client: int) -> None:  # noqa: B027  # some hold nothing
-        """Drop what is held of a client that the round goes on without."""
-
     # ---- the conversation
 
     def handle(self, requests: Sequence[Message]) -> list[Message]:

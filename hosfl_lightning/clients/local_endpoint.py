@@ -81,11 +81,6 @@ class LocalEndpoint(Endpoint):
             self._walking = None
 
     @override
-    def dismiss(self, client: int) -> None:
-        if self._walking is not None and self._walking[0] == client:
-            self.forget()
-
-    @override
     def end(self, message: RoundEnd) -> None:
         self.forget()
         self.moments.commit(message.counted)

@@ -50,10 +50,6 @@ class ProbedEndpoint(Endpoint):
     def forget(self) -> None:
         self.visits.clear()
 
-    @override
-    def dismiss(self, client: int) -> None:
-        self.visits.pop(client, None)
-
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """``z_k`` with labels and mask."""
         clients, round = [request.client for request in requests], requests[0].round

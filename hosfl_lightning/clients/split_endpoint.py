@@ -83,10 +83,6 @@ class SplitEndpoint(Endpoint):
     def forget(self) -> None:
         self.visits.clear()
 
-    @override
-    def dismiss(self, client: int) -> None:
-        self.visits.pop(client, None)
-
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """Step 2: ``z_k = f_c(x_k; θ_c)``, kept until λ comes where one is to come."""
         clients = [request.client for request in requests]

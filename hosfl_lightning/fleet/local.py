@@ -44,12 +44,6 @@ class LocalFleet(Fleet):
     def abandon(self) -> None:
         self.endpoint.forget()
 
-    @override
-    def refuse(self, client: int, reason: str) -> None:
-        """What it holds of the round goes at once: it shares its half with the others, and with the replica."""
-        super().refuse(client, reason)
-        self.endpoint.dismiss(client)
-
     def _exchange(self, requests: list[Message], expected: Sequence[type[Message]]) -> list[Message]:
         answers = self.endpoint.handle([self.channel.down(request) for request in requests])
         pairs = zip(requests, answers, strict=True)

@@ -41,7 +41,7 @@ from hosfl_lightning.server import RoundWatcher
 from hosfl_lightning.server.catch_up import CatchUp
 from hosfl_lightning.server.server import uncoded
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, Update, encode
+from hosfl_lightning.wire import Codecs, CodedGradient, FieldError, ProjectedGradients, Update, encode
 from tests.algorithms.auxiliary import WithHead
 from tests.algorithms.two_layers import Crossing, Points, TwoLayers, orchestrator
 from tests.random_tokens import RandomTokens
@@ -148,6 +148,13 @@ class TestBytes:
 
 
 class TestRound:
+    def test_what_no_message_holds_is_no_setting_of_a_client(self, tmp_path: Path) -> None:
+        """In one process as well: what runs here would stop on the first client that is elsewhere."""
+        method = Given(gradients())
+        method.client_settings = lambda: {"gradients": gradients()}  # type: ignore[method-assign]
+        with pytest.raises(FieldError, match=r"terms: settings\.gradients must be a plain value"):
+            orchestrator(method, tmp_path).fit(TwoLayers(), Points())
+
     @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4"])
     def test_the_server_knows_what_the_codec_leaves_batched_as_one_by_one(self, tmp_path: Path, codec: str) -> None:
         known = []

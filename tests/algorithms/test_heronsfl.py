@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from hosfl_lightning.optim import SGD, AdamW, SharedDirections
 from hosfl_lightning.optim.sphere import in_order
 from hosfl_lightning.rng import Domain, Stream, direction
 from hosfl_lightning.run.rebuild import rebuild
+from hosfl_lightning.server import Call
 from hosfl_lightning.server.replay_log import ReplayLog
+from hosfl_lightning.wire import ProjectedGradients, SmashedData
 from tests.algorithms.auxiliary import Reference, WithHead
+from tests.algorithms.fake_fleet import LonelyServer
 from tests.algorithms.test_csefsl import Unwell, resumed
-from tests.algorithms.two_layers import Points, endpoint_of, orchestrator
+from tests.algorithms.two_layers import WIDTH, Points, endpoint_of, orchestrator
 from tests.random_tokens import RandomTokens
 from tests.test_round import MakeModel
 
@@ -223,6 +227,29 @@ class TestScalars:
         reference.run([[0, 2, 3]], estimate(2, 0.5, shared=True))
         for mine, theirs in zip(model.client_half.parameters(), reference.first.parameters()):
             torch.testing.assert_close(mine, theirs, rtol=5e-6, atol=5e-6)
+
+    @pytest.mark.parametrize(
+        ("step", "changes", "reason"),
+        [(1, {"num_terms": 99}, "it claims 99 loss terms, its labels have 4"),
+         (2, {"loss": None}, "it does not say its loss, which nobody else knows")],
+    )  # fmt: skip
+    def test_of_a_client_that_lies_are_refused(self, step: int, changes: dict[str, Any], reason: str) -> None:
+        """Where all smashed data go up the server has seen the labels; the loss is the head's, which stays below."""
+        algorithm = HERONSFL(1, client_optimizer=SGD(lr=0.1), local_steps=2, upload_every=step, scalars=True)
+
+        def script(request: Any) -> Any:
+            k, local = request.client, getattr(request, "step", 0)
+            if local < 2 // step:
+                z, labels, mask = torch.ones(2, 1, WIDTH), torch.zeros(2).long(), torch.ones(2, 1, dtype=torch.bool)
+                return SmashedData.pack(0, k, z, labels, mask, step=local)
+            basis, own = algorithm.basis(0, 0, []).describe(), changes if k == 1 else {}
+            answer = ProjectedGradients(0, k, basis, torch.full((2,), 0.1), 4, loss=1.5, num_examples=4)
+            return replace(answer, **own)
+
+        lonely = LonelyServer(algorithm, script, WithHead())
+        lonely.round(Call(0, [0, 1, 2], [0, 1, 2]))
+        assert lonely.fleet.refused == {1: reason}
+        assert lonely.recorded[0][0].participants == [0, 2]
 
     @pytest.mark.parametrize("rule", [SGD(momentum=0.9), SGD(weight_decay=0.1), AdamW()])
     def test_need_plain_sgd(self, rule: Any) -> None:
