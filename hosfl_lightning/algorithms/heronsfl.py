@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from hosfl_lightning.aggregation import combine
 from hosfl_lightning.algorithms.auxiliary_training import AuxiliaryTraining
+from hosfl_lightning.algorithms.client_loss import told_loss
 from hosfl_lightning.algorithms.local_training import Losses
-from hosfl_lightning.algorithms.zofl import told_loss
 from hosfl_lightning.clients.auxiliary_endpoint import SphereEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.optim import Basis, SharedDirections, check_linear
@@ -100,8 +100,7 @@ class HERONSFL(AuxiliaryTraining):
         """A client's round; nothing where it is refused."""
         losses = Losses()
         answers: list[ProjectedGradients] = self.follow(server, fleet, request, ProjectedGradients, losses)
-        everywhere = all(self.due(request.round, step) for step in range(self.local_steps))
-        seen = sum(n for _, n in losses) if everywhere else None
+        seen = self.seen(request.round, losses)
         return [answer for answer in answers if self.taken(server, fleet, request.client, answer, seen)]
 
     @override

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.algorithms.base import Algorithm
+from hosfl_lightning.algorithms.client_loss import untold_loss
 from hosfl_lightning.clients.local_endpoint import LocalSplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.server import Call, Outcome, Server
@@ -91,11 +92,16 @@ class LocalTraining(Algorithm):
         request = server.replica.message(shared, call.round, client, call.attempt)
         own: Losses = []
         answers: list[Weights] = self.follow(server, fleet, request, Weights, own)
-        seen = sum(n for _, n in own) if all(self.due(call.round, step) for step in range(self.local_steps)) else None
+        seen = self.seen(call.round, own)
         answers = [answer for answer in answers if self.taken(server, fleet, client, answer, seen)]
         for answer in answers:
             losses += own if answer.loss is None else [(torch.tensor(answer.loss), answer.num_terms)]
         return answers
+
+    def seen(self, round: int, own: Losses) -> int | None:
+        """A client's loss terms, where the server has counted those of every local step."""
+        everywhere = all(self.due(round, step) for step in range(self.local_steps))
+        return sum(n for _, n in own) if everywhere else None
 
     def taken(
         self, server: Server, fleet: Fleet, client: int, answer: Weights | ProjectedGradients, seen: int | None
@@ -112,8 +118,8 @@ class LocalTraining(Algorithm):
         reason = server.replica.objection(answer) if isinstance(answer, Weights) else None
         if reason is None and seen not in (None, answer.num_terms):
             reason = f"it claims {answer.num_terms} loss terms, its labels have {seen}"
-        if reason is None and self.client_loss and answer.num_terms and answer.loss is None:
-            reason = "it does not say its loss, which nobody else knows"
+        if reason is None and self.client_loss:
+            reason = untold_loss(answer)
         if reason is not None:
             fleet.refuse(client, reason)
         return reason is None

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from typing_extensions import override
 
 from hosfl_lightning.aggregation import combine
+from hosfl_lightning.algorithms.client_loss import told_loss, untold_loss
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
 from hosfl_lightning.clients.walk_endpoint import WalkEndpoint
 from hosfl_lightning.fleet.base import Fleet
@@ -90,15 +90,9 @@ class ZOFL(SharedScalars):
             call.to_each(rule=server.client_rule.prescription), ProjectedGradients
         )
         for answer in asked:
-            if answer.num_terms and answer.loss is None:
-                fleet.refuse(answer.client, "it does not say its loss, which nobody else knows")
+            if (reason := untold_loss(answer)) is not None:
+                fleet.refuse(answer.client, reason)
         answers = server.screen([answer for answer in asked if answer.client not in fleet.refused])
         update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
         fleet.tell(update, call.online)
         return Outcome(told_loss(answers), sum(answer.num_examples for answer in answers))
-
-
-def told_loss(answers: Sequence[ProjectedGradients]) -> torch.Tensor:
-    """``Σ_k w_k ℓ_k`` of what the clients say, 0-d."""
-    terms = sum(answer.num_terms for answer in answers)
-    return torch.tensor(sum(answer.num_terms / terms * (answer.loss or 0.0) for answer in answers))

@@ -42,6 +42,10 @@ class SplitEndpoint(Endpoint):
 
     client: SplitClient
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.visits: dict[int, Visit] = {}
+
     @override
     def make_client(self, half: nn.Module) -> SplitClient:
         return self.engine(half, self.terms.settings["kind"])
@@ -65,10 +69,6 @@ class SplitEndpoint(Endpoint):
     def answered_in(self, client: int, round: int) -> Basis | None:
         """In what that client answers λ; None: it does not."""
         return self.basis(round) if self.terms.basis else None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.visits: dict[int, Visit] = {}
 
     @override
     def respond(self, requests: Sequence[Any]) -> list[Message]:

@@ -99,7 +99,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     method.setup(trainer.server)
 
 
-def collect(trainer: TrainerFace, weights_only: bool) -> dict[str, Any]:
+def collect(trainer: TrainerFace, weights_only: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, but for the hooks' part."""
     method, rounds = trainer.algorithm, trainer.settings.max_rounds
     return trainer.run.collect(method, trainer.endpoint, trainer.server, _agreed(trainer), rounds, weights_only)

@@ -83,7 +83,7 @@ def test_messages_that_are_encoded_change_nothing(tmp_path: Path) -> None:
 
 def kept(trainer: Any) -> dict[str, Any]:
     """All that a run hands on to its next round."""
-    return {**collect(trainer, weights_only=False), "state_dict": trainer.lightning_module.trained_state()}
+    return {**collect(trainer), "state_dict": trainer.lightning_module.trained_state()}
 
 
 def resumed(algorithms: list[CSEFSL], folder: Path, **settings: Any) -> Any:

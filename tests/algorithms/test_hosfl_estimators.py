@@ -194,7 +194,7 @@ class StopsBefore(Callback):
 def held(trainer: Orchestrator) -> Any:
     """All that a run hands on to its next round."""
     tensors, callbacks = trainer.lightning_module.trained_state(), callback_states(trainer.callbacks)
-    return plain({**collect(trainer, weights_only=False), "state_dict": tensors, "callbacks": callbacks})
+    return plain({**collect(trainer), "state_dict": tensors, "callbacks": callbacks})
 
 
 @some_methods

@@ -35,7 +35,7 @@ def trained(kind: type[Algorithm], folder: Path, data: Points | None = None, **s
 
 def held(trainer: Orchestrator) -> Any:
     """All that a run hands on to its next round, but for counters and callbacks."""
-    kept = collect(trainer, weights_only=False)
+    kept = collect(trainer)
     kept["state_dict"] = trainer.lightning_module.trained_state()
     return plain({key: kept[key] for key in ("state_dict", "method", "optimizer_states", "lr_schedulers")})
 
@@ -86,7 +86,7 @@ class TestRefusals:
         trainer = orchestrator(method(kind), tmp_path, clients_per_round=None, max_rounds=1)
         with pytest.warns(UserWarning, match="client 1 is refused"):
             trainer.fit(two_layers(), Points())
-        state = collect(trainer, weights_only=False)["method"]
+        state = collect(trainer)["method"]
         assert set(state["moments"]) == set(state.get("server_moments", state["moments"])) == {0, 2, 3}
         assert trainer.run.refused == {1: 1}
 
