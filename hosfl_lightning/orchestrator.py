@@ -15,6 +15,8 @@ from hosfl_lightning.algorithms import HOSFL, Algorithm
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Processes, RankProcesses
+from hosfl_lightning.fleet.member import Membership
+from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
@@ -27,12 +29,14 @@ from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
 from hosfl_lightning.run.session import check_model, session
+from hosfl_lightning.run.serve import serve
+from hosfl_lightning.run.serving import Serving, default_clients
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.summary import print_table, write_summary
 from hosfl_lightning.run.training import collect, train
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.server.replay_log import ReplayLog
-from hosfl_lightning.wire import Codecs
+from hosfl_lightning.wire import LIMIT, Codecs
 
 
 class Orchestrator(TrainerFace):
@@ -163,6 +167,44 @@ class Orchestrator(TrainerFace):
         if self.is_global_zero:
             print_table(self.summary, result, controls, self.log_dir)
         self.processes.wait()  # nobody goes on before everything is written
+
+    def serve(
+        self,
+        model: SplitModule,
+        datamodule: FederatedDataModule,
+        listen: str = "127.0.0.1:8470",
+        certs: str | None = None,
+        clients: str | None = None,
+        run: str | None = None,
+        insecure: bool = False,
+        quorum: int | None = None,
+        oversample: int = 0,
+        deadline: float = 60.0,
+        validate: Literal["server", "clients", "both"] = "server",
+        max_frame_bytes: int = LIMIT,
+    ) -> None:
+        """Run the rounds with clients on other machines, which ``hosfl join``; start it again and it goes on.
+
+        Args:
+            model: The cut model.
+            datamodule: What the server validates on; of its clients' examples nothing is used.
+            listen: ``HOST:PORT``; port 0: any that is free.
+            certs: Folder of this server's certificate, as ``hosfl certs server`` makes it.
+            clients: ``clients.yaml``, from client numbers to the names in their certificates, read again when it
+                changes; None: the one in ``certs``.
+            run: The run's folder. Where a run is in it, it goes on; None: a new one under ``default_root_dir``.
+            insecure: Plain text, and a client's name is what it says; on this machine only.
+            quorum: Clients that must be there before a round begins; None: as many as a round asks.
+            oversample: How many more a round asks than it needs; the first that answer count.
+            deadline: Seconds within which an answer must come; who is late leaves the round.
+            validate: On the server's own data, on what the clients hold out, or on both.
+            max_frame_bytes: Longest message that is sent or taken.
+        """
+        serving = Serving(
+            listen, clients or default_clients(certs), certs, insecure, Membership(quorum, oversample, deadline),
+            Limits(max_frame_bytes), validate,
+        )  # fmt: skip
+        serve(self, serving, model, datamodule, run)
 
     def validate(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None

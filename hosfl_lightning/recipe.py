@@ -22,7 +22,7 @@ from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.run.hooks import HookError
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "export", "replay")
+SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 DESCRIPTION = (
     "Fine-tune a split model without backprop on the clients. Several methods at equal conditions: hosfl compare "
     "--help; the same tables from runs that are there: hosfl report --help."

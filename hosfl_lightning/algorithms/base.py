@@ -49,6 +49,8 @@ class Algorithm(ABC):
     tells: ClassVar[frozenset[str]] = frozenset()
     #: Whether a round makes an update record, which a client that was away replays.
     records: bool = True
+    #: Whether the clients keep what they train from round to round; else a round begins with the server's weights.
+    keeps: bool = True
     #: Minibatches, and steps, of a client in a round.
     local_steps: int = 1
 
@@ -112,7 +114,7 @@ class Algorithm(ABC):
         return Terms(
             round=0, client=None, endpoint=self.endpoint.__name__, settings=self.client_settings(), seed=seed,
             manifest=manifest(trained), rule={"name": type(rule).__name__, **rule.hyper_parameters()},
-            basis=basis.describe() if basis is not None else {}, codecs=asdict(codecs),
+            basis=basis.describe() if basis is not None else {}, codecs=asdict(codecs), keeps=self.keeps,
         )  # fmt: skip
 
     def check(self, module: SplitModule) -> None:

@@ -68,7 +68,8 @@ class HERONSFL(AuxiliaryTraining):
             )
         if scalars:
             check_linear(self.client_optimizer, "HERONSFL with scalars=true")
-        self.probes, self.mu, self.scalars, self.records = probes, mu, scalars, scalars
+        self.probes, self.mu, self.scalars = probes, mu, scalars
+        self.records = self.keeps = scalars
 
     @override
     def client_settings(self) -> dict[str, Any]:

@@ -39,7 +39,7 @@ class LocalTraining(Algorithm):
     """
 
     joint = False
-    records = False
+    records = keeps = False
     #: Whether the training loss is one that only the clients know.
     client_loss: ClassVar[bool] = True
 

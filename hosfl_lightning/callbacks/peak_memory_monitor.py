@@ -69,6 +69,8 @@ class PeakMemoryMonitor(Callback):
         if isinstance(trainer, Trainer):
             self._step = StepMemory(trainer)
             return
+        if not trainer.fleet.simulated:
+            return  # no client is here
         rehearsal = Rehearsal(trainer)
         batch = trainer.to_device(rehearsal.cohort.batch)
         self.report = {**measure_client(rehearsal, batch)}

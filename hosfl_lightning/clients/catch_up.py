@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from hashlib import sha256
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,43 @@ def replica_of(optimizer: ZerothOrder, state: Mapping[str, Tensor], step: int) -
         else:
             replica.state[parameter][slot] = tensor.to(parameter.device, copy=True)
     return replica
+
+
+def load_state(optimizer: ZerothOrder, state: Mapping[str, Tensor], step: int) -> None:
+    """Go on from a `client_state` after ``step`` updates.
+
+    Raises:
+        CatchUpError: It is of other tensors. Nothing has moved then.
+    """
+    expected = sized_state(optimizer)
+    theta = {name for name in expected if name.endswith(".theta")}
+    if not theta <= state.keys() <= expected.keys():
+        raise CatchUpError(f"a state of {len(state)} tensors, this client trains {len(theta)}, or with another rule")
+    for name, tensor in state.items():
+        mine = expected[name]
+        if tensor.shape != mine.shape or tensor.dtype != mine.dtype:
+            raise CatchUpError(f"a state whose tensor {name} is {tensor.dtype} {[*tensor.shape]}, not that of the run")
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["step"] = step
+    with torch.no_grad():
+        for name, tensor in state.items():
+            number, _, slot = name.partition(".")
+            parameter = optimizer.parameters[int(number)]
+            if slot == "theta":
+                parameter.copy_(tensor)
+            else:
+                optimizer.state[parameter][slot] = tensor.to(parameter.device, copy=True)
+    torch.clear_autocast_cache()
+
+
+def state_digest(optimizer: ZerothOrder) -> str:
+    """SHA-256 of the step count and of the bits of a `client_state`: what clients that are up to date agree on."""
+    total = sha256(json.dumps(optimizer.steps).encode())
+    for name, tensor in sorted(client_state(optimizer).items()):
+        total.update(name.encode())
+        total.update(_bits(tensor.cpu()).numpy().data)
+    return total.hexdigest()
 
 
 def same_state(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

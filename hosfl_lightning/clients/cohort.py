@@ -81,12 +81,26 @@ class Minibatches:
     Args:
         data: A `hosfl_lightning.data.FederatedDataModule`.
         model: A `hosfl_lightning.models.SplitModule`.
+        index: The client of the data that is this machine's own, whatever its number in the run; None: the data has a
+            client for each number.
     """
 
-    def __init__(self, data: Any, model: Any) -> None:
-        self.data, self.model = data, model
+    def __init__(self, data: Any, model: Any, index: int | None = None) -> None:
+        self.data, self.model, self.index = data, model, index
 
     def __call__(self, clients: list[int], step: int) -> Cohort:
         """The minibatches of local step ``round · local_steps + s``."""
-        batches = [self.model.prepare(self.data.client_batch(k, step)) for k in clients]
+        places = clients if self.index is None else [self.index] * len(clients)
+        batches = [self.model.prepare(self.data.client_batch(k, step)) for k in places]
         return Cohort.join(clients, batches, self.model.count)
+
+    @property
+    def held_out_batches(self) -> int:
+        """Batches of the validation data."""
+        return -(-len(self.data.validation_set) // self.data.eval_batch_size)
+
+    def held_out(self, clients: list[int], number: int) -> Cohort:
+        """A batch of the validation data, of one client."""
+        size = self.data.eval_batch_size
+        examples = self.data.validation_set[number * size : (number + 1) * size]
+        return Cohort.join(clients, [self.model.prepare(self.data.collate(examples))], self.model.count)

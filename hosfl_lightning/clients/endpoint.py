@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, rule_of
-from hosfl_lightning.wire import Message, RoundEnd, SmashedData, StepRequest, Terms, Update, manifest
+from hosfl_lightning.split.run import run
+from hosfl_lightning.wire import HeldOutRequest, Message, RoundEnd, SmashedData, StepRequest, Terms, Update, manifest
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
@@ -63,6 +65,9 @@ class Endpoint(ABC):
             )
         self.client: Any = self.make_client(half)
         self.checks = True
+        #: Its validation data, where it has some: the batch of a number.
+        self.held_out: ClientData | None = None
+        self.held_out_batches = 0
         self._open = (-1, -1)
 
     @staticmethod
@@ -172,6 +177,29 @@ class Endpoint(ABC):
     def slots(self, client: int) -> list[Tensor]:
         """The optimizer state that a client keeps from round to round."""
         return [t for held in self.client.optimizer.state.values() for t in held.values()]
+
+    # ---- a client on a machine of its own
+
+    @torch.no_grad()
+    def hold_out(self, request: HeldOutRequest) -> list[SmashedData]:
+        """z of a batch of its validation data, at what is held now.
+
+        Raises:
+            EndpointError: This client has no such data.
+        """
+        if self.held_out is None:
+            raise EndpointError(f"client {request.client} is asked for validation data, and has none")
+        cohort = self.held_out([request.client], request.step)
+        with self.fabric.autocast():
+            z = run(self.model.client_half, self.fabric.to_device(cohort.batch))
+        return self.smashed(cohort, z, request, request.step)
+
+    def own_state(self, client: int) -> dict[str, Tensor] | None:
+        """What the client alone knows of its part in the round, which the server has not counted; None: nothing."""
+        return None
+
+    def load_own(self, client: int, state: dict[str, Tensor]) -> None:
+        """Go on from an `own_state` that counts."""
 
     # ---- what goes on from a checkpoint
 

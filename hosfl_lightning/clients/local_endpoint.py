@@ -124,6 +124,14 @@ class LocalEndpoint(Endpoint):
         return terms, examples
 
     @override
+    def own_state(self, client: int) -> dict[str, Tensor] | None:
+        return self.moments.moved(client)
+
+    @override
+    def load_own(self, client: int, state: dict[str, Tensor]) -> None:
+        self.moments.put_back(client, state)
+
+    @override
     def slots(self, client: int) -> list[Tensor]:
         return super().slots(client) + self.moments.tensors(client)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
+from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel, Sent
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.wire import Message, Multiplier, ProbeRequest, RoundEnd, SmashedData, Update, WireError
@@ -22,6 +23,9 @@ class Fleet(ABC):
     Attributes:
         refused: Whose message of the present attempt was not taken, and why.
     """
+
+    #: Whether the clients are only simulated, those that are away among them.
+    simulated = True
 
     def __init__(self, channel: Channel, processes: Processes) -> None:
         self.channel, self.processes = channel, processes
@@ -52,6 +56,31 @@ class Fleet(ABC):
     @abstractmethod
     def abandon(self) -> None:
         """The run breaks off: clients of this process drop what they hold of the round."""
+
+    @property
+    def connected(self) -> list[int]:
+        """Of clients on other machines: who is there and up to date, ascending."""
+        raise NotImplementedError("simulated clients are where `Availability` says")
+
+    def figures(self) -> dict[str, float]:
+        """Of clients on other machines: what there is to log of a round."""
+        return {}
+
+    def catches_up_with(self, records: Returns) -> None:
+        """What clients on other machines that missed something are answered from."""
+
+    def gather_quorum(self, round: int, quorum: int) -> None:
+        """Before an attempt: wait until so many clients are there. Simulated ones always are."""
+
+    def close(self, reason: str, over: bool) -> None:
+        """No round comes any more: the run is ``over``, or its server stops and may come back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must be known of the clients when the run goes on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
 
     def gather(self, answers: list[Any]) -> list[Any]:
         """The answers that all processes have received."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
@@ -43,6 +44,32 @@ class Moments:
         """The round is over: keep what these clients did in it, and forget what the others did."""
         self.held |= {client: self._moved[client] for client in clients if client in self._moved}
         self._moved = {}
+
+    def moved(self, client: int) -> dict[str, Tensor] | None:
+        """What a client has done in a round that does not count yet, to be `put_back`; None: nothing."""
+        if client not in self._moved:
+            return None
+        steps, slots = self._moved[client]
+        flat = {f"{i}.{name}": t for i, held in slots.items() for name, t in held.items()}
+        return {"steps": torch.tensor(steps), **flat}
+
+    def put_back(self, client: int, state: Mapping[str, Tensor]) -> None:
+        """What that client's state is now, as `moved` gave it.
+
+        Raises:
+            ValueError: It is of other parameters, or of another rule.
+        """
+        parameters, slots = self.optimizer.parameters, dict[int, dict[str, Tensor]]()
+        names = self.optimizer.rule.slots(self.optimizer.param_groups[0])
+        for key, tensor in state.items():
+            number, _, name = key.partition(".")
+            if key == "steps":
+                continue
+            fits = number.isdecimal() and int(number) < len(parameters) and name in names
+            if not fits or tensor.shape != (parameters[int(number)].numel(),):
+                raise ValueError(f"the moments of {key:.80} are not those of this run")
+            slots.setdefault(int(number), {})[name] = tensor.to(self.optimizer.device, copy=True)
+        self.held[client] = int(state["steps"]), slots
 
     def tensors(self, client: int) -> list[Tensor]:
         """That client's, as of its last round that counted."""

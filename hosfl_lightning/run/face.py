@@ -20,6 +20,7 @@ from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.run.hooks import fire
 from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
+from hosfl_lightning.run.serving import Serving
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.state import RunState
 from hosfl_lightning.server import Server
@@ -76,6 +77,8 @@ class TrainerFace:
     server: Server
     endpoint: Endpoint
     fleet: Fleet
+    #: Where the clients come in, if they are on other machines.
+    serving: Serving | None = None
 
     fast_dev_run = False
     sanity_checking = False
@@ -267,10 +270,13 @@ class TrainerFace:
         clients, online = self.datamodule.num_clients, set(self.clients_online(round, attempt))
         again = attempt - 1 if attempt else None  # in the counter's place for a client, which sampling has no use for
         order = permutation(clients, self.settings.seed, Domain.CLIENT_SAMPLING, round=round, client=again)
-        return sorted([k for k in order.tolist() if k in online][: self.settings.sample_size(clients)])
+        size = self.settings.sample_size(clients) + (self.serving.membership.oversample if self.serving else 0)
+        return sorted([k for k in order.tolist() if k in online][:size])
 
     def clients_online(self, round: int, attempt: int = 0) -> list[int]:
         """Ascending ids of the clients that can take part."""
+        if not self.fleet.simulated:
+            return self.fleet.connected
         return self.settings.availability.online(self.datamodule.num_clients, self.settings.seed, round, attempt)
 
     def set_num_batches(self, loop: str, count: int) -> None:

@@ -12,14 +12,14 @@ import torch
 from hosfl_lightning.aggregation import recorded
 from hosfl_lightning.clients.catch_up import sized_state
 from hosfl_lightning.files import discard
-from hosfl_lightning.fleet import Absentees, Channel
+from hosfl_lightning.fleet import Absentees, Channel, Fleet
 from hosfl_lightning.fleet.absentees import Absence
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.run.folder import Resumption
 from hosfl_lightning.run.identity import digest, hardware, incarnation, run_id
 from hosfl_lightning.server import CatchUp, Records, Replica
-from hosfl_lightning.server.replay_log import ReplayLog
+from hosfl_lightning.server.replay_log import ReplayLog, WitnessError
 from hosfl_lightning.wire import LIMIT, PROTOCOL, Snapshot, TooLargeError, Update, encode, encoded_size, manifest
 
 
@@ -33,7 +33,8 @@ class History:
         replica: What the clients that are up to date hold.
         incarnation: Which server this is, on which hardware.
         log: The update log; None where none is kept (a control, all processes but the first).
-        absentees: Who is not up to date; None without a log.
+        absentees: Who of simulated clients is not up to date; None without a log.
+        records: What answers clients on other machines that come back; None without a log.
         online: Who is there in the present round.
         attempt: How often the present round was repeated.
     """
@@ -44,6 +45,7 @@ class History:
     incarnation: str = ""
     log: ReplayLog | None = None
     absentees: Absentees | None = None
+    records: Records | None = None
     online: list[int] = field(default_factory=list)
     attempt: int = 0
 
@@ -83,6 +85,7 @@ class History:
         sampled: int,
         catch_up: CatchUp,
         online: Callable[[int, int], list[int]] | None,
+        fleet: Fleet,
     ) -> None:
         """Begin the log; or go on with it: records after the checkpoint are witnesses of what is executed again.
 
@@ -95,6 +98,7 @@ class History:
             sampled: Clients of a round.
             catch_up: How clients that were away come back.
             online: Who was there, by round and attempt; None: everybody always is.
+            fleet: Whose clients catch up with the log.
 
         Raises:
             ReplayLogError: The log is damaged, or not the one that was written with the checkpoint.
@@ -112,10 +116,14 @@ class History:
         start = {**self.start, "incarnation": self.incarnation}
         self.log = ReplayLog.open(path, start, round, saved["log_head"] if saved else None)
         records = Records(self.replica.optimizer, self.log, catch_up, self.channel.run_id, self.incarnation)
-        self.absentees = Absentees(self.replica.optimizer, records, self.channel)
-        if saved:
-            self.absentees.load_state_dict(saved["absentees"])
-        self._strand(saved["starts"] if saved else 0, online)
+        fleet.catches_up_with(records)
+        if fleet.simulated:
+            self.absentees = Absentees(self.replica.optimizer, records, self.channel)
+            if saved and saved["absentees"]:
+                self.absentees.load_state_dict(saved["absentees"])
+            self._strand(saved["starts"] if saved else 0, online)
+        else:
+            self.records = records
         if before is not None and before.rounds > self.log.rounds:
             self._tell(before)
 
@@ -129,15 +137,31 @@ class History:
         """Written and synced before it is sent; what is to be sent."""
         update = replace(update, incarnation=self.incarnation, attempt=self.attempt)
         if self.log is not None:
-            self.log.append(update.round, encode(update, self.channel.run_id))
+            try:
+                self.log.append(update.round, encode(update, self.channel.run_id))
+            except WitnessError:
+                if self.records is None:
+                    raise
+                return self._begin_anew(update)
         return update
+
+    def _begin_anew(self, update: Update) -> Update:
+        """Other clients took part than the first time: what is on record from here on is void.
+
+        Clients that hold it are ahead of this server, and are sent a snapshot when they come.
+        """
+        assert self.log is not None and self.records is not None
+        self.incarnation = incarnation(len(self.log.starts), self.start["hardware"])
+        self.log.void(update.round, {**self.start, "incarnation": self.incarnation})
+        self.records.incarnation = self.incarnation
+        return self.publish(update)
 
     def state_dict(self, round: int) -> dict[str, Any] | None:
         """The log's head after ``round`` records, its STARTs so far, and who is away; None without a log."""
-        if self.log is None or self.absentees is None:
+        if self.log is None:
             return None
         held = {"log_head": self.log.head(round), "starts": len(self.log.starts)}
-        return held | {"absentees": self.absentees.state_dict()}
+        return held | {"absentees": self.absentees.state_dict() if self.absentees is not None else None}
 
     def _successor(self, log: ReplayLog, round: int) -> str:
         """The log's last server, where all from ``round`` on is its and it ran on this hardware; else a new one."""

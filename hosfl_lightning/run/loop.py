@@ -18,6 +18,8 @@ from hosfl_lightning.wire import RoundEnd
 
 #: How often a round is tried before the run stops.
 MAX_ATTEMPTS = 10
+#: The same with clients on other machines, which come and go: all that messages can number.
+MOST_ATTEMPTS = 4096
 
 
 class RoundLoop:
@@ -73,6 +75,8 @@ class RoundLoop:
         module.log("client/refused", run.refused.total() - refused)
         seconds = time.perf_counter() - began
         module.log("time/round_seconds", seconds)
+        for name, value in trainer.fleet.figures().items():
+            module.log(f"fleet/{name}", value)
         outputs = {"loss": outcome.loss, "num_examples": outcome.num_examples}
         trainer.call("on_train_batch_end", outputs=outputs, batch=call, batch_idx=round)
         return seconds
@@ -81,13 +85,15 @@ class RoundLoop:
         """Who is asked; who is online is brought up to date before."""
         trainer, history = self.trainer, self.run.history
         assert history is not None
+        trainer.fleet.gather_quorum(round, self.settings.sample_size(trainer.datamodule.num_clients))
         online = trainer.clients_online(round, attempt)
         history.attend(round, online, trainer.datamodule.num_clients, attempt)
         return Call(round, trainer.sample(round, attempt), online, attempt)
 
     def attempt(self, call: Call) -> tuple[Call, Outcome]:
         """The round as it succeeds; one that too few answer is repeated, or ends the run."""
-        round, attempts = call.round, range(MAX_ATTEMPTS if self.settings.on_too_few == "repeat" else 1)
+        round, most = call.round, MAX_ATTEMPTS if self.trainer.fleet.simulated else MOST_ATTEMPTS
+        attempts = range(most if self.settings.on_too_few == "repeat" else 1)
         if (follows := self.trainer.follows) is not None:
             attempts = range(follows[round], follows[round] + 1)
         for attempt in attempts:

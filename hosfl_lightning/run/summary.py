@@ -62,8 +62,8 @@ def summarize(trainer: TrainerFace, result: RunResult, controls: dict[str, RunRe
         "val_loss_last": result.last.loss,
         "controls": {name: {"val_loss_last": run.last.loss} for name, run in controls.items()},
         "gap_closed": gap_closed(result, controls["frozen"], controls["first_order"]) if both else None,
-        "client_peak_bytes": memory["client_peak_bytes"],
-        "client_forward_bytes": memory["client_forward_bytes"],
+        "client_peak_bytes": memory.get("client_peak_bytes"),
+        "client_forward_bytes": memory.get("client_forward_bytes"),
         "client_forwards_per_round": memory.get("client_forwards"),
         "client_seconds_per_round": memory.get("client_seconds"),
         "local_steps": trainer.algorithm.local_steps,
@@ -120,7 +120,8 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         shown = "no gap here (or a control is missing)" if value is None else f"{value:+.1%}  {of}"
         lines.append(("first-order gap recovered", shown))
     peak, forward = summary["client_peak_bytes"], summary["client_forward_bytes"]
-    lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
+    if peak is not None:
+        lines.append(("client peak memory", f"{size(peak)} = {peak / forward:.2f} × a plain forward ({size(forward)})"))
     kinds = ", ".join(
         f"{kind.replace('_', ' ')} {size(value)}" for kind, value in summary["bytes_per_client_round"].items() if value
     )

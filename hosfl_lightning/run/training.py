@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,18 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     trainer.num_val_batches = [len(trainer.datamodule.val_dataloader())]
     terms: Any = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
     terms = decode(encode(terms), "terms")  # as a client elsewhere would have them
+    if trainer.serving is not None:
+        terms = replace(terms, precision=settings.precision, backbone=model.client_fingerprint())
     data = Minibatches(trainer.datamodule, model)
     trainer.endpoint = endpoint = method.endpoint(model, data, terms, trainer.fabric)
     endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
     channel = Channel(serialize=settings.simulation == "per_client")
     joint = method.joint and settings.simulation == "batched"
     kind = Ranks if settings.devices > 1 else LocalFleet
-    trainer.fleet = kind(endpoint, channel, joint, trainer.processes)
+    if trainer.serving is not None:
+        trainer.fleet = trainer.serving.fleet(endpoint, channel, terms)
+    else:
+        trainer.fleet = kind(endpoint, channel, joint, trainer.processes)
     optimizer, scheduler = configured(model)
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.trained, endpoint.client.optimizer)
@@ -102,12 +108,15 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
 def collect(trainer: TrainerFace, weights_only: bool = False) -> dict[str, Any]:
     """What a checkpoint holds, but for the hooks' part."""
     method, rounds = trainer.algorithm, trainer.settings.max_rounds
-    return trainer.run.collect(method, trainer.endpoint, trainer.server, _agreed(trainer), rounds, weights_only)
+    held = trainer.run.collect(method, trainer.endpoint, trainer.server, _agreed(trainer), rounds, weights_only)
+    return held if weights_only else {**held, "fleet": trainer.fleet.state_dict()}
 
 
 def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
     method, rounds = trainer.algorithm, trainer.settings.max_rounds
     trainer.run.restore(checkpoint, method, trainer.endpoint, trainer.server, _agreed(trainer), rounds)
+    if checkpoint.get("fleet"):
+        trainer.fleet.load_state_dict(checkpoint["fleet"])
     trainer.call("on_load_checkpoint", checkpoint=checkpoint)
     checkpoints.restore_callbacks(trainer.callbacks, checkpoint["callbacks"])
 
@@ -126,11 +135,14 @@ def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
         raise checkpoints.CheckpointError(
             f"ckpt_path: the run wrote {log}, which would lack the rounds to come; set trainer.replay_log: true"
         )
+    if not trainer.fleet.simulated and resumed is not None and resumed.round and not log.exists():
+        return  # who comes back is sent a snapshot
     if not settings.replay_log or not trainer.is_global_zero or basis is None:
         return  # a control, a process that does not write, or a method without updates
     if resumed is None or not resumed.round or log.exists():
         sampled = settings.sample_size(trainer.datamodule.num_clients)
-        history.open(log, resumed, basis, sampled, settings.catch_up, None if always else trainer.clients_online)
+        history.open(log, resumed, basis, sampled, settings.catch_up, None if always else trainer.clients_online,
+                     trainer.fleet)  # fmt: skip
     elif always:
         print(f"Going on in {trainer.log_dir} without an update log: rounds 0 to {resumed.round - 1} are not in it.")
     else:

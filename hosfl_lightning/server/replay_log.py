@@ -173,6 +173,16 @@ class ReplayLog:
             )
         self._next += 1
 
+    def void(self, round: int, start: dict[str, Any]) -> None:
+        """Another server goes on from ``round``: a START voids what is on record from there on.
+
+        Raises:
+            ReplayLogError: Not the next round, or the log was opened to read.
+        """
+        if self._next != round:
+            raise ReplayLogError(f"{self.path}: round {round} cannot be voided, the next is {self._next}")
+        self._write(_START, round, _canonical(start))
+
     def head(self, round: int) -> str:
         """The chain value, in hex, after the records of all rounds below ``round``; a checkpoint keeps that of its own.
 

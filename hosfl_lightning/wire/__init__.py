@@ -20,9 +20,10 @@ from hosfl_lightning.wire.errors import (
     VersionError,
     WireError,
 )
+from hosfl_lightning.wire.joining import Bye, Hello
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
 from hosfl_lightning.wire.probed_data import ProbedData
-from hosfl_lightning.wire.requests import ProbeRequest, RoundEnd, StepRequest
+from hosfl_lightning.wire.requests import HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
 from hosfl_lightning.wire.terms import Terms, manifest
 from hosfl_lightning.wire.weights import Weights
 
@@ -33,6 +34,7 @@ __all__ = [
     "PROTOCOL",
     "TOKEN_CODECS",
     "AddressError",
+    "Bye",
     "CatchUpRequest",
     "ChecksumError",
     "Codecs",
@@ -43,6 +45,8 @@ __all__ = [
     "Envelope",
     "FieldError",
     "FrameError",
+    "HeldOutRequest",
+    "Hello",
     "KindError",
     "Message",
     "Multiplier",

@@ -19,6 +19,9 @@ class CatchUpRequest:
         client: Client number k, >= 0.
         version: Number of updates that the client's state contains.
         incarnation: Which server, on which hardware, made the last of them.
+        digest: Of the state, `hosfl_lightning.clients.catch_up.state_digest`, where it has to be shown; empty: the
+            client holds none.
+        held_out: Batches of validation data that are the client's own.
     """
 
     kind: ClassVar[str] = "catch_up_request"
@@ -26,11 +29,13 @@ class CatchUpRequest:
     client: int
     version: int
     incarnation: str
+    digest: str = ""
+    held_out: int = 0
 
     def check(self) -> None:
         """Raises FieldError unless types are as stated above."""
-        check_counts(self.kind, round=self.round, client=self.client, version=self.version)
-        check_strings(self.kind, incarnation=self.incarnation)
+        check_counts(self.kind, round=self.round, client=self.client, version=self.version, held_out=self.held_out)
+        check_strings(self.kind, incarnation=self.incarnation, digest=self.digest)
 
 
 @dataclass(frozen=True, eq=False)

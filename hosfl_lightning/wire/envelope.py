@@ -24,7 +24,7 @@ from hosfl_lightning.wire.errors import (
 )
 from hosfl_lightning.wire.messages import MESSAGES
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the frames that this code reads and writes."""
 
 LIMIT = 1 << 30

@@ -15,7 +15,10 @@ The server begins, and asks for what does not follow from its last message; a me
              server -> client k   StepRequest          begin the round, or go on at a local step of it
              server -> client k   ProbeRequest         z at one side of a probe
              server -> everybody  RoundEnd             whose part of a round without an Update counts
-             server -> client k   Terms                when it joins: all of a run that a client must know
+             client k -> server   Hello                when it joins: who it is
+             server -> client k   Terms                then: all of a run that a client must know
+             either way           Bye                  the end of a client's stream, and why
+             server -> client k   HeldOutRequest       z of a batch of its validation data
              either way           Weights              full vectors, which the server averages
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
@@ -48,9 +51,10 @@ from hosfl_lightning.wire.checks import (
 from hosfl_lightning.wire.codecs import Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.errors import FieldError, ShapeError
+from hosfl_lightning.wire.joining import Bye, Hello
 from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
 from hosfl_lightning.wire.probed_data import ProbedData
-from hosfl_lightning.wire.requests import ProbeRequest, RoundEnd, StepRequest
+from hosfl_lightning.wire.requests import HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
 from hosfl_lightning.wire.terms import Terms
 from hosfl_lightning.wire.weights import Weights
 
@@ -313,6 +317,9 @@ Message: TypeAlias = (
     | ProbeRequest
     | RoundEnd
     | Terms
+    | Hello
+    | Bye
+    | HeldOutRequest
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind; the number of a kind in a frame is its place here, from 1 on."""

@@ -62,6 +62,28 @@ class ProbeRequest:
 
 
 @dataclass(frozen=True, eq=False)
+class HeldOutRequest:
+    """Server to client k: send z of a batch of the validation data that is yours; nothing comes back.
+
+    Attributes:
+        round: Rounds that are done, >= 0.
+        client: Client number k, >= 0.
+        step: Number of the batch, below `CatchUpRequest.held_out`; that of the answer.
+        attempt: 0.
+    """
+
+    kind: ClassVar[str] = "held_out_request"
+    round: int
+    client: int
+    step: int
+    attempt: int = 0
+
+    def check(self) -> None:
+        """Raises FieldError unless types are as stated above."""
+        check_counts(self.kind, round=self.round, client=self.client, step=self.step, attempt=self.attempt)
+
+
+@dataclass(frozen=True, eq=False)
 class RoundEnd:
     """Server to those it asked: an attempt of a round that makes no `Update` is over.
 

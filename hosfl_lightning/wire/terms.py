@@ -30,6 +30,10 @@ class Terms:
         rule: Name and hyper-parameters of the update rule at the start; messages carry those of their round.
         basis: In what the round's answers and updates are expressed; empty where there are none.
         codecs: In what z, λ and a gradient travel: ``smashed_data``, ``multiplier``, ``gradient``.
+        keeps: Whether a client keeps θ_c from round to round, and replays the updates that it missed; else each of its
+            rounds begins with the server's weights.
+        precision: Of forwards, as Fabric names it.
+        backbone: Fingerprint of what a client holds and does not train; empty: not compared.
     """
 
     kind: ClassVar[str] = "terms"
@@ -42,13 +46,18 @@ class Terms:
     rule: dict[str, Any]
     basis: dict[str, Any]
     codecs: dict[str, Any]
+    keeps: bool = True
+    precision: str = "32-true"
+    backbone: str = ""
 
     def check(self) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round)
         if self.client is not None:
             check_counts(self.kind, client=self.client)
-        check_strings(self.kind, endpoint=self.endpoint)
+        check_strings(self.kind, endpoint=self.endpoint, precision=self.precision, backbone=self.backbone)
+        if type(self.keeps) is not bool:
+            raise FieldError(f"terms: keeps must be true or false, got {self.keeps!r:.80}")
         for name in ("settings", "rule", "basis", "codecs"):
             check_settings(self.kind, name, getattr(self, name))
         if type(self.seed) is not int or not 0 <= self.seed < SEEDS:

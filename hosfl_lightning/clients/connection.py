@@ -1,0 +1,161 @@
+"""The client's end of the line: a stream to one server, taken up again whenever it is cut."""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from hosfl_lightning.clients.endpoint import TermsError
+from hosfl_lightning.clients.joined import Farewell, Joined, OutOfStepError
+from hosfl_lightning.link.extra import remote_extra
+from hosfl_lightning.link.limits import METHOD, Limits
+from hosfl_lightning.wire import Bye, WireError, encode
+
+with remote_extra():
+    import grpc
+
+
+class ServerGoneError(RuntimeError):
+    """The server was not to be had for as long as this client waits."""
+
+
+class TurnedAwayError(RuntimeError):
+    """The server does not take this client, and says why."""
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Seconds before the n-th try: ``min(cap, first · 2ⁿ)``, less a random half, so that not all come at once.
+
+    Args:
+        first: The shortest.
+        cap: The longest.
+        give_up: Seconds without a server after which the client ends.
+    """
+
+    first: float = 0.2
+    cap: float = 15.0
+    give_up: float = 600.0
+
+    def seconds(self, tries: int) -> float:
+        """Before the next try."""
+        return min(self.cap, self.first * 2 ** min(tries, 20)) * random.SystemRandom().uniform(0.5, 1.0)
+
+
+class Connection:
+    """Connects, hands frames to a `Joined`, and its answers back.
+
+    Args:
+        server: ``HOST:PORT``; nothing is ever connected to but this.
+        credentials: gRPC's, of the client; None: plain text.
+        joined: The client.
+        limits: Of the line.
+        backoff: Between tries.
+        options: Further ones of the channel.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        credentials: Any | None,
+        joined: Joined,
+        limits: Limits | None = None,
+        backoff: Backoff | None = None,
+        options: list[tuple[str, Any]] | None = None,
+    ) -> None:
+        self.server, self.credentials, self.joined = server, credentials, joined
+        self.limits, self.backoff = limits or Limits(), backoff or Backoff()
+        self.options = [*self.limits.channel_options(), ("grpc.use_local_subchannel_pool", 1), *(options or [])]
+        self.notify: Callable[[str], None] = joined.notify
+
+    def run(self) -> str:
+        """Take part until the server says that it is over; what it said.
+
+        Raises:
+            ServerGoneError: The server is not to be had.
+            TurnedAwayError: It does not take this client.
+            TermsError: This client cannot take part in its run.
+        """
+        tries, seen = 0, time.monotonic()
+        while True:
+            began = time.monotonic()
+            try:
+                heard, why = self._stream()
+            except Farewell as farewell:
+                self.joined.rest()
+                if farewell.bye.final and farewell.bye.failed:
+                    raise TurnedAwayError(f"{self.server} says: {farewell.bye.reason:.1000}") from None
+                if farewell.bye.final:
+                    return farewell.bye.reason
+                heard, why = True, f"{self.server} says: {farewell.bye.reason:.300}"
+            now = time.monotonic()
+            tries, seen = (0 if heard else tries + 1), (now if heard else seen)
+            if now - seen > self.backoff.give_up:
+                raise ServerGoneError(
+                    f"{self.server} was not to be had for {self.backoff.give_up:g} s ({why}); is it up, and is the "
+                    "address right? Start this client again when it is: it goes on where it was"
+                )
+            pause = self.backoff.seconds(tries)
+            if tries <= 1 or began - seen > 5:
+                self.notify(f"not connected to {self.server} ({why}); trying again")
+            time.sleep(pause)
+
+    def _stream(self) -> tuple[bool, str]:
+        """One stream, from hello to its end: whether anything was heard, and why it ended."""
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        heard = False
+        with self._channel() as channel:
+            call = channel.stream_stream(METHOD)(_frames(outbox))
+            outbox.put(self.joined.hello())
+            try:
+                for frame in call:
+                    if not heard:
+                        self.notify(f"connected to {self.server}")
+                    heard = True
+                    for answer in self.joined.handle(frame):
+                        outbox.put(answer)
+                return heard, "the line was cut"
+            except grpc.RpcError as error:
+                return heard, _reason(error)
+            except (OutOfStepError, WireError) as error:
+                self.joined.forget()
+                return heard, f"{type(error).__name__}: {error}"
+            except Farewell:
+                raise
+            except BaseException as error:
+                self._take_leave(call, outbox, error)
+                raise
+            finally:
+                outbox.put(None)
+                call.cancel()
+
+    def _channel(self) -> Any:
+        if self.credentials is None:
+            return grpc.insecure_channel(self.server, options=self.options)
+        return grpc.secure_channel(self.server, self.credentials, options=self.options)
+
+    def _take_leave(self, call: Any, outbox: queue.SimpleQueue[bytes | None], error: BaseException) -> None:
+        """Say that this client goes: nothing of its data, which an error may quote."""
+        why = str(error) if isinstance(error, TermsError) else type(error).__name__
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        outbox.put(encode(Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)))
+        outbox.put(None)
+        self.joined.rest()
+        with suppress(Exception):  # the server closes its side when it has read this
+            for _ in call:
+                pass
+
+
+def _frames(outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
+    while (frame := outbox.get()) is not None:
+        yield frame
+
+
+def _reason(error: grpc.RpcError) -> str:
+    code, details = getattr(error, "code", None), getattr(error, "details", None)
+    return f"{code().name}: {details()}" if callable(code) and callable(details) else str(error)

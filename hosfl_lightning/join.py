@@ -1,0 +1,137 @@
+"""A client on a machine of its own: `join` takes part in a run that is served elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from hosfl_lightning import __version__
+from hosfl_lightning.clients import Endpoint, Minibatches, TermsError
+from hosfl_lightning.clients.connection import Backoff, Connection
+from hosfl_lightning.clients.joined import Joined
+from hosfl_lightning.clients.own_state import OwnState
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.link.credentials import Site, channel_options
+from hosfl_lightning.link.limits import Limits
+from hosfl_lightning.link.loopback import check_plain
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.wire import Terms
+
+MakeModel = Callable[[str], SplitModule]
+"""The client's model, of which it builds ``part``: ``client``, its half alone, or ``both``."""
+
+
+def join(
+    server: str,
+    model: SplitModule | MakeModel,
+    data: FederatedDataModule,
+    certs: str | None = None,
+    *,
+    name: str | None = None,
+    insecure: bool = False,
+    server_name: str | None = None,
+    state: str | None = None,
+    index: int | None = None,
+    accelerator: str = "cpu",
+    save_every: int = 10,
+    backoff: Backoff | None = None,
+    limits: Limits | None = None,
+    notify: Callable[[str], None] = print,
+) -> str:
+    """Take part in the run of a server until it is over.
+
+    The server is connected to, and nothing else. The line may be cut, either side may be killed: start the client again
+    and it goes on where it was, to the bits of a run that was never disturbed.
+
+    Example::
+
+        join("server.example:8470", lambda part: SplitCausalLM("tiny_lm", cut=3, lora=lora, part=part), data, "site")
+
+    Args:
+        server: ``HOST:PORT``.
+        model: The client's, with the server's cut, adapters and dtype; a function of ``part``, so that only what this
+            client holds is built, once the run's terms are known.
+        data: Its own data. With one client it is this one's, whatever its number; with several, the one that has its
+            number, or ``index``.
+        certs: Folder of this site: ``ca.crt``, ``site.crt``, ``site.key``, as ``hosfl certs client`` makes it.
+        name: Without certificates: who this is. With them it is the certificate's common name.
+        insecure: Plain text; on this machine only.
+        server_name: What the server's certificate says, where it is not the address that it is called by.
+        state: Folder for what the client keeps; None: ``hosfl_client_<name>``.
+        index: Of the client in the data that is this one.
+        accelerator: As Trainer's.
+        save_every: Updates from one write of the shared state to the next.
+        backoff: Between tries to connect.
+        limits: Of the line.
+        notify: Takes what people should hear of.
+
+    Returns:
+        What the server said at the end.
+
+    Raises:
+        ValueError: A setting that cannot be; a certificate that is not good.
+        TermsError: This client's model is not that of the run.
+        TurnedAwayError: The server does not take this client.
+        ServerGoneError: The server was not to be had.
+    """
+    site = None if insecure else Site.load(_required(certs), "client")
+    if site is None:
+        check_plain(server, "--server")
+    who = name or (site.name if site is not None else "")
+    if not who:
+        raise ValueError("--name: without certificates a client must say who it is")
+    joined = Joined(
+        who, __version__, lambda terms: _endpoint(terms, model, data, index, accelerator),
+        OwnState(Path(state or f"hosfl_client_{who}")), save_every, notify,
+    )  # fmt: skip
+    credentials = None if site is None else site.channel_credentials()
+    return Connection(server, credentials, joined, limits, backoff, channel_options(server_name)).run()
+
+
+def _required(certs: str | None) -> str:
+    if not certs:
+        raise ValueError(
+            "--certs: give the folder of this site's certificate (hosfl certs client --help), or --insecure on one "
+            "machine"
+        )
+    return certs
+
+
+def _endpoint(
+    terms: Terms, model: SplitModule | MakeModel, data: FederatedDataModule, index: int | None, accelerator: str
+) -> Endpoint:
+    """This client's part of the run, as its terms say."""
+    kind = Endpoint.known.get(terms.endpoint)
+    part = "client" if kind is not None and kind.needs == "half" else "both"
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=terms.precision)  # type: ignore[arg-type]
+    module = model if isinstance(model, SplitModule) else model(part)
+    if part == "both" and module.part != "both":
+        raise TermsError(f"a {terms.endpoint} holds more than the layers before the cut; build the model with part=both")
+    if terms.backbone not in ("", module.client_fingerprint()):
+        raise TermsError("the model's frozen weights are not those of the run: is model.init_args.pretrained the same?")
+    fabric.to_device(fabric.strategy.precision.convert_module(module))
+    module.eval()
+    batches = _own_data(terms, module, data, index)
+    endpoint = Endpoint.of(module, batches, terms, fabric)
+    if data.validation_set:
+        endpoint.held_out, endpoint.held_out_batches = batches.held_out, batches.held_out_batches
+    return endpoint
+
+
+def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, index: int | None) -> Minibatches:
+    if data.tokenizer is None:
+        data.tokenizer, data.tokenizer_of = module.tokenizer(), module.pretrained
+    data.prepare_data()
+    data.setup("fit")
+    number: Any = terms.client
+    own = index if index is not None else 0 if data.num_clients == 1 else number
+    if not 0 <= own < data.num_clients:
+        raise ValueError(
+            f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the number of "
+            "the one that is this machine's"
+        )
+    module.check_examples(data.clients[own], "this client")
+    return Minibatches(data, module, own)

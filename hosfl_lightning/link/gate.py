@@ -1,0 +1,62 @@
+"""Who may come in: the certificate's name is on the list, and the certificate is not revoked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from hosfl_lightning.link.allow_list import AllowList
+from hosfl_lightning.link.credentials import Revoked, Site, peer_name
+from hosfl_lightning.link.reception import Stream
+
+
+class Gate:
+    """`hosfl_lightning.fleet.admission.Gate` of files, which are read again when they change.
+
+    Args:
+        clients: ``clients.yaml``.
+        certs: The server's folder; None: plain text, and a client's name is what it says.
+    """
+
+    def __init__(self, clients: str, certs: str | None) -> None:
+        self.allowed = AllowList(clients)
+        self.site = None if certs is None else Site.load(certs, "server")
+        self.revoked = None if certs is None else Revoked(Path(certs) / "revoked.txt")
+
+    @property
+    def total(self) -> int:
+        """Clients of the run."""
+        return self.allowed.total
+
+    @property
+    def names(self) -> list[str]:
+        """Of all numbers."""
+        return [self.allowed.names.get(number, f"nobody_{number}") for number in range(self.total)]
+
+    def server_credentials(self) -> Any | None:
+        """gRPC's; None: plain text."""
+        return None if self.site is None else self.site.server_credentials()
+
+    def refresh(self) -> bool:
+        """Look at the files."""
+        changed = self.allowed.refresh()
+        return (self.revoked is not None and self.revoked.refresh()) or changed
+
+    def identify(self, stream: Stream) -> tuple[str | None, Any]:
+        """Name and serial number of a stream's certificate."""
+        if self.site is None:
+            return None, None
+        peer = peer_name(stream.auth)
+        return peer.name, peer.serial
+
+    def number_of(self, name: str) -> int | None:
+        """Of a client that is on the list."""
+        return self.allowed.number_of(name)
+
+    def objection(self, name: str, serial: Any) -> str | None:
+        """Why a client may not come in, or must leave."""
+        if self.revoked is not None and serial in self.revoked:
+            return f"the certificate of {name} is revoked"
+        if self.allowed.number_of(name) is None:
+            return f"{name:.80} is not among the clients of this run"
+        return None

@@ -1,0 +1,30 @@
+"""Plain text stays on one machine."""
+
+from __future__ import annotations
+
+import ipaddress
+
+
+def check_plain(address: str, setting: str) -> None:
+    """Refuse plain text to or from another machine.
+
+    Args:
+        address: ``HOST:PORT``.
+        setting: Its name, for the error.
+
+    Raises:
+        ValueError: It is not an address, or not this machine's own.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal():
+        raise ValueError(f"{setting} must be HOST:PORT, got {address!r}")
+    host = host.strip("[]")
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        raise ValueError(
+            f"{setting}: --insecure sends everything in plain text, so only 127.0.0.1 will do, got {host!r}; for other "
+            "machines make certificates (hosfl certs --help)"
+        )

@@ -1,0 +1,67 @@
+"""The entry point of a run whose clients are on other machines."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hosfl_lightning.availability import Always
+from hosfl_lightning.callbacks import GradientAlignment
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.loggers import CSVLogger
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.run import folder
+from hosfl_lightning.run.serving import ServedData, Serving
+
+
+def serve(trainer: Any, serving: Serving, model: SplitModule, data: FederatedDataModule, run: str | None) -> None:
+    """See `hosfl_lightning.Orchestrator.serve`.
+
+    Args:
+        trainer: The orchestrator.
+        serving: Where the clients come in.
+        model: The cut model.
+        data: What the server validates on.
+        run: The run's folder, or None.
+
+    Raises:
+        ValueError: A setting that only a simulation can have.
+    """
+    _check(trainer, serving)
+    # Every client's batch is its own there, and a round is tried until it succeeds.
+    trainer.settings = replace(trainer.settings, simulation="per_client", on_too_few="repeat")
+    goes_on = run is not None and (Path(run) / folder.IDENTITY).is_file()
+    if run is not None and not goes_on and trainer.loggers:
+        others = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
+        trainer.loggers = [CSVLogger(run, name="", version=""), *others]
+    serving.open()
+    trainer.serving, over = serving, False
+    try:
+        trainer.fit(model, ServedData(data, serving.gate.names), run if goes_on else None)
+        over = True
+    finally:
+        trainer.serving = None
+        if "fleet" in vars(trainer):
+            trainer.fleet.close("the run is over" if over else "the server stops; it may come back", over)
+        serving.close()
+
+
+def _check(trainer: Any, serving: Serving) -> None:
+    settings = trainer.settings
+    if settings.devices > 1:
+        raise ValueError("trainer.devices: a server of clients elsewhere is one process; set it to 1")
+    if settings.controls:
+        raise ValueError(
+            "trainer.controls would run every round again on every device; set it to [], and compare in a simulation "
+            "with the same settings (hosfl fit)"
+        )
+    if not isinstance(settings.availability, Always):
+        raise ValueError("trainer.availability is of simulated clients; leave it out: real ones are there or are not")
+    if any(isinstance(callback, GradientAlignment) for callback in trainer.callbacks):
+        raise ValueError("trainer.callbacks: GradientAlignment needs the clients' data, which is not here; remove it")
+    if serving.validate != "server" and not trainer.algorithm.keeps:
+        raise ValueError(
+            f"--validate: between rounds the clients of {trainer.algorithm.name} do not hold the run's weights; take "
+            "server"
+        )
