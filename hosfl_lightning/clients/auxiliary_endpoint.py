@@ -28,6 +28,7 @@ class AuxiliaryEndpoint(LocalEndpoint):
     """
 
     client: AuxiliaryClient
+    needs = "whole"  # its head is a copy of server layers
 
     @staticmethod
     @override

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -47,6 +47,8 @@ class Endpoint(ABC):
 
     #: By the name that `Terms.endpoint` gives.
     known: ClassVar[dict[str, type[Endpoint]]] = {}
+    #: Of the model: the client's ``half`` (a model with ``part="client"`` will do), or the ``whole`` of it.
+    needs: ClassVar[Literal["half", "whole"]] = "half"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

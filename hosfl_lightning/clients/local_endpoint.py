@@ -149,6 +149,7 @@ class WholeEndpoint(LocalEndpoint):
     """Backprop through the whole model, which the client holds; nothing is sent on the way."""
 
     client: ObjectiveClient
+    needs = "whole"
     hold = staticmethod(whole_model)
 
     @override

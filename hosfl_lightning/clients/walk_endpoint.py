@@ -27,6 +27,7 @@ class WalkEndpoint(Endpoint):
     """
 
     client: ObjectiveClient
+    needs = "whole"
     hold = staticmethod(whole_model)
 
     @override

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
-from hashlib import sha256
 from typing import Any, Literal
 
 import lightning as L
@@ -18,6 +17,9 @@ from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.models.checks import check_state, check_tokens
+from hosfl_lightning.models.fingerprint import of_all, of_first
+from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
 from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
 from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.split import (
@@ -25,7 +27,7 @@ from hosfl_lightning.split import (
     Placement,
     ServerHalf,
     Side,
-    add_lora,
+    SplitError,
     copied_head,
     export_adapter,
     place_side,
@@ -33,8 +35,6 @@ from hosfl_lightning.split import (
     split,
 )
 from hosfl_lightning.split.adapters import dropouts, training
-from hosfl_lightning.split.errors import SplitError
-from hosfl_lightning.split.side import of_side
 from hosfl_lightning.wire import SmashedData
 
 Batch = dict[str, Tensor]
@@ -64,10 +64,13 @@ class SplitModule(L.LightningModule, ABC):
             may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
         side: A side adapter from the client's layers to the cut. Then nothing else of the client is trained but the
             LoRA that ``lora.client`` asks for; without ``lora`` the server's half is trained whole.
+        part: ``both`` halves, or the ``client``'s alone, for a device that joins a run: equal to the client half of
+            ``both``, bit for bit, and nothing of the server's half is read or allocated (see `load_client`).
 
     Raises:
         PretrainedError: The model cannot be loaded.
         SplitError: The cut is out of range, the architecture cannot be cut exactly, LoRA matches nothing on a half.
+            With ``part="client"`` also later, from whatever needs the server's half.
     """
 
     #: What the orchestrator says in one line before the first round.
@@ -86,31 +89,20 @@ class SplitModule(L.LightningModule, ABC):
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
+        part: Part = "both",
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
         self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
-        self.client_holds = client_holds
+        self.client_holds, self.part = client_holds, part
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
-        whole = self.load_whole(dtype, seed, **model_kwargs)
-        whole.eval()
-        placement = None if side is None else self.place_side(whole, side)
-        if lora is not None:
-            base = resolve(pretrained)
-            peft_model = add_lora(
-                whole, cut, lora, head=self.trains_head, base_model_name_or_path=base, seed=seed, side=placement
-            ).eval()
-            whole = peft_model.get_base_model()
-        elif placement is not None:
-            placement.attach(whole)
+        self.client_half, server, whole = hold(self, part, dtype, seed, **model_kwargs)
         # In a tuple: Lightning must see each parameter once, in its half.
-        self._whole = (peft_model if lora is not None else whole,)
-        self.client_half, self.server_half = self.split_whole(whole)
-        if side is not None and side.client and lora is None:
-            for name, parameter in self.client_half.named_parameters():
-                parameter.requires_grad_(of_side(name))
+        self._whole = (whole,)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
-        self._server_trainable = tuple(n for n, p in self.server_half.named_parameters() if p.requires_grad)
+        if server is not None:
+            self._modules["server_half"] = server
+            self._server_trainable = tuple(n for n, p in server.named_parameters() if p.requires_grad)
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
         for metric in self.metrics.modules():
@@ -130,6 +122,15 @@ class SplitModule(L.LightningModule, ABC):
     def place_side(self, whole: Any, side: Side) -> Placement:
         """Where in the uncut model the bottlenecks go."""
         return place_side(whole, self.cut, side, self.seed)
+
+    def load_client(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
+        """The client's half with its adapters, for ``part="client"``; nothing of the other half is read or allocated.
+
+        A subclass that loads, cuts or places in a way of its own gets it from the whole, which is dropped at once.
+        """
+        ways = ("load_whole", "split_whole", "place_side")
+        as_here = all(getattr(type(self), way) is getattr(SplitModule, way) for way in ways)
+        return (client_alone if as_here else client_of_whole)(self, dtype, seed, **model_kwargs)
 
     def prepare(self, batch: Batch) -> Batch:
         """A client's batch with what the cut needs: ``attention_mask (B, S)``, 1 at the positions of z that count."""
@@ -182,20 +183,8 @@ class SplitModule(L.LightningModule, ABC):
         Raises:
             ValueError: A token id beyond the embeddings, or a row longer than the positions; names whose it is.
         """
-        config = self.whole.config
-        largest = max((int(torch.as_tensor(e.input_ids).max()) for e in examples), default=0)
-        if largest >= config.vocab_size:
-            raise ValueError(
-                f"data of {owner}: token id {largest}, but {self.pretrained!r} embeds {config.vocab_size} tokens; "
-                "set data.init_args.tokenizer to the model's own (null)"
-            )
-        positions = getattr(config, "max_position_embeddings", None)
-        longest = max((len(e.input_ids) for e in examples), default=0)
-        if positions is not None and longest > positions:
-            raise ValueError(
-                f"data of {owner}: a row of {longest} tokens, but {self.pretrained!r} has {positions} positions; "
-                "lower the data's sequence_length or max_length"
-            )
+        held = self.client_half if self.part == "client" else self.whole
+        check_tokens(examples, owner, held.config, self.pretrained)
 
     def objection(self, message: SmashedData) -> str | None:
         """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""
@@ -207,10 +196,16 @@ class SplitModule(L.LightningModule, ABC):
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
         halves = (self.server_half, self.server_parameters), (self.client_half, self.client_parameters)
-        frozen = [p for half, trained in halves for n, p in half.named_parameters() if n not in trained]
-        if not frozen:
-            return "all trained"
-        return sha256(frozen[0].detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()).hexdigest()
+        return of_first([p for half, own in halves for n, p in half.named_parameters() if n not in own])
+
+    def client_fingerprint(self) -> str:
+        """SHA-256 of all frozen tensors of the client's half and their names, likewise; norm statistics are among them.
+
+        What a device that joins a run and the server compare: equal for both values of ``part``.
+        """
+        trained = {id(p) for p in self.client_parameters.values()}
+        held = self.client_half.state_dict(keep_vars=True)
+        return of_all({name: tensor for name, tensor in held.items() if id(tensor) not in trained})
 
     # ---- parameters
 
@@ -227,8 +222,10 @@ class SplitModule(L.LightningModule, ABC):
         return {name: named[name] for name in self._server_trainable}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes, both halves, by name; references, not copies."""
-        halves = {"client_half": self.client_parameters, "server_half": self.server_parameters}
+        """What training changes, of all halves that are here, by name; references, not copies."""
+        halves = {"client_half": self.client_parameters}
+        if self.part == "both":
+            halves["server_half"] = self.server_parameters
         return {f"{half}.{name}": p.detach() for half, named in halves.items() for name, p in named.items()}
 
     @torch.no_grad()
@@ -239,12 +236,7 @@ class SplitModule(L.LightningModule, ABC):
             SplitError: The state is of another model, cut or adapter.
         """
         mine = self.trained_state()
-        differ = sorted(set(mine) ^ set(state)) + [n for n in mine if n in state and mine[n].shape != state[n].shape]
-        if differ:
-            raise SplitError(
-                f"the checkpoint is of another model, cut or LoRA setting: {len(differ)} tensors differ, "
-                f"the first is {differ[0]!r}; use the recipe it was made with"
-            )
+        check_state(mine, state)
         for name, tensor in mine.items():
             tensor.copy_(state[name])
 
@@ -255,9 +247,14 @@ class SplitModule(L.LightningModule, ABC):
     # ---- Lightning
 
     @property
+    def server_half(self) -> Any:
+        """``f_s``; a `SplitError` with ``part="client"``."""
+        return here(self.part, "the server's half", self._modules.get("server_half"))
+
+    @property
     def whole(self) -> Any:
         """The uncut model (a PeftModel with LoRA); its parameters are those of the halves."""
-        return self._whole[0]
+        return here(self.part, "the whole model", self._whole[0])
 
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The tokenizer of ``pretrained``; None where the data is not text."""

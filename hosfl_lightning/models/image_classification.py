@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from hosfl_lightning.models.base import Batch, default_optimizer
 from hosfl_lightning.models.classification import SplitClassifier
+from hosfl_lightning.models.halves import Part
 from hosfl_lightning.models.pretrained import PretrainedError, load_model, seeded
 from hosfl_lightning.split import (
     ImageClientHalf,
@@ -54,6 +55,9 @@ class SplitImageClassifier(SplitClassifier):
         client_holds: ``half``, or ``whole`` where the method has no cut.
         side: As in `SplitModule`, on the client's layers that have parameters: of a feature map by convolutions, 1x1
             or ``side.kernel``, averaged to the resolution of the cut.
+        part: ``both`` halves, or the ``client``'s alone. An image model is loaded whole for that, and the server's half
+            dropped once it is cut: a device needs room for all of it for that moment. `auxiliary_head` is there all the
+            same, as it copies nothing of the server.
 
     Raises:
         PretrainedError: The model cannot be loaded, or not one of ``pretrained`` and ``network`` is given.
@@ -79,6 +83,7 @@ class SplitImageClassifier(SplitClassifier):
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
+        part: Part = "both",
     ) -> None:
         if (pretrained is None) == (network is None) or isinstance(network, nn.Module):
             raise PretrainedError(
@@ -88,7 +93,7 @@ class SplitImageClassifier(SplitClassifier):
         self.num_labels, self.image_size, self.channels = num_labels, image_size, channels
         super().__init__(
             pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
-            network=network, frozen=frozen,
+            part, network=network, frozen=frozen,
         )  # fmt: skip
 
     def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:

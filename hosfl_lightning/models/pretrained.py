@@ -11,6 +11,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hosfl_lightning.split import ClientHalf, SplitError, build_client_half
+
 #: The model that ships with the package: a byte-level Llama of about a million parameters.
 TINY_LM = "tiny_lm"
 
@@ -30,11 +32,19 @@ def load_model(auto_class: Any, pretrained: str, *, seed: int, **kwargs: Any) ->
     Raises:
         PretrainedError: Not a folder and not to be had from the hub; the message names the setting.
     """
-    with seeded(seed), quiet_loading():
-        try:
-            return auto_class.from_pretrained(resolve(pretrained), **kwargs)
-        except (OSError, ValueError) as error:
-            raise PretrainedError(_message("model", pretrained, error)) from error
+    with seeded(seed), quiet_loading(), named("model", pretrained):
+        return auto_class.from_pretrained(resolve(pretrained), **kwargs)
+
+
+def load_client(auto_class: Any, pretrained: str, cut: int, *, seed: int, **kwargs: Any) -> ClientHalf:
+    """`build_client_half`, likewise: nothing of the other half is read.
+
+    Raises:
+        PretrainedError: As for the model.
+        SplitError: As for `build_client_half`.
+    """
+    with seeded(seed), quiet_loading(), named("model", pretrained):
+        return build_client_half(resolve(pretrained), cut, auto_class=auto_class, seed=seed, **kwargs)
 
 
 def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
@@ -43,10 +53,19 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
     Raises:
         PretrainedError: As for the model.
     """
-    try:
+    with named("tokenizer", pretrained):
         return AutoTokenizer.from_pretrained(resolve(pretrained))
+
+
+@contextmanager
+def named(what: str, pretrained: str) -> Iterator[None]:
+    """Whatever hinders loading becomes a `PretrainedError` that names the setting."""
+    try:
+        yield
+    except SplitError:
+        raise
     except (OSError, ValueError) as error:
-        raise PretrainedError(_message("tokenizer", pretrained, error)) from error
+        raise PretrainedError(_message(what, pretrained, error)) from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.base import default_optimizer
 from hosfl_lightning.models.classification import SplitClassifier
+from hosfl_lightning.models.halves import Part
 from hosfl_lightning.split import Lora, Side
 
 
@@ -36,11 +37,13 @@ class SplitSequenceClassifier(SplitClassifier):
         seed: int = 0,
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
+        part: Part = "both",
     ) -> None:
         self.num_labels = num_labels
         super().__init__(
-            pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, num_labels=num_labels
-        )
+            pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, part,
+            num_labels=num_labels,
+        )  # fmt: skip
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:
         """Token ids and lengths that the model can take, and labels within ``num_labels``."""

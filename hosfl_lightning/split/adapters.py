@@ -98,12 +98,8 @@ def add_lora(
     """
     layers = find_layers(model)
     check_cut(cut, layers, type(model).__name__)
-    if lora.client is not None and lora.client.dropout:
-        raise SplitError(
-            f"lora.client.dropout={lora.client.dropout}: probes of a client would see different masks; set it to 0."
-        )
     numbers = range(layers.num_layers)
-    targets = [] if lora.client is None else _targets(model, layers, numbers[:cut], lora.client, "client")
+    targets = [] if lora.client is None else _client_targets(model, layers, cut, lora.client)
     targets += _targets(model, layers, numbers[cut:], lora.server, "server")
     first = lora.client or lora.server
     on_server = rf"{re.escape(layers.path)}\.(?:{'|'.join(map(str, numbers[cut:]))})\..*"
@@ -118,12 +114,10 @@ def add_lora(
         rank_pattern={on_server: lora.server.r},
         alpha_pattern={on_server: lora.server.alpha},
         modules_to_save=_head_modules(model, layers) if head else None,
-        fan_in_fan_out=any(isinstance(m, Conv1D) for m in model.get_submodule(layers.path).modules()),
+        fan_in_fan_out=_has_conv1d(model, layers),
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
-        torch.default_generator.manual_seed(seed)
-        peft_model = get_peft_model(model, config)
+    peft_model = _inject(model, config, targets, seed)
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed + SERVER_SEED)
         for i in numbers[cut:]:
             for module in model.get_submodule(f"{layers.path}.{i}").modules():
@@ -133,9 +127,52 @@ def add_lora(
     if config.modules_to_save:
         config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds names that are there already
     config.base_model_name_or_path = base_model_name_or_path or config.base_model_name_or_path
-    _check_injected(peft_model, targets)
     _set_dropout(model, layers, cut)
     return peft_model
+
+
+def add_client_lora(model: PreTrainedModel, layers: LayerPath, cut: int, half: LoraHalf, *, seed: int = 0) -> None:
+    """What `add_lora` does to the client's layers, in place, on a model of which nothing else is left.
+
+    PEFT draws in the order of the modules, and the client's layers come first: names and start are those of the whole.
+
+    Args:
+        model: pruned to the client's half.
+        layers: of the whole.
+        cut: number of layers the client holds.
+        half: targets, rank and scale.
+        seed: as in `add_lora`.
+
+    Raises:
+        SplitError: as for the client in `add_lora`.
+    """
+    targets = _client_targets(model, layers, cut, half)
+    _inject(model, LoraConfig(
+        r=half.r, lora_alpha=half.alpha, target_modules=targets, fan_in_fan_out=_has_conv1d(model, layers),
+    ), targets, seed)  # fmt: skip
+
+
+def _inject(model: PreTrainedModel, config: LoraConfig, targets: list[str], seed: int) -> PeftModel:
+    """PEFT's model, A drawn under ``seed``."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
+        torch.default_generator.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    _check_injected(peft_model, targets)
+    return peft_model
+
+
+def _has_conv1d(model: nn.Module, layers: LayerPath) -> bool:
+    """Whether its linear layers hold (in, out) weights."""
+    return any(isinstance(m, Conv1D) for m in model.get_submodule(layers.path).modules())
+
+
+def _client_targets(model: nn.Module, layers: LayerPath, cut: int, half: LoraHalf) -> list[str]:
+    if half.dropout:
+        raise SplitError(
+            f"lora.client.dropout={half.dropout}: probes of a client would see different masks; set it to 0."
+        )
+    return _targets(model, layers, range(cut), half, "client")
 
 
 def _targets(model: nn.Module, layers: LayerPath, numbers: range, half: LoraHalf, role: str) -> list[str]:

@@ -10,12 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from hosfl_lightning.split.cut import check_cut, prune_to_client, prune_to_server, stub_client
+from hosfl_lightning.split.adapters import Lora, add_client_lora
+from hosfl_lightning.split.cut import check_cut, check_tied_head, prune_to_client, prune_to_server, stub_client
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
+from hosfl_lightning.split.placement import place_client_side
+from hosfl_lightning.split.side import Side
 from hosfl_lightning.split.structure import Structure, find_structure, siblings
 from hosfl_lightning.split.views import set_submodule
-
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 def load_client_half(
@@ -23,7 +24,7 @@ def load_client_half(
 ) -> ClientHalf:
     """Read the embeddings and the first ``cut`` layers of a saved model, and nothing else.
 
-    The half has no adapter: LoRA and side adapters are attached to a whole model, which is split then.
+    The half has no adapter; `build_client_half` gives it its own.
 
     Args:
         path: folder or hub name of a model saved as safetensors, in one file or in shards.
@@ -41,6 +42,45 @@ def load_client_half(
     return ClientHalf(model, structure, cut)
 
 
+def build_client_half(
+    path: str | PathLike[str],
+    cut: int,
+    *,
+    lora: Lora | None = None,
+    side: Side | None = None,
+    seed: int = 0,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> ClientHalf:
+    """`load_client_half` with the client's adapters: names, order and start are those of a whole that is split.
+
+    What asks for a gradient is what the client trains: the adapters; without any, every weight.
+
+    Args:
+        path: folder or hub name of a model saved as safetensors, in one file or in shards.
+        cut: number of layers the client holds, from 1 to the number of layers - 1.
+        lora: of both halves; the server's is not looked at. ``None``: the server trains its half whole.
+        side: as `place_side` takes it; the server's bottleneck is not attached.
+        seed: of the adapters' start.
+        auto_class: ``AutoModelForCausalLM`` or ``AutoModelForSequenceClassification``: which model is cut.
+        **kwargs: for ``from_pretrained``, such as ``dtype`` or ``revision``.
+
+    Raises:
+        SplitError: as :func:`load_client_half`, `add_lora`, `place_side` and :func:`split` of the whole.
+    """
+    check = check_tied_head if lora is None else None
+    model, structure = _load(path, cut, auto_class, prune_to_client, kwargs, check)
+    half, layers = ClientHalf(model, structure, cut), structure.layers
+    placement = place_client_side(model, layers, cut, side, seed, half) if side is not None and side.client else None
+    if lora is not None or placement is not None:
+        half.requires_grad_(False)
+    if lora is not None and lora.client is not None:
+        add_client_lora(model, layers, cut, lora.client, seed=seed)
+    if placement is not None:
+        placement.attach(model)
+    return half.eval()
+
+
 def load_server_half(
     path: str | PathLike[str], cut: int, *, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
 ) -> ServerHalf:
@@ -54,17 +94,26 @@ def load_server_half(
 
 
 Prune = Callable[[PreTrainedModel, Structure, int], PreTrainedModel]
+Check = Callable[[PreTrainedModel], None]
 
 
 def _load(
-    path: str | PathLike[str], cut: int, auto_class: Any, prune: Prune, kwargs: dict[str, Any]
+    path: str | PathLike[str],
+    cut: int,
+    auto_class: Any,
+    prune: Prune,
+    kwargs: dict[str, Any],
+    check: Check | None = None,
 ) -> tuple[PreTrainedModel, Structure]:
-    config = AutoConfig.from_pretrained(path, **{k: kwargs[k] for k in _HUB if k in kwargs})
+    # All of them: some change the config, such as num_hidden_layers.
+    config = AutoConfig.from_pretrained(path, **{name: value for name, value in kwargs.items() if name != "dtype"})
     with torch.random.fork_rng(devices=[]):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
             empty = auto_class.from_config(config)
             structure, kind = find_structure(empty), type(empty)
         check_cut(cut, structure.layers, kind.__name__)
+        if check is not None:
+            check(empty)
         model = _pruned(kind, structure, cut, prune).from_pretrained(path, **kwargs)
     model.__class__ = kind
     return model, structure

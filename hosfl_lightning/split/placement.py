@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from hosfl_lightning.split.check import find_padding, tiny_batch
 from hosfl_lightning.split.cut import check_cut
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.side import ADAPTER, Side, attach_side, features_of
-from hosfl_lightning.split.structure import find_layers
+from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import padding_token, quiet
 
 
@@ -59,11 +59,40 @@ def place_side(model: PreTrainedModel, cut: int, side: Side, seed: int = 0) -> P
     """
     found = find_layers(model)
     check_cut(cut, found, type(model).__name__)
+
+    def forward(tokens: Tensor, mask: Tensor | None) -> Any:
+        return model(input_ids=tokens, attention_mask=mask, use_cache=False)
+
+    return _placed(model, found, cut, side, seed, forward)
+
+
+def place_client_side(
+    model: PreTrainedModel, layers: LayerPath, cut: int, side: Side, seed: int, half: Callable[..., Any]
+) -> Placement:
+    """The same in a model of which only the client's half is left; the server's bottleneck is not attached.
+
+    Args:
+        model: pruned to the client's half.
+        layers: of the whole.
+        cut: number of layers the client holds.
+        side: with a bottleneck at the client.
+        seed: of its start.
+        half: over ``model``, from tokens and mask.
+
+    Raises:
+        SplitError: as for `place_side`.
+    """
+    return _placed(model, layers, cut, replace(side, server=0), seed, half)
+
+
+def _placed(
+    model: PreTrainedModel, found: LayerPath, cut: int, side: Side, seed: int, forward: Callable[..., Any]
+) -> Placement:
     layers = [f"{found.path}.{i}" for i in range(cut + 1)]
     pad = find_padding(model)
     with quiet(model), padding_token(model, pad):
         tokens, mask = tiny_batch(model, pad, "right")
-        check_direct(model, layers, lambda: model(input_ids=tokens, attention_mask=mask, use_cache=False))
+        check_direct(model, layers, lambda: forward(tokens, mask))
     return Placement(side, layers, [(0, int(model.config.get_text_config().hidden_size))] * cut, seed)
 
 
