@@ -58,13 +58,9 @@ class RemoteFleet(Fleet):
         """The clients that are there and up to date, ascending."""
         return sorted(self.admission.members)
 
-    def gather_quorum(self, round: int, quorum: int) -> None:
-        """Wait until so many clients are there; a round without them does not begin.
-
-        Args:
-            round: The one that is to begin, and so the number of updates that everybody should hold.
-            quorum: Of clients that are up to date.
-        """
+    @override
+    def gather_quorum(self, round: int, asked: int) -> None:
+        quorum = self.membership.quorum or asked
         self.conversations = {}
         self.admission.round = round
         self._pump_all()

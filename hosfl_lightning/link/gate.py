@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from hosfl_lightning.link.allow_list import AllowList
-from hosfl_lightning.link.credentials import Revoked, Site, peer_name
+from hosfl_lightning.link.credentials import Site, peer_name
 from hosfl_lightning.link.reception import Stream
+from hosfl_lightning.link.revoked import Revoked
 
 
 class Gate:

@@ -42,7 +42,7 @@ def test_the_fixed_part_is_as_described() -> None:
         addressee = 0 if client is None else client + 1
         code = KINDS.index(message.kind) + 1
         assert data == seal(data[72:], kind=code, round=message.round, client=addressee, run=RUN)
-    assert PROTOCOL == 1
+    assert PROTOCOL == 2
 
 
 def test_peek_tells_whose_message_it_claims_to_be_even_when_its_payload_is_damaged() -> None:
