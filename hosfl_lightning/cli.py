@@ -27,6 +27,10 @@ def main(args: list[str] | None = None) -> None:
             from hosfl_lightning.compare.command import main as compare
 
             compare(args)
+        elif args[:1] == ["join"]:
+            from hosfl_lightning.client_command import main as join
+
+            join(args[1:])
         else:
             command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:

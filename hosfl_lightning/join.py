@@ -37,6 +37,7 @@ def join(
     index: int | None = None,
     accelerator: str = "cpu",
     save_every: int = 10,
+    give_up: float = 600.0,
     backoff: Backoff | None = None,
     limits: Limits | None = None,
     notify: Callable[[str], None] = print,
@@ -64,7 +65,8 @@ def join(
         index: Of the client in the data that is this one.
         accelerator: As Trainer's.
         save_every: Updates from one write of the shared state to the next.
-        backoff: Between tries to connect.
+        give_up: Seconds without the server after which the client ends.
+        backoff: Between tries to connect, in the place of the usual one.
         limits: Of the line.
         notify: Takes what people should hear of.
 
@@ -88,7 +90,7 @@ def join(
         OwnState(Path(state or f"hosfl_client_{who}")), save_every, notify,
     )  # fmt: skip
     credentials = None if site is None else site.channel_credentials()
-    return Connection(server, credentials, joined, limits, backoff, channel_options(server_name)).run()
+    return Connection(server, credentials, joined, limits, backoff or Backoff(give_up=give_up), channel_options(server_name)).run()
 
 
 def _required(certs: str | None) -> str:

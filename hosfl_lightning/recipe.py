@@ -24,9 +24,12 @@ from hosfl_lightning.run.hooks import HookError
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 DESCRIPTION = (
-    "Fine-tune a split model without backprop on the clients. Several methods at equal conditions: hosfl compare "
+    "Fine-tune a split model without backprop on the clients. Clients on other machines: hosfl serve here, hosfl join "
+    "--help there. Several methods at equal conditions: hosfl compare "
     "--help; the same tables from runs that are there: hosfl report --help."
 )
+#: The keys of a recipe.
+RECIPE = ("seed_everything", "trainer", "model", "data")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, LostProcessError)
 
@@ -72,7 +75,7 @@ class SaveConfig(SaveConfigCallback):
     @override
     def save_config(self, trainer: Any, pl_module: Any, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
-        config.pop("ckpt_path")  # of this call, not of the recipe
+        config = {name: config[name] for name in RECIPE if name in config}  # not what is of this call alone
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         write_whole(Path(trainer.log_dir) / self.config_filename, lambda file: file.write(text.encode()))
         for logger in trainer.loggers:

@@ -10,6 +10,7 @@ from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
 from hosfl_lightning.callbacks.random_signs import RandomSigns
+from hosfl_lightning.callbacks.serve_console import ServeConsole
 
 __all__ = [
     "Budget",
@@ -21,5 +22,6 @@ __all__ = [
     "PeakMemoryMonitor",
     "RandomSigns",
     "RoundProgressBar",
+    "ServeConsole",
     "ZerothOrderTraining",
 ]

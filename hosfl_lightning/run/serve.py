@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.callbacks import ProgressBar
+
 from hosfl_lightning.availability import Always
-from hosfl_lightning.callbacks import GradientAlignment
+from hosfl_lightning.callbacks import GradientAlignment, ServeConsole
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.models import SplitModule
@@ -35,6 +37,7 @@ def serve(trainer: Any, serving: Serving, model: SplitModule, data: FederatedDat
     if run is not None and not goes_on and trainer.loggers:
         others = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
         trainer.loggers = [CSVLogger(run, name="", version=""), *others]
+    _show(trainer, serving)
     serving.open()
     trainer.serving, over = serving, False
     try:
@@ -45,6 +48,15 @@ def serve(trainer: Any, serving: Serving, model: SplitModule, data: FederatedDat
         if "fleet" in vars(trainer):
             trainer.fleet.close("the run is over" if over else "the server stops; it may come back", over)
         serving.close()
+
+
+def _show(trainer: Any, serving: Serving) -> None:
+    """A console in the place of the bar, where a bar is wanted; it also says what happens."""
+    bars = [callback for callback in trainer.callbacks if isinstance(callback, ProgressBar)]
+    if bars:
+        console = next((bar for bar in bars if isinstance(bar, ServeConsole)), ServeConsole())
+        trainer.callbacks = [console if callback is bars[0] else callback for callback in trainer.callbacks]
+        serving.notify = console.notify
 
 
 def _check(trainer: Any, serving: Serving) -> None:

@@ -1,0 +1,56 @@
+"""``hosfl join``: take part in a run that is served elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.recipe import Parser, fail
+
+DESCRIPTION = """\
+Take part in a run that hosfl serve offers on another machine. The recipe has two keys, `model` and `data`: the
+server's model, cut and adapters, and the data of this machine, which never leaves it. Whatever is cut or killed,
+start the same command again: it goes on where it was.
+"""
+
+
+def main(args: list[str]) -> None:
+    """``hosfl join --server HOST:PORT --config client.yaml --certs DIR``."""
+    from hosfl_lightning.clients.connection import ServerGoneError, TurnedAwayError
+    from hosfl_lightning.clients.endpoint import TermsError
+    from hosfl_lightning.join import join
+
+    parser = _parser(prog="hosfl join", description=DESCRIPTION)
+    parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")
+    parser.add_function_arguments(join, skip={"model", "data", "backoff", "limits", "notify"})
+    given = parser.parse_args(args)
+
+    def model(part: str) -> Any:
+        chosen = given.model.clone()
+        chosen.init_args.part = part
+        return _made("model", chosen)
+
+    own = {name: given[name] for name in given if name not in ("config", "model", "data")}
+    try:
+        said = join(model=model, data=_made("data", given.data), **own)
+    except (TurnedAwayError, ServerGoneError, TermsError) as error:
+        fail(str(error))
+    print(said)
+
+
+def _parser(**kwargs: Any) -> Parser:
+    parser = Parser(**kwargs)
+    parser.add_lightning_class_args(SplitModule, "model", subclass_mode=True, required=True)
+    parser.add_lightning_class_args(FederatedDataModule, "data", subclass_mode=True, required=True)
+    return parser
+
+
+def _made(name: str, chosen: Namespace) -> Any:
+    """One of the two, as its class path says; the other is not built."""
+    kind: Any = SplitModule if name == "model" else FederatedDataModule
+    parser = Parser()
+    parser.add_lightning_class_args(kind, name, subclass_mode=True, required=True)
+    return parser.instantiate_classes(Namespace(**{name: chosen}))[name]
