@@ -27,6 +27,11 @@ def main(args: list[str] | None = None) -> None:
             from hosfl_lightning.compare.command import main as compare
 
             compare(args)
+        elif args[:1] == ["certs"]:
+            # Here, since it needs the extra `remote`.
+            from hosfl_lightning.link.command import main as certs
+
+            certs(args[1:])
         else:
             command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:

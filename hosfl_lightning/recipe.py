@@ -25,7 +25,8 @@ from hosfl_lightning.run.hooks import HookError
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "export", "replay")
 DESCRIPTION = (
     "Fine-tune a split model without backprop on the clients. Several methods at equal conditions: hosfl compare "
-    "--help; the same tables from runs that are there: hosfl report --help."
+    "--help; the same tables from runs that are there: hosfl report --help. For clients on other machines: hosfl "
+    "certs --help."
 )
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
 USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, LostProcessError)
