@@ -31,6 +31,11 @@ def main(args: list[str] | None = None) -> None:
             from hosfl_lightning.client_command import main as join
 
             join(args[1:])
+        elif args[:1] == ["certs"]:
+            # Here, since it needs the extra `remote`.
+            from hosfl_lightning.link.command import main as certs
+
+            certs(args[1:])
         else:
             command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:

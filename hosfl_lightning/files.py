@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,16 +16,23 @@ from typing import Any, BinaryIO
 _BUFFER = 1 << 20
 
 
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> None:
+def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any], mode: int | None = None) -> None:
     """Temporary file beside ``path``, fsync, rename, fsync of the folder: a kill leaves the old file or the new.
 
     The temporary file always has the same name, so that the next write clears away what a kill left of it.
+
+    Args:
+        path: The file.
+        write: Is given the temporary file.
+        mode: Rights from the first byte on, such as 0o600 for a secret. None: those of the user's new files.
     """
     path = Path(path)
     os.makedirs(path.parent, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
+    if mode is not None and os.path.lexists(temporary):
+        os.unlink(temporary)  # of a kill, or another's: it would keep its rights
     try:
-        with io.BufferedWriter(_File(temporary, "wb", opener=_create), _BUFFER) as file:
+        with io.BufferedWriter(_File(temporary, "wb" if mode is None else "xb", opener=_opener(mode)), _BUFFER) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -33,6 +40,33 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) 
     except BaseException:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+        raise
+    sync(path.parent)
+
+
+def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
+    """A folder that is there whole or not at all, and that only its owner can read: rights 0o700, its files 0o600.
+
+    It is written beside its place and renamed. A kill leaves the temporary folder, which the next write clears away.
+
+    Args:
+        path: Not there yet, or an empty folder.
+        contents: Of every file, by its name.
+
+    Raises:
+        OSError: There is something at ``path``; it is left as it is.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    os.makedirs(path.parent, exist_ok=True)
+    _clear(temporary)
+    try:
+        os.mkdir(temporary, 0o700)
+        for name, data in contents.items():
+            write_whole(temporary / name, _put(data), mode=0o600)
+        os.replace(temporary, path)
+    except BaseException:
+        _clear(temporary)
         raise
     sync(path.parent)
 
@@ -90,5 +124,17 @@ class _File(io.FileIO):
         return os.write(self.fileno(), data)
 
 
-def _create(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o666)
+def _put(data: bytes) -> Callable[[BinaryIO], Any]:
+    return lambda file: file.write(data)
+
+
+def _opener(mode: int | None) -> Callable[[str, int], int]:
+    return lambda path, flags: os.open(path, flags, 0o666 if mode is None else mode)
+
+
+def _clear(folder: Path) -> None:
+    """Delete a folder of files, if it is there."""
+    with suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            os.unlink(folder / name)
+        os.rmdir(folder)

@@ -16,7 +16,7 @@ from hosfl_lightning import files
 #: The calls after which the disk may look different, or for longer: where a kill is worth a test.
 WRITES = ("write", "fsync", "replace", "truncate", "unlink")
 #: What a dead process does not do either; a kill here leaves what a kill at the next write leaves.
-OTHERS = ("makedirs", "open")
+OTHERS = ("makedirs", "mkdir", "open", "rmdir")
 
 
 class Killed(BaseException):

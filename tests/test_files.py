@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +12,7 @@ import pytest
 
 import hosfl_lightning
 from hosfl_lightning import files
-from hosfl_lightning.files import append, truncate, write_whole
+from hosfl_lightning.files import append, truncate, write_folder, write_whole
 from tests.faults import Killed, count_writes, killed_at, points
 
 BIG = bytes(range(256)) * (5 << 10)  # more than one buffer
@@ -52,6 +53,45 @@ def test_a_whole_file_has_the_rights_that_the_user_gives_new_files(tmp_path: Pat
     write_whole(tmp_path / "a.bin", lambda file: file.write(b"a"))
     (tmp_path / "b.bin").write_bytes(b"b")
     assert (tmp_path / "a.bin").stat().st_mode == (tmp_path / "b.bin").stat().st_mode
+
+
+def test_a_secret_is_one_before_it_has_a_byte(tmp_path: Path) -> None:
+    """Also where a kill, or another, left a temporary file that all can read: whoever has opened it reads on in it."""
+    path, left = tmp_path / "a.key", tmp_path / ".a.key.part"
+    left.write_bytes(b"left")
+    left.chmod(0o666)
+    modes = []
+
+    def write(file: BinaryIO) -> None:
+        modes.append(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
+        file.write(b"secret")
+
+    before = os.umask(0)
+    try:
+        with left.open("rb") as spy:
+            write_whole(path, write, mode=0o600)
+            assert spy.read() == b"left"
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"secret", 0o600)
+    assert [one.name for one in tmp_path.iterdir()] == ["a.key"]
+
+
+def test_wherever_the_process_is_killed_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    contents = {"a": b"1234", "b": b"5678"}
+    with count_writes() as calls:
+        write_folder(tmp_path / "whole", contents)
+    assert calls == 2 * ["write", "fsync", "replace", "fsync"] + ["replace", "fsync"]
+    for n, torn in points(calls):
+        path = tmp_path / f"{n}{torn}"
+        with pytest.raises(Killed), killed_at(n, torn):
+            write_folder(path, contents)
+        assert path.exists() == (n == len(calls) - 1)
+        if not path.exists():
+            write_folder(path, {"b": b"5678"} if n % 2 else contents)
+            assert len([*path.iterdir()]) == (1 if n % 2 else 2), "nothing of what the kill left is in it"
+    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
 
 
 def test_wherever_the_process_is_killed_the_file_is_the_old_or_the_new_one(tmp_path: Path) -> None:

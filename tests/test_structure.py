@@ -31,7 +31,7 @@ LAYERS = [
     ["split", "memory", "padding"],
     ["optim"],
     ["wire", "loggers"],
-    ["data", "availability"],
+    ["data", "availability", "link"],
     ["rng", "files", "networks", "moved"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
