@@ -33,7 +33,7 @@ def main(args: list[str]) -> None:
         chosen.init_args.part = part
         return _made("model", chosen)
 
-    own = {name: given[name] for name in given if name not in ("config", "model", "data")}
+    own = {name: value for name, value in vars(given).items() if name not in ("config", "model", "data")}
     try:
         said = join(model=model, data=_made("data", given.data), **own)
     except (TurnedAwayError, ServerGoneError, TermsError) as error:
