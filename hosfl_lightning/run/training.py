@@ -18,6 +18,7 @@ from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.history import History
 from hosfl_lightning.run.identity import digest, starts
 from hosfl_lightning.run.loop import RoundLoop
+from hosfl_lightning.run.nodes import check_same
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
 from hosfl_lightning.server import Replica, RoundWatcher, Server
@@ -51,6 +52,7 @@ def train(
             _restore(trainer, resumed.checkpoint)
         if resumed is not None and trainer.settings.controls:
             folder.check_start(resumed, initial)
+        check_same(trainer)
         _open_log(trainer, resumed)
         first_of_all = trainer.announces and trainer.is_global_zero
         if first_of_all:  # only now that nothing can refuse it
@@ -81,7 +83,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
     channel = Channel(serialize=settings.simulation == "per_client")
     joint = method.joint and settings.simulation == "batched"
-    kind = Ranks if settings.devices > 1 else LocalFleet
+    kind = Ranks if settings.world_size > 1 else LocalFleet
     trainer.fleet = kind(endpoint, channel, joint, trainer.processes)
     optimizer, scheduler = configured(model)
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
