@@ -228,6 +228,20 @@ def test_several_nodes_meet_before_anything_is_read(
             entry(make_model(), data, "no/such.ckpt")
 
 
+def test_processes_are_compared_before_one_of_them_writes(
+    make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator], data: RandomTokens,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def refuse(trainer: Any) -> None:
+        raise CheckpointError("another round")
+
+    trainer = make_orchestrator()
+    monkeypatch.setattr("hosfl_lightning.run.training.check_same", refuse)
+    with pytest.raises(CheckpointError, match="another round"):
+        trainer.fit(make_model(), data)
+    assert [path.name for path in Path(trainer.log_dir).iterdir() if path.name != "checkpoints"] == []
+
+
 class Weightless:
     """A model that trains nothing."""
 
