@@ -67,3 +67,7 @@ def _with_recipe(args: list[str]) -> list[str]:
     if not config.is_file():
         raise FileNotFoundError(f"--run: {run} is no run folder: there is no {config.name} in it")
     return ["replay", f"--config={config}", *args[1:]]
+
+
+if __name__ == "__main__":  # ``torchrun -m hosfl_lightning.cli``
+    main()

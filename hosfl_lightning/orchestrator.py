@@ -24,6 +24,7 @@ from hosfl_lightning.run.controls import run_control
 from hosfl_lightning.run.evaluation import Loop, run_evaluation
 from hosfl_lightning.run.face import MetricSink, TrainerFace
 from hosfl_lightning.run.hooks import complete
+from hosfl_lightning.run.nodes import meet
 from hosfl_lightning.run.rebuild import RebuildError, rebuild, write_client
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.rows import MetricRow
@@ -64,6 +65,9 @@ class Orchestrator(TrainerFace):
         accelerator: As Trainer's: ``cpu``, ``gpu``, ``auto``.
         devices: Processes over which the clients of a round are spread, each on a device of its own (on ``cpu``, each
             with a share of the cores). Run it as a script or from the command line: the others run the same command.
+        num_nodes: Machines of one kind, with ``devices`` processes on each. The same command runs on every one, under
+            ``torchrun`` or with ``NODE_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` set; the first one writes the run
+            folder. The model's and the data's files are on all; so is the run folder when a run goes on.
         codec: In what z, λ and a client's gradient travel: ``fp32`` (as computed), ``bf16``, ``fp16``, ``int8`` or
             ``int4``, a gradient also ``ternary``; the client keeps its own z as computed.
         availability: Which clients are online in a round; None: all. One that was away replays what it missed.
@@ -98,6 +102,7 @@ class Orchestrator(TrainerFace):
         log_every_n_steps: int = 1,
         accelerator: str = "cpu",
         devices: int = 1,
+        num_nodes: int = 1,
         codec: Codecs | None = None,
         availability: Availability | None = None,
         catch_up: CatchUp | None = None,
@@ -116,16 +121,16 @@ class Orchestrator(TrainerFace):
         self.algorithm = algorithm if algorithm is not None else HOSFL()
         self.settings = RunSettings(
             max_rounds, clients_per_round, simulation, list(controls or []), seed, val_check_interval,
-            log_every_n_steps, devices, codec or Codecs(), availability or Always(), catch_up or CatchUp(), min_clients,
-            on_too_few, replay_log, precision, gradient_clip_val,
+            log_every_n_steps, devices, num_nodes, codec or Codecs(), availability or Always(), catch_up or CatchUp(),
+            min_clients, on_too_few, replay_log, precision, gradient_clip_val,
         )  # fmt: skip
         self.default_root_dir = str(default_root_dir)
         self.row = MetricRow(self)
         self.fabric = MetricSink(
-            self.row.take, accelerator=accelerator, devices=devices, precision=precision,
-            strategy="ddp" if devices > 1 else "auto",
+            self.row.take, accelerator=accelerator, devices=devices, num_nodes=num_nodes, precision=precision,
+            strategy="ddp" if self.settings.world_size > 1 else "auto",
         )  # fmt: skip
-        self.processes = RankProcesses(self.fabric) if devices > 1 else Processes()
+        self.processes = RankProcesses(self.fabric) if self.settings.world_size > 1 else Processes()
         self.loggers = folder.make_loggers(logger, self.default_root_dir)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing)
@@ -145,8 +150,9 @@ class Orchestrator(TrainerFace):
                 if it had never stopped. A checkpoint from elsewhere goes on in a new folder, without an update log.
         """
         check_model(model)
-        resumed = folder.find(ckpt_path) if ckpt_path else None
         self.settings.check(self.algorithm, model)
+        meet(self)
+        resumed = folder.find(ckpt_path) if ckpt_path else None
         self.announces = True
         try:
             self._fit(model, datamodule, resumed)

@@ -72,7 +72,8 @@ class GradientAlignment(RoundCallback):
         if trainer.world_size > 1:
             raise ValueError(
                 f"GradientAlignment needs the gradients of all clients in one process, and there are "
-                f"{trainer.world_size}; set trainer.devices: 1, or remove it from trainer.callbacks"
+                f"{trainer.world_size}; set trainer.devices: 1 and trainer.num_nodes: 1, or remove it from "
+                "trainer.callbacks"
             )
 
     @override

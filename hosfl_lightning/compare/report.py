@@ -60,9 +60,13 @@ def _conditions(run: Run) -> dict[str, Any]:
     in_effect = {
         "trainer.clients_per_round": summary["clients_per_round"],
         **{f"trainer.codec.{name}": codec for name, codec in summary["codec"].items()},
-        "trainer.simulation": trainer["simulation"] or ("batched" if trainer["devices"] == 1 else "per_client"),
+        "trainer.simulation": trainer["simulation"] or ("batched" if _one_process(trainer) else "per_client"),
     }
     return shared | in_effect | _limits(run)
+
+
+def _one_process(trainer: dict[str, Any]) -> bool:
+    return trainer["devices"] == 1 and trainer.get("num_nodes", 1) == 1  # older runs know no nodes
 
 
 def _limits(run: Run) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
+from hosfl_lightning.run.nodes import meet
 from hosfl_lightning.run.state import RunState
 
 
@@ -30,6 +31,7 @@ def session(
         fn: What is going to be done.
         ckpt_path: A checkpoint of the model, for an evaluation.
     """
+    meet(trainer)
     checkpoint = checkpoints.load(ckpt_path) if ckpt_path else None
     check_model(model)
     check_hooks(trainer.callbacks, model, data)

@@ -33,6 +33,7 @@ class RunSettings:
     val_check_interval: int = 50
     log_every_n_steps: int = 1
     devices: int = 1
+    num_nodes: int = 1
     codec: Codecs = field(default_factory=Codecs)
     availability: Availability = field(default_factory=Always)
     catch_up: CatchUp = field(default_factory=CatchUp)
@@ -43,8 +44,9 @@ class RunSettings:
     gradient_clip_val: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_processes()
         if self.simulation is None:
-            object.__setattr__(self, "simulation", "batched" if self.devices == 1 else "per_client")
+            object.__setattr__(self, "simulation", "batched" if self.world_size == 1 else "per_client")
         for name in ("max_rounds", "val_check_interval", "log_every_n_steps", "min_clients"):
             if getattr(self, name) < 1:
                 raise ValueError(f"trainer.{name} must be >= 1, got {getattr(self, name)}")
@@ -54,12 +56,6 @@ class RunSettings:
             raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
         if self.on_too_few not in ("repeat", "stop"):
             raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
-        if type(self.devices) is not int or self.devices < 1:
-            raise ValueError(f"trainer.devices must be a number of processes >= 1, got {self.devices!r}")
-        if self.devices > 1 and self.simulation == "batched":
-            raise ValueError(
-                "trainer.simulation=batched is one batch in one process; with trainer.devices > 1 leave it out"
-            )
         self._check_precision()
         for name in self.controls:
             if name not in CONTROLS:
@@ -68,6 +64,21 @@ class RunSettings:
             raise ValueError(f"trainer.gradient_clip_val must be > 0, or null for none, got {self.gradient_clip_val}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"trainer.seed must be between 0 and 2**64 - 1, got {self.seed}")
+
+    @property
+    def world_size(self) -> int:
+        """Processes over which the clients of a round are spread."""
+        return self.num_nodes * self.devices
+
+    def _check_processes(self) -> None:
+        for name, what in (("devices", "processes"), ("num_nodes", "machines")):
+            count = getattr(self, name)
+            if type(count) is not int or count < 1:
+                raise ValueError(f"trainer.{name} must be a number of {what} >= 1, got {count!r}")
+            if count > 1 and self.simulation == "batched":
+                raise ValueError(
+                    f"trainer.simulation=batched is one batch in one process; with trainer.{name} > 1 leave it out"
+                )
 
     def _check_precision(self) -> None:
         if self.precision in PRECISIONS:
@@ -99,8 +110,9 @@ class RunSettings:
                 f"trainer.controls: a round of {algorithm.name} is not a round of theirs (one minibatch a client, one "
                 "step of a server that backpropagates); set it to [], and compare with hosfl compare"
             )
-        if self.devices > 1 and not algorithm.joint:
-            raise ValueError(f"trainer.devices: the clients of {algorithm.name} run one after the other; set it to 1")
+        if self.world_size > 1 and not algorithm.joint:
+            name = "devices" if self.devices > 1 else "num_nodes"
+            raise ValueError(f"trainer.{name}: the clients of {algorithm.name} run one after the other; set it to 1")
         algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.parameters(model).values()])
 
     def sample_size(self, clients: int) -> int:

@@ -19,6 +19,7 @@ from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.history import History
 from hosfl_lightning.run.identity import digest, starts
 from hosfl_lightning.run.loop import RoundLoop
+from hosfl_lightning.run.nodes import check_same
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
 from hosfl_lightning.server import Replica, RoundWatcher, Server
@@ -52,6 +53,7 @@ def train(
             _restore(trainer, resumed.checkpoint)
         if resumed is not None and trainer.settings.controls:
             folder.check_start(resumed, initial)
+        check_same(trainer)
         _open_log(trainer, resumed)
         first_of_all = trainer.announces and trainer.is_global_zero
         if first_of_all:  # only now that nothing can refuse it
@@ -84,7 +86,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
     channel = Channel(serialize=settings.simulation == "per_client")
     joint = method.joint and settings.simulation == "batched"
-    kind = Ranks if settings.devices > 1 else LocalFleet
+    kind = Ranks if settings.world_size > 1 else LocalFleet
     if trainer.serving is not None:
         trainer.fleet = trainer.serving.fleet(endpoint, channel, terms)
     else:

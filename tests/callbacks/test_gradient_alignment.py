@@ -214,6 +214,6 @@ def test_it_can_be_refused(make_orchestrator: MakeOrchestrator) -> None:
     with pytest.raises(ValueError, match="measures the rounds of an Orchestrator; remove it from this Trainer"):
         alignment.setup(trainer, None, "fit")
     trainer.processes = None
-    with pytest.raises(ValueError, match=r"there are 2; set trainer\.devices: 1, or remove it"):
+    with pytest.raises(ValueError, match=r"there are 2; set trainer\.devices: 1 and trainer\.num_nodes: 1, or"):
         alignment.setup(trainer, None, "fit")
     alignment.setup(trainer, None, "test")  # where there are no rounds

@@ -157,6 +157,7 @@ UNEQUAL: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, An
     ({"gradient_clip_val": 1.0}, {}, {}, {}, "trainer.gradient_clip_val (1.0, None)"),
     ({"min_clients": 2}, {}, {}, {}, "trainer.min_clients (2, 1)"),
     ({"simulation": "per_client"}, {}, {}, {}, "trainer.simulation (per_client, batched)"),
+    ({"num_nodes": 2}, {}, {}, {}, "trainer.simulation (per_client, batched)"),
     ({"availability": PROBABILITY}, {}, {}, {}, f"trainer.availability.class_path ({PROBABILITY['class_path']}, None), "
      "trainer.availability.init_args.p (0.5, None)"),
     ({}, {"clients_per_round": 3}, {}, {}, "trainer.clients_per_round (3, 2)"),
@@ -199,6 +200,15 @@ def test_unequal_settings_are_named_with_their_values(compared: Compared, tmp_pa
 @pytest.mark.parametrize("changes", EQUAL, ids=lambda case: " ".join(case[0]))
 def test_what_makes_no_difference_is_not_told(compared: Compared, tmp_path: Path, changes: Any) -> None:
     assert notes(compared, tmp_path, *changes) == []
+
+
+def test_a_run_from_before_there_were_nodes_is_of_one_process(compared: Compared, tmp_path: Path) -> None:
+    first, second = chosen(compared)[:2]
+    old = Path(shutil.copytree(first, tmp_path / "old"))
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["trainer"]["num_nodes"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    assert report.notes(report.group([str(old), str(second)])) == []
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
