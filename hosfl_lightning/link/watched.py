@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 
+#: Not the same as not there: who reads it is to learn of it.
+_UNREADABLE = (-1, -1, -1)
+
+
 class Watched:
     """Tells whether a file was written since it was last asked: by its time in ns, its size and its inode."""
 
@@ -20,7 +24,9 @@ class Watched:
         try:
             found = os.stat(self.path)
             state = found.st_mtime_ns, found.st_size, found.st_ino
-        except OSError:
+        except FileNotFoundError:
             state = None
+        except OSError:
+            state = _UNREADABLE
         before, self._state = self._state, state
         return state != before

@@ -9,7 +9,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
-from hosfl_lightning.link.certificates import EARLY, Pair, common_name, make_authority, make_client, make_server, role
+from hosfl_lightning.link.certificates import Pair, common_name, make_authority, make_client, make_server, role
 from hosfl_lightning.link.errors import CertificateError, IdentityError
 from tests.link.sites import Foreign
 
@@ -68,7 +68,7 @@ def test_keys_are_p256_and_serial_numbers_differ(authority: Pair) -> None:
 def test_a_certificate_is_valid_for_days_and_begins_early(authority: Pair) -> None:
     certificate = make_client(authority, "a", 9).certificate
     now = datetime.now(UTC)
-    assert timedelta(0) <= now - EARLY - certificate.not_valid_before_utc < timedelta(minutes=1)
+    assert timedelta(0) <= now - timedelta(minutes=5) - certificate.not_valid_before_utc < timedelta(minutes=1)
     assert timedelta(0) <= now + timedelta(days=9) - certificate.not_valid_after_utc < timedelta(minutes=1)
 
 

@@ -54,7 +54,11 @@ def test_nothing_prints_a_key(made: Path) -> None:
 
 
 def test_each_missing_file_is_named(folder: Path) -> None:
-    for name, words in (("ca.crt", "no ca.crt or rootCA.pem"), ("site.crt", "no site.crt"), ("site.key", "site.key")):
+    for name, words in (
+        ("ca.crt", "no ca.crt or rootCA.pem"),
+        ("site.crt", "no site.crt"),
+        ("site.key", "site.key is missing"),
+    ):
         content = (folder / name).read_bytes()
         (folder / name).unlink()
         with pytest.raises(CredentialsError, match=words):
@@ -165,6 +169,12 @@ def test_a_chain_leads_to_the_ca(tmp_path: Path) -> None:
     with (folder / "client.crt").open("ab") as file:
         file.write(between.certificate.public_bytes(Encoding.PEM))
     assert Site.load(folder).name == "a"
+    stranger = Foreign().folder(tmp_path / "b", "client", "b")
+    (stranger / "rootCA.pem").write_bytes((folder / "rootCA.pem").read_bytes())
+    with (stranger / "client.crt").open("ab") as file:
+        file.write(between.certificate.public_bytes(Encoding.PEM))
+    with pytest.raises(CredentialsError, match="not signed by"):
+        Site.load(stranger)
 
 
 def test_a_peer_is_who_its_certificate_says(made: Path) -> None:

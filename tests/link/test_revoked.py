@@ -58,6 +58,10 @@ def test_a_file_that_cannot_be_read_is_no_reason_to_let_everybody_in(path: Path)
     path.mkdir()
     with pytest.raises(RevokedError, match=r"revoked.txt: Is a directory"):
         Revoked(path)
+    path.rmdir()
+    path.write_text("")
+    with pytest.raises(RevokedError, match="Not a directory"):
+        Revoked(path / "revoked.txt")
 
 
 @pytest.mark.parametrize("text", ["", "\n", "ab12\nhalf a l", None])
