@@ -90,7 +90,9 @@ def join(
         OwnState(Path(state or f"hosfl_client_{who}")), save_every, notify,
     )  # fmt: skip
     credentials = None if site is None else site.channel_credentials()
-    return Connection(server, credentials, joined, limits, backoff or Backoff(give_up=give_up), channel_options(server_name)).run()
+    return Connection(
+        server, credentials, joined, limits, backoff or Backoff(give_up=give_up), channel_options(server_name)
+    ).run()
 
 
 def _required(certs: str | None) -> str:
@@ -111,7 +113,9 @@ def _endpoint(
     fabric = Fabric(accelerator=accelerator, devices=1, precision=terms.precision)  # type: ignore[arg-type]
     module = model if isinstance(model, SplitModule) else model(part)
     if part == "both" and module.part != "both":
-        raise TermsError(f"a {terms.endpoint} holds more than the layers before the cut; build the model with part=both")
+        raise TermsError(
+            f"a {terms.endpoint} holds more than the layers before the cut; build the model with part=both"
+        )
     if terms.backbone not in ("", module.client_fingerprint()):
         raise TermsError("the model's frozen weights are not those of the run: is model.init_args.pretrained the same?")
     fabric.to_device(fabric.strategy.precision.convert_module(module))

@@ -29,9 +29,9 @@ from hosfl_lightning.run.rebuild import RebuildError, rebuild, write_client
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
-from hosfl_lightning.run.session import check_model, session
 from hosfl_lightning.run.serve import serve
 from hosfl_lightning.run.serving import Serving, default_clients
+from hosfl_lightning.run.session import check_model, session
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.summary import print_table, write_summary
 from hosfl_lightning.run.training import collect, train

@@ -76,7 +76,11 @@ def figures(trainer: Any) -> list[tuple[str, str]]:
     late = int(there.get("late", 0) + there.get("missed", 0))
     shown = [("round", f"{trainer.global_step} of {trainer.max_steps}")]
     shown += [("clients", f"{len(trainer.fleet.connected)} of {trainer.datamodule.num_clients}")]
-    for key, name in (("train/loss", "train loss"), ("val/loss", "val loss"), ("val_clients/loss", "clients' val loss")):
+    for key, name in (
+        ("train/loss", "train loss"),
+        ("val/loss", "val loss"),
+        ("val_clients/loss", "clients' val loss"),
+    ):
         if key in metrics:
             shown.append((name, f"{float(metrics[key]):.4f}"))
     if "time/round_seconds" in metrics:

@@ -16,8 +16,8 @@ from hosfl_lightning.wire import (
     LIMIT,
     Bye,
     CatchUpRequest,
-    Hello,
     HeldOutRequest,
+    Hello,
     Message,
     RoundEnd,
     Snapshot,
@@ -177,7 +177,9 @@ class Joined:
         assert self.endpoint is not None and self.terms is not None
         self._moved, self._welcome = False, not self.terms.keeps
         digest = state_digest(self.endpoint.client.optimizer) if self.terms.keeps else ""
-        return CatchUpRequest(round, self.number, self.version, self.incarnation, digest, self.endpoint.held_out_batches)
+        return CatchUpRequest(
+            round, self.number, self.version, self.incarnation, digest, self.endpoint.held_out_batches
+        )
 
     def _take(self, snapshot: Snapshot) -> None:
         assert self.endpoint is not None
@@ -231,6 +233,7 @@ class Joined:
         key = blake2b(frame, digest_size=16).digest()
         if self._answered is not None and self._answered[0] == key:
             return self._answered[1]
+        answer: Message
         if isinstance(request, HeldOutRequest):
             [answer] = self.endpoint.hold_out(request)
         else:

@@ -126,9 +126,7 @@ class Admission:
     def turn_out(self, member: Member, reason: str, final: bool = True) -> None:
         """End a client's stream, and say why."""
         self._forget(member)
-        self.reception.send(
-            member.stream, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id)
-        )
+        self.reception.send(member.stream, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id))
         self.reception.close(member.stream)
 
     def leave(self, member: Member, message: Bye) -> None:
@@ -232,7 +230,9 @@ class Admission:
         member.tries += 1
         if member.tries > TRIES:
             self.notify(f"{member.name} is not let in: after {TRIES} tries it does not hold what the others hold")
-            self.turn_out(member, "the state that was sent does not become the same bits here; is the software the same?")
+            self.turn_out(
+                member, "the state that was sent does not become the same bits here; is the software the same?"
+            )
             return False, False
         for message in self._missed(member, replace(request, round=self.round)):
             self._tell(member, message)
@@ -254,9 +254,7 @@ class Admission:
         self.caught_up["snapshot"] += 1
         self.notify(f"{member.name} is sent a snapshot: {reason}")
         steps, incarnation = self.replica.steps, self.records.incarnation if self.records is not None else ""
-        yield Snapshot(
-            self.round, member.number, steps, incarnation, reason, steps, client_state(self.replica)
-        )
+        yield Snapshot(self.round, member.number, steps, incarnation, reason, steps, client_state(self.replica))
 
     def _enter(self, member: Member) -> tuple[bool, bool]:
         member.stage = "in"

@@ -69,13 +69,14 @@ class Fleet(ABC):
     def catches_up_with(self, records: Returns) -> None:
         """What clients on other machines that missed something are answered from."""
 
-    def gather_quorum(self, round: int, asked: int) -> None:
-        """Wait until enough clients are there for an attempt of a round. Simulated ones always are.
+    def gather_quorum(self, round: int, asked: int) -> float:
+        """Wait until enough clients are there for an attempt of a round; how many seconds. Simulated ones always are.
 
         Args:
             round: The one that is to begin.
             asked: How many it asks.
         """
+        return 0.0
 
     def close(self, reason: str, over: bool) -> None:
         """No round comes any more: the run is ``over``, or its server stops and may come back."""

@@ -59,7 +59,8 @@ class RemoteFleet(Fleet):
         return sorted(self.admission.members)
 
     @override
-    def gather_quorum(self, round: int, asked: int) -> None:
+    def gather_quorum(self, round: int, asked: int) -> float:
+        began = time.monotonic()
         quorum = self.membership.quorum or asked
         self.conversations = {}
         self.admission.round = round
@@ -72,6 +73,7 @@ class RemoteFleet(Fleet):
             self._pump(TICK)
         if told >= 0:
             self.admission.notify(f"round {round} begins: {len(self.connected)} clients are there")
+        return time.monotonic() - began
 
     @override
     def assemble(self, clients: Sequence[int]) -> None:

@@ -31,6 +31,7 @@ class RoundLoop:
 
     def __init__(self, trainer: TrainerFace) -> None:
         self.trainer, self.run, self.settings = trainer, trainer.run, trainer.settings
+        self.waited = 0.0  # for clients, in the present round
 
     def train(self) -> RunResult:
         """From ``on_train_start`` to ``on_fit_end``."""
@@ -62,7 +63,7 @@ class RoundLoop:
     def round(self, round: int) -> float:
         """One round; its seconds."""
         trainer, run = self.trainer, self.run
-        began = time.perf_counter()
+        began, self.waited = time.perf_counter(), 0.0
         trainer.state.stage = RunningStage.TRAINING
         trainer.fleet.channel.clear()
         refused = run.refused.total()
@@ -73,7 +74,7 @@ class RoundLoop:
         module = trainer.lightning_module
         module.log("train/loss", outcome.loss)
         module.log("client/refused", run.refused.total() - refused)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began - self.waited
         module.log("time/round_seconds", seconds)
         for name, value in trainer.fleet.figures().items():
             module.log(f"fleet/{name}", value)
@@ -85,7 +86,7 @@ class RoundLoop:
         """Who is asked; who is online is brought up to date before."""
         trainer, history = self.trainer, self.run.history
         assert history is not None
-        trainer.fleet.gather_quorum(round, self.settings.sample_size(trainer.datamodule.num_clients))
+        self.waited += trainer.fleet.gather_quorum(round, self.settings.sample_size(trainer.datamodule.num_clients))
         online = trainer.clients_online(round, attempt)
         history.attend(round, online, trainer.datamodule.num_clients, attempt)
         return Call(round, trainer.sample(round, attempt), online, attempt)

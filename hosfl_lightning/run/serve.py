@@ -62,7 +62,9 @@ def _show(trainer: Any, serving: Serving) -> None:
 def _check(trainer: Any, serving: Serving) -> None:
     settings = trainer.settings
     if settings.world_size > 1:
-        raise ValueError("trainer.devices, trainer.num_nodes: a server of clients elsewhere is one process; set both to 1")
+        raise ValueError(
+            "trainer.devices, trainer.num_nodes: a server of clients elsewhere is one process; set both to 1"
+        )
     if settings.controls:
         raise ValueError(
             "trainer.controls would run every round again on every device; set it to [], and compare in a simulation "

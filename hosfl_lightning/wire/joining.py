@@ -60,4 +60,6 @@ class Bye:
         check_counts(self.kind, round=self.round)
         check_strings(self.kind, reason=self.reason)
         if type(self.final) is not bool or type(self.failed) is not bool:
-            raise FieldError(f"bye: final and failed must be true or false, got {self.final!r:.80}, {self.failed!r:.80}")
+            raise FieldError(
+                f"bye: final and failed must be true or false, got {self.final!r:.80}, {self.failed!r:.80}"
+            )

@@ -158,9 +158,7 @@ class Stage:
 
     def left(self) -> dict[str, Any]:
         """As `tests.fleet.test_pipe.run`, but for what only a remote run has."""
-        state = max(
-            (one for _, one in checkpoints.whole(self.run)), key=lambda checkpoint: checkpoint["global_step"]
-        )
+        state = max((one for _, one in checkpoints.whole(self.run)), key=lambda checkpoint: checkpoint["global_step"])
         rows = csv.DictReader((self.run / "metrics.csv").read_text().splitlines())
         log = self.run / "updates.log"
         return {

@@ -2,8 +2,8 @@
 
     python -m tests.remote.nursery
 
-A line of JSON in, ``{"role": ..., "spec": PATH, "log": PATH}``, a line out: the new process's number. An empty line asks
-for those that have ended, as ``{number: exit status}``.
+A line of JSON in, ``{"role": ..., "spec": PATH, "log": PATH}``, a line out: the new process's number. An empty line
+asks for those that have ended, as ``{number: exit status}``.
 """
 
 from __future__ import annotations
