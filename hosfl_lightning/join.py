@@ -136,8 +136,8 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
     own = index if index is not None else 0 if data.num_clients == 1 else number
     if not 0 <= own < data.num_clients:
         raise ValueError(
-            f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the number of "
-            "the one that is this machine's"
+            f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the "
+            "number of the one that is this machine's"
         )
     module.check_examples(data.clients[own], "this client")
     return Minibatches(data, module, own)

@@ -200,7 +200,7 @@ class Endpoint(ABC):
         """What the client alone knows of its part in the round, which the server has not counted; None: nothing."""
         return None
 
-    def load_own(self, client: int, state: dict[str, Tensor]) -> None:
+    def load_own(self, client: int, state: dict[str, Tensor]) -> None:  # noqa: B027
         """Go on from an `own_state` that counts."""
 
     # ---- what goes on from a checkpoint

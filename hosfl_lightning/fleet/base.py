@@ -66,7 +66,7 @@ class Fleet(ABC):
         """Of clients on other machines: what there is to log of a round."""
         return {}
 
-    def catches_up_with(self, records: Returns) -> None:
+    def catches_up_with(self, records: Returns) -> None:  # noqa: B027
         """What clients on other machines that missed something are answered from."""
 
     def gather_quorum(self, round: int, asked: int) -> float:
@@ -78,14 +78,14 @@ class Fleet(ABC):
         """
         return 0.0
 
-    def close(self, reason: str, over: bool) -> None:
+    def close(self, reason: str, over: bool) -> None:  # noqa: B027
         """No round comes any more: the run is ``over``, or its server stops and may come back."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must be known of the clients when the run goes on."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Continue from `state_dict`."""
 
     def gather(self, answers: list[Any]) -> list[Any]:
