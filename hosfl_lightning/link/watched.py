@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-
 #: Not the same as not there: who reads it is to learn of it.
 _UNREADABLE = (-1, -1, -1)
 
