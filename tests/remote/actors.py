@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def client(spec: dict[str, Any]) -> None:
 
     if at := spec.get("die"):
         end_at(at["round"], at["kind"], at["when"], once(at["flag"]))
+    if slow := spec.get("slow"):
+        handle = Endpoint.handle
+
+        def slowly(self: Endpoint, requests: list[Message]) -> list[Message]:
+            if requests[0].kind == slow["kind"]:
+                time.sleep(slow["seconds"])
+            return handle(self, requests)
+
+        Endpoint.handle = slowly  # type: ignore[method-assign,assignment]
 
     def model(part: str) -> Any:
         return model_of(spec["pretrained"], part=part, **spec.get("recipe", {}))
