@@ -25,6 +25,11 @@ from tests.fleet.pipe_client import LENGTHS, model_of
 from tests.random_tokens import RandomTokens
 
 
+def lengths(clients: int) -> list[list[int]]:
+    """Of the examples of so many clients; of three those of `LENGTHS`."""
+    return [LENGTHS[k % len(LENGTHS)] for k in range(clients)]
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -62,7 +67,7 @@ def client(spec: dict[str, Any]) -> None:
         return model_of(spec["pretrained"], part=part, **spec.get("recipe", {}))
 
     said = join(
-        spec["server"], model, RandomTokens(LENGTHS), spec.get("certs"), name=spec["name"],
+        spec["server"], model, RandomTokens(lengths(spec["clients"])), spec.get("certs"), name=spec["name"],
         insecure="certs" not in spec, state=spec["state"], save_every=spec.get("save_every", 1),
         backoff=Backoff(0.05, 0.3, spec.get("give_up", 60.0)), notify=lambda text: print(text, flush=True),
     )  # fmt: skip
@@ -88,13 +93,17 @@ def end_at(round: int, kind: str, when: str, kill: Callable[[], None]) -> None:
 def server(spec: dict[str, Any]) -> None:
     from hosfl_lightning import Orchestrator
     from tests.fleet.test_pipe import CASES
-    from tests.remote.deaths import DieAt
+    from tests.remote.deaths import DieAt, StopAt
 
     case = CASES[spec["case"]]
-    callbacks: list[Any] = [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
+    callbacks: list[Any] = [StopAt(spec["stop"])] if "stop" in spec else []
+    callbacks += [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
     settings = {"max_rounds": 3, "clients_per_round": 2, "val_check_interval": 2, "enable_progress_bar": False}
+    algorithm = case.algorithm()
+    if spec.get("constant_rate"):
+        algorithm.make_scheduler = None
     trainer = Orchestrator(
-        case.algorithm(), **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
+        algorithm, **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
         simulation="per_client", default_root_dir=spec["folder"],
     )  # fmt: skip
     model = model_of(spec["pretrained"], **case.recipe)

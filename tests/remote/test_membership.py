@@ -21,7 +21,7 @@ def test_of_more_clients_than_are_needed_the_first_count(stage: Any) -> None:
     run = stage()
     serve = {"quorum": 3, "oversample": 1}
     server = run.server(serve=serve).start()
-    slow = run.client("cid", slow={"kind": "step_request", "seconds": 1.0}).start()
+    slow = run.client("cid", slow={"kind": "step_request", "seconds": 0.4}).start()
     others = [run.client(name).start() for name in ("ann", "bob")]
     finished(server, slow, *others)
     assert int(float(rows(run)[-1]["fleet/spared"])) == 3
