@@ -161,8 +161,7 @@ class Joined:
         same = self.terms is not None and run_id == self.run_id and terms.endpoint == self.terms.endpoint
         if not same or self.endpoint is None:
             self.terms, self.run_id = terms, run_id
-            self.endpoint = self.build(terms)
-            self.forget()
+            self.endpoint, self._answered = self.build(terms), None
             self._restore()
         return self._holds(terms.round)
 
@@ -203,8 +202,8 @@ class Joined:
 
     def _end(self, message: RoundEnd) -> list[Message]:
         assert self.endpoint is not None and self.terms is not None
-        self._answered = None
         if self.terms.keeps:
+            self._answered = None
             self.endpoint.handle([message])
             return [self._holds(message.round)] if self._moved else []
         self._own(message)
@@ -215,6 +214,7 @@ class Joined:
         assert self.endpoint is not None
         place, counts = (message.round, message.attempt), self.number in message.counted
         if not self._welcome or (counts and place == self._pending):
+            self._answered = None
             self.endpoint.handle([message])
             self._counted, self._pending = (place if counts else self._counted), None
         elif counts and place != self._counted:

@@ -33,6 +33,8 @@ from hosfl_lightning.wire import (
 
 #: What was not taken, by reason, since the server began.
 COUNTED = ("late", "early", "repeated", "unasked", "malformed", "missed", "spared", "turned away")
+#: Batches of a client's validation data that are asked for at most: it says itself how many it has.
+MOST_HELD_OUT = 4096
 #: Seconds between looks at who is allowed, while nothing happens.
 TICK = 0.5
 
@@ -132,7 +134,7 @@ class RemoteFleet(Fleet):
     def hold_out(self, round: int) -> Iterator[SmashedData]:
         self._pump_all()
         self.assemble(self.connected)
-        held = {client: self.admission.members[client].held_out for client in self.own}
+        held = {client: min(self.admission.members[client].held_out, MOST_HELD_OUT) for client in self.own}
         for step in range(max(held.values(), default=0)):
             requests = {client: HeldOutRequest(round, client, step) for client in held if step < held[client]}
             yield from self.ask(requests, SmashedData)

@@ -58,6 +58,8 @@ def client(spec: dict[str, Any]) -> None:
 
         def slowly(self: Endpoint, requests: list[Message]) -> list[Message]:
             if requests[0].kind == slow["kind"]:
+                request: Any = requests[0]
+                print(f"computing {request.kind} {request.round} {getattr(request, 'step', 0)}", flush=True)
                 time.sleep(slow["seconds"])
             return handle(self, requests)
 
