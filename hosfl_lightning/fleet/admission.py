@@ -144,8 +144,8 @@ class Admission:
         self.counts["malformed"] += 1
         member.bad += 1
         if member.bad >= self.bad_frames:
-            self.notify(f"{member.name or member.stream.address} sends what is no message ({error:.200}): turned out")
-            self.turn_out(member, f"{member.bad} frames were no messages, the last: {error:.200}", final=False)
+            self.notify(f"{member.name or member.stream.address} sends what is no message ({error!s:.200}): turned out")
+            self.turn_out(member, f"{member.bad} frames were no messages, the last: {error!s:.200}", final=False)
 
     def look(self) -> None:
         """Who is not allowed any more, or does not say who it is, leaves."""
@@ -214,8 +214,8 @@ class Admission:
                 return self._bring(member, request)
         except WireError as error:
             self.counts["malformed"] += 1
-            self.notify(f"{member.name or member.stream.address} is not let in: {error:.200}")
-            self.turn_out(member, f"{error:.300}")
+            self.notify(f"{member.name or member.stream.address} is not let in: {error!s:.200}")
+            self.turn_out(member, f"{error!s:.300}")
         return False, False
 
     def _introduce(self, member: Member, hello: Hello) -> None:
