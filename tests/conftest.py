@@ -29,6 +29,7 @@ VOCAB = 260  # of the byte tokenizer
 def pytest_addoption(parser: pytest.Parser) -> None:
     """How long the tests run that draw their cases at random."""
     parser.addoption("--fuzz", type=int, default=5000, help="damaged frames that the fuzz test decodes")
+    parser.addoption("--soak", type=float, default=0, metavar="S", help="seconds of kills of remote clients and server")
     parser.addoption("--kills", type=int, default=5, metavar="N", help="SIGKILLs of a run")
 
 

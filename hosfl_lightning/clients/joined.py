@@ -185,7 +185,7 @@ class Joined:
         assert self.endpoint is not None
         self.endpoint.forget()
         load_state(self.endpoint.client.optimizer, snapshot.tensors, snapshot.step)
-        self.incarnation, self._moved = snapshot.incarnation, True
+        self.incarnation, self._moved, self._answered = snapshot.incarnation, True, None
         self._save()
 
     # ---- the rounds

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
+from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import client_state, state_digest
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel
@@ -214,6 +215,8 @@ class Admission:
             if other is not member and other.number == number:
                 self.notify(f"{name} has connected anew: the connection before is closed")
                 self.turn_out(other, f"another connection of {name} has taken its place")
+        if hello.package != __version__:
+            self.notify(f"{name} runs version {hello.package:.40}, this server {__version__}")
         member.name, member.number, member.session, member.stage = name, number, hello.session, "joining"
         self._tell(member, replace(self.terms, round=self.round, client=number))
 

@@ -17,7 +17,19 @@ from hosfl_lightning.fleet.conversation import Conversation, Exchange, digest
 from hosfl_lightning.fleet.member import Member, Membership, listed
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.link.reception import Event
-from hosfl_lightning.wire import Message, RoundEnd, StepRequest, Update, Weights, WireError, decode, encode, peek
+from hosfl_lightning.wire import (
+    HeldOutRequest,
+    Message,
+    RoundEnd,
+    SmashedData,
+    StepRequest,
+    Update,
+    Weights,
+    WireError,
+    decode,
+    encode,
+    peek,
+)
 
 #: What was not taken, by reason, since the server began.
 COUNTED = ("late", "early", "repeated", "unasked", "malformed", "missed", "spared", "turned away")
@@ -62,6 +74,7 @@ class RemoteFleet(Fleet):
     def gather_quorum(self, round: int, asked: int) -> float:
         began = time.monotonic()
         quorum = self.membership.quorum or asked
+        self.take_first = asked if self.membership.oversample else None
         self.conversations = {}
         self.admission.round = round
         self._pump_all()
@@ -114,6 +127,16 @@ class RemoteFleet(Fleet):
     @override
     def abandon(self) -> None:
         self.endpoint.forget()
+
+    @override
+    def hold_out(self, round: int) -> Iterator[SmashedData]:
+        self._pump_all()
+        self.assemble(self.connected)
+        held = {client: self.admission.members[client].held_out for client in self.own}
+        for step in range(max(held.values(), default=0)):
+            requests = {client: HeldOutRequest(round, client, step) for client in held if step < held[client]}
+            yield from self.ask(requests, SmashedData)
+        self.assemble([])
 
     @override
     def catches_up_with(self, records: Returns) -> None:

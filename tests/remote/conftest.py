@@ -149,7 +149,7 @@ class Stage:
     def client(self, name: str, **spec: Any) -> Actor:
         fixed = {
             "server": self.address, "name": name, "state": str(self.folder / f"state_{name}"),
-            "pretrained": self.pretrained, "recipe": CASES[self.case].recipe,
+            "pretrained": self.pretrained, "recipe": CASES[self.case].recipe, "clients": len(self.names),
         }  # fmt: skip
         return Actor(self.nursery, "client", {**fixed, **spec}, self.folder, name)
 
