@@ -38,6 +38,9 @@ def main(args: list[str]) -> None:
         said = join(model=model, data=_made("data", given.data), **own)
     except (TurnedAwayError, ServerGoneError, TermsError) as error:
         fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = ("interrupted; the same command goes on",)
+        raise
     print(said)
 
 
