@@ -1,0 +1,69 @@
+"""The reference: gRPC alone, a server and clients that move frames of given sizes and look at none.
+
+As many messages as a round of ours has, of the same lengths, and the same barriers: every client is asked, then all
+answers are awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from benchmarks.remote_children import Talk
+from hosfl_lightning.link.limits import METHOD
+
+#: A round: what goes down, and what comes up in answer.
+EXCHANGES = (("step_request", "smashed_data"), ("multiplier", "projected_gradients"), ("update", None))
+
+
+async def serve(talk: Talk, clients: int, sizes: dict[str, int], credentials: Any, options: Any) -> None:
+    """Rounds, as many as are ordered, with all clients."""
+    streams: list[Any] = []
+    frames = {kind: bytes(size) for kind, size in sizes.items()}
+
+    async def enter(_: Any, context: Any) -> None:
+        streams.append(context)
+        await asyncio.Event().wait()
+
+    server = grpc.aio.server(options=options)
+    service, _, method = METHOD.strip("/").partition("/")
+    handler = {method: grpc.stream_stream_rpc_method_handler(enter)}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, handler)])
+    add = server.add_insecure_port if credentials is None else server.add_secure_port
+    port = add("127.0.0.1:0", *([] if credentials is None else [credentials]))
+    await server.start()
+    talk.say(port=port)
+    while len(streams) < clients:
+        await asyncio.sleep(0.01)
+    while (order := await asyncio.to_thread(talk.hear)) is not None:
+        ends = [time.perf_counter()]
+        for _ in range(order["steps"]):
+            for down, up in EXCHANGES:
+                await asyncio.gather(*(stream.write(frames[down]) for stream in streams))
+                if up is not None:
+                    await asyncio.gather(*(stream.read() for stream in streams))
+            ends.append(time.perf_counter())
+        talk.say(ends=ends)
+
+
+def take_part(server: str, sizes: dict[str, int], credentials: Any, options: Any) -> None:
+    """A client: each frame is answered by the next of its frames."""
+    outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def sent() -> Iterator[bytes]:
+        while True:
+            yield outbox.get()
+
+    answers = cycle([up and bytes(sizes[up]) for _, up in EXCHANGES])
+    channel = grpc.insecure_channel(server, options) if credentials is None else grpc.secure_channel(
+        server, credentials, options)  # fmt: skip
+    for _, answer in zip(channel.stream_stream(METHOD)(sent()), answers):
+        if answer is not None:
+            outbox.put(answer)
