@@ -7,6 +7,7 @@ answers are awaited.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import time
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ EXCHANGES = (("step_request", "smashed_data"), ("multiplier", "projected_gradien
 async def serve(talk: Talk, clients: int, sizes: dict[str, int], credentials: Any, options: Any) -> None:
     """Rounds, as many as are ordered, with all clients."""
     streams: list[Any] = []
-    frames = {kind: bytes(size) for kind, size in sizes.items()}
+    frames = {kind: os.urandom(size) for kind, size in sizes.items()}
 
     async def enter(_: Any, context: Any) -> None:
         streams.append(context)
@@ -61,7 +62,7 @@ def take_part(server: str, sizes: dict[str, int], credentials: Any, options: Any
         while True:
             yield outbox.get()
 
-    answers = cycle([up and bytes(sizes[up]) for _, up in EXCHANGES])
+    answers = cycle([up and os.urandom(sizes[up]) for _, up in EXCHANGES])
     channel = grpc.insecure_channel(server, options) if credentials is None else grpc.secure_channel(
         server, credentials, options)  # fmt: skip
     for _, answer in zip(channel.stream_stream(METHOD)(sent()), answers):
