@@ -35,6 +35,10 @@ class Talk:
         print(json.dumps(answer), file=self._answers, flush=True)
 
 
+#: The parent's ends of all pipes that are open.
+_OURS: set[int] = set()
+
+
 class Child:
     """A process of its own, in which ``role`` runs; nothing here may have started gRPC.
 
@@ -48,11 +52,12 @@ class Child:
     def __init__(self, role: Callable[[Talk], None], log: Path, threads: int = 1, cores: set[int] | None = None) -> None:
         orders, mine = os.pipe()
         yours, answers = os.pipe()
+        _OURS.update((mine, yours))
         self.log, self.began = log, time.monotonic()
         self.pid = os.fork()
         if not self.pid:
-            os.close(mine)
-            os.close(yours)
+            for end in _OURS:  # those of its siblings too: else none would hear that there are no more orders
+                os.close(end)
             _live(role, Talk(orders, answers), log, threads, cores)
         os.close(orders)
         os.close(answers)
@@ -78,14 +83,15 @@ class Child:
         self.order(**order)
         return self.answer()
 
-    def wait(self) -> None:
-        """Until it ends, well.
+    def end(self) -> None:
+        """There are no more orders; wait until it ends, well.
 
         Raises:
             RuntimeError: It ended badly.
         """
+        self._stop_talking()
         _, status = os.waitpid(self.pid, 0)
-        self._close()
+        self.pid = 0
         if status:
             raise RuntimeError(f"a process has ended with {status}:\n{self.log.read_text()}")
 
@@ -95,10 +101,11 @@ class Child:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-            self._close()
+            self._stop_talking()
+            self.pid = 0
 
-    def _close(self) -> None:
-        self.pid = 0
+    def _stop_talking(self) -> None:
+        _OURS.difference_update((self._orders.fileno(), self._answers.fileno()))
         for end in (self._orders, self._answers):
             with suppress(OSError):
                 end.close()
