@@ -6,7 +6,6 @@ import cProfile
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from hosfl_lightning.fleet.admission import Admission
 from hosfl_lightning.fleet.channel import Channel
 from hosfl_lightning.fleet.member import Membership
 from hosfl_lightning.fleet.remote import RemoteFleet
+from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.credentials import Site
 from hosfl_lightning.link.gate import Gate
 from hosfl_lightning.link.limits import Limits
@@ -38,7 +38,7 @@ LIMITS = Limits(handshakes=1 << 20)
 
 
 @dataclass(frozen=True)
-class Site_:
+class Stage:
     """Where a run without a model takes place.
 
     Attributes:
@@ -52,6 +52,19 @@ class Site_:
     names: list[str]
     secure: bool
     shape: tuple[int, int, int]
+
+    @classmethod
+    def built(cls, folder: Path, clients: int, secure: bool, shape: tuple[int, int, int]) -> Stage:
+        """In an empty folder: the list of clients, and certificates if they are needed."""
+        stage = cls(folder, [f"client_{number}" for number in range(clients)], secure, shape)
+        folder.mkdir()
+        (folder / "clients.yaml").write_text("".join(f"{i}: {name}\n" for i, name in enumerate(stage.names)))
+        if secure:
+            authority = Authority.make(folder / "ca")
+            authority.server(["127.0.0.1"], folder / "server")
+            for name in stage.names:
+                authority.client(name, folder / name)
+        return stage
 
     def server_credentials(self) -> Any:
         """gRPC's."""
@@ -88,15 +101,15 @@ class Prepared(Endpoint):
         return []
 
 
-def client(site: Site_, name: str, port: int) -> None:
+def client(stage: Stage, name: str, port: int, _: Talk | None = None) -> None:
     """One of the clients, as `hosfl_lightning.join` connects it."""
-    joined = Joined(name, __version__, lambda terms: Prepared(site.shape))
-    Connection(f"127.0.0.1:{port}", site.client_credentials(name), joined).run()
+    joined = Joined(name, __version__, lambda terms: Prepared(stage.shape))
+    Connection(f"127.0.0.1:{port}", stage.client_credentials(name), joined).run()
 
 
-def crowd(site: Site_, port: int) -> None:
-    """All of the clients in one process, a thread each."""
-    threads = [threading.Thread(target=client, args=(site, name, port), daemon=True) for name in site.names]
+def crowd(stage: Stage, names: list[str], port: int, _: Talk) -> None:
+    """Some of the clients in one process, a thread each."""
+    threads = [threading.Thread(target=client, args=(stage, name, port), daemon=True) for name in names]
     for thread in threads:
         thread.start()
         time.sleep(0.02)
@@ -107,16 +120,16 @@ def crowd(site: Site_, port: int) -> None:
 class Host:
     """The server: takes orders, and does nothing between them."""
 
-    def __init__(self, site: Site_, port: int, talk: Talk) -> None:
-        self.site, self.talk, self.arrivals = site, talk, list[float]()
-        gate = Gate(str(site.folder / "clients.yaml"), str(site.folder / "server") if site.secure else None)
+    def __init__(self, stage: Stage, port: int, talk: Talk) -> None:
+        self.stage, self.talk, self.arrivals = stage, talk, list[float]()
+        gate = Gate(str(stage.folder / "clients.yaml"), str(stage.folder / "server") if stage.secure else None)
         reception = Reception(f"127.0.0.1:{port}", gate.server_credentials(), LIMITS)
         listening = time.monotonic()
-        endpoint, self.channel, self.round = Prepared(site.shape), Channel(serialize=True), 0
+        endpoint, self.channel, self.round = Prepared(stage.shape), Channel(serialize=True), 0
         admission = Admission(reception, gate, TERMS, self.channel, endpoint.client.optimizer, self.notify)
         self.fleet = RemoteFleet(endpoint, self.channel, admission, Membership())
-        multiplier = Multiplier.pack(0, 0, *(lambda unpacked: (unpacked[0], unpacked[2]))(endpoint.z.unpack()))
-        self.multiplier = multiplier
+        z, _, mask = endpoint.z.unpack()
+        self.multiplier = Multiplier.pack(0, 0, z, mask)
         talk.say(port=reception.port, listening=listening)
 
     def notify(self, text: str) -> None:
@@ -150,7 +163,7 @@ class Host:
         """z up, λ down, scalars up, the update down."""
         fleet, round = self.fleet, self.round
         self.channel.clear()
-        fleet.gather_quorum(round, len(self.site.names))
+        fleet.gather_quorum(round, len(self.stage.names))
         clients = fleet.connected
         fleet.assemble(clients)
         z = fleet.ask({k: StepRequest(round, k) for k in clients}, SmashedData)
@@ -168,15 +181,10 @@ class Host:
         return {"rss": pages * os.sysconf("SC_PAGE_SIZE")}
 
 
-def host(site: Site_, port: int, talk: Talk) -> None:
+def host(stage: Stage, port: int, talk: Talk) -> None:
     """A `Host` until there are no more orders."""
-    served = Host(site, port, talk)
+    served = Host(stage, port, talk)
     for order in talk:
         what = order.pop("do")
         talk.say(**getattr(served, what)(**order))
     served.fleet.close("the run is over", over=True)
-
-
-def names(count: int) -> Iterator[str]:
-    """Of clients."""
-    return (f"client_{number}" for number in range(count))
