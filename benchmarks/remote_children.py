@@ -105,6 +105,8 @@ class Child:
             self.pid = 0
 
     def _stop_talking(self) -> None:
+        if self._orders.closed:
+            return
         _OURS.difference_update((self._orders.fileno(), self._answers.fileno()))
         for end in (self._orders, self._answers):
             with suppress(OSError):

@@ -17,7 +17,7 @@ def proxy(port: int, talk: Talk) -> None:
     talk.say(port=listening.getsockname()[1])
     threading.Thread(target=_accept, args=(listening, port, counts), daemon=True).start()
     for _ in talk:
-        talk.say(**sum(counts, Counter(up=0, down=0)))
+        talk.say(**{direction: sum(count[direction] for count in counts) for direction in ("up", "down")})
 
 
 def _accept(listening: socket.socket, port: int, counts: list[Counter[str]]) -> None:
