@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from hosfl_lightning.wire import (
     Snapshot,
     Terms,
     Update,
+    checksum,
     decode,
     encode,
     peek,
@@ -96,7 +96,7 @@ class Joined:
         self.run_id = bytes(16)
         self.incarnation = ""
         self.rounds = 0
-        self._answered: tuple[bytes, bytes] | None = None  # digest of the last request, and the answer's frame
+        self._answered: tuple[bytes, bytes] | None = None  # checksum of the last request, and the answer's frame
         self._moved = False  # since it said what it holds
         self._last_round = -1
         self._welcome = False  # the next RoundEnd says which own state counts
@@ -230,7 +230,7 @@ class Joined:
 
     def _answer(self, request: Any, frame: bytes) -> bytes:
         assert self.endpoint is not None
-        key = blake2b(frame, digest_size=16).digest()
+        key = checksum(frame)  # `handle` has verified it
         if self._answered is not None and self._answered[0] == key:
             return self._answered[1]
         answer: Message

@@ -13,7 +13,7 @@ from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.admission import Admission
 from hosfl_lightning.fleet.base import Fleet, objection
 from hosfl_lightning.fleet.channel import Channel
-from hosfl_lightning.fleet.conversation import Conversation, Exchange, digest
+from hosfl_lightning.fleet.conversation import Conversation, Exchange
 from hosfl_lightning.fleet.member import Member, Membership, listed
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.link.reception import Event
@@ -26,6 +26,7 @@ from hosfl_lightning.wire import (
     Update,
     Weights,
     WireError,
+    checksum,
     decode,
     encode,
     peek,
@@ -239,7 +240,7 @@ class RemoteFleet(Fleet):
             self.admission.counts["unasked"] += 1
             return
         conversation.answered += 1
-        known, exchange.digest = exchange.digest, digest(frame)
+        known, exchange.digest = exchange.digest, checksum(frame)
         reason = objection(exchange.request, message, exchange.expected)
         if reason is None and known not in (None, exchange.digest):
             reason = "it came back and answers with other bits than before"
