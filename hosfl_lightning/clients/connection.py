@@ -14,7 +14,7 @@ from hosfl_lightning.clients.endpoint import TermsError
 from hosfl_lightning.clients.joined import Farewell, Joined, OutOfStepError
 from hosfl_lightning.link.extra import remote_extra
 from hosfl_lightning.link.limits import METHOD, Limits
-from hosfl_lightning.wire import Bye, WireError, encode
+from hosfl_lightning.wire import Bye, VersionError, WireError, encode
 
 with remote_extra():
     import grpc
@@ -106,7 +106,7 @@ class Connection:
             time.sleep(pause)
 
     def _stream(self) -> tuple[bool, str]:
-        """One stream, from hello to its end: whether anything was heard, and why it ended."""
+        """One stream, from hello to its end: whether anything was understood, and why it ended."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         heard = False
         with self._channel() as channel:
@@ -116,13 +116,17 @@ class Connection:
                 for frame in call:
                     if not heard:
                         self.notify(f"connected to {self.server}")
-                    heard = True
                     for answer in self.joined.handle(frame):
                         outbox.put(answer)
+                    heard = True
                 return heard, "the line was cut"
             except grpc.RpcError as error:
                 return heard, _reason(error)
             except (OutOfStepError, WireError) as error:
+                if isinstance(error, VersionError) and not heard:
+                    raise TurnedAwayError(
+                        f"{self.server}: {error}; the same version of hosfl_lightning must run on both"
+                    ) from error
                 self.joined.forget()
                 return heard, f"{type(error).__name__}: {error}"
             except Farewell:
