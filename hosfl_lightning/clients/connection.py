@@ -170,7 +170,8 @@ class Connection:
         """Say that this client goes: nothing of its data, which an error may quote."""
         why = str(error) if isinstance(error, TermsError) else type(error).__name__
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        outbox.put(encode(Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)))
+        bye = Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)
+        outbox.put(encode(bye, self.joined.run_id))
         outbox.put(None)
         self.joined.rest()
         with suppress(Exception):  # the server closes its side when it has read this

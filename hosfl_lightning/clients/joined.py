@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from hosfl_lightning.wire import (
     Snapshot,
     Terms,
     Update,
+    checksum,
     decode,
     encode,
     peek,
@@ -96,7 +96,7 @@ class Joined:
         self.run_id = bytes(16)
         self.incarnation = ""
         self.rounds = 0
-        self._answered: tuple[bytes, bytes] | None = None  # digest of the last request, and the answer's frame
+        self._answered: tuple[bytes, bytes] | None = None  # checksum of the last request, and the answer's frame
         self._moved = False  # since it said what it holds
         self._last_round = -1
         self._welcome = False  # the next RoundEnd says which own state counts
@@ -161,8 +161,7 @@ class Joined:
         same = self.terms is not None and run_id == self.run_id and terms.endpoint == self.terms.endpoint
         if not same or self.endpoint is None:
             self.terms, self.run_id = terms, run_id
-            self.endpoint = self.build(terms)
-            self.forget()
+            self.endpoint, self._answered = self.build(terms), None
             self._restore()
         return self._holds(terms.round)
 
@@ -203,8 +202,8 @@ class Joined:
 
     def _end(self, message: RoundEnd) -> list[Message]:
         assert self.endpoint is not None and self.terms is not None
-        self._answered = None
         if self.terms.keeps:
+            self._answered = None
             self.endpoint.handle([message])
             return [self._holds(message.round)] if self._moved else []
         self._own(message)
@@ -215,6 +214,7 @@ class Joined:
         assert self.endpoint is not None
         place, counts = (message.round, message.attempt), self.number in message.counted
         if not self._welcome or (counts and place == self._pending):
+            self._answered = None
             self.endpoint.handle([message])
             self._counted, self._pending = (place if counts else self._counted), None
         elif counts and place != self._counted:
@@ -230,7 +230,7 @@ class Joined:
 
     def _answer(self, request: Any, frame: bytes) -> bytes:
         assert self.endpoint is not None
-        key = blake2b(frame, digest_size=16).digest()
+        key = checksum(frame)  # `handle` has verified it
         if self._answered is not None and self._answered[0] == key:
             return self._answered[1]
         answer: Message

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from typing import Any
 
-from hosfl_lightning.wire import Message
+from hosfl_lightning.wire import Message, checksum
 
 
 @dataclass
@@ -18,7 +17,7 @@ class Exchange:
         request: What was asked.
         frame: As it was sent.
         expected: The kinds that an answer may have.
-        digest: Of the answer's bytes; None: there is none yet.
+        digest: The answer's `checksum`; None: there is none yet.
     """
 
     request: Any
@@ -62,10 +61,5 @@ class Conversation:
         return self.exchanges[self.answered] if self.answered < len(self.exchanges) else None
 
     def knows(self, frame: bytes) -> bool:
-        """Whether this very answer was received before, on the present connection."""
-        return digest(frame) in {exchange.digest for exchange in self.exchanges[: self.answered]}
-
-
-def digest(frame: bytes) -> bytes:
-    """16 bytes by which an answer is known again."""
-    return blake2b(frame, digest_size=16).digest()
+        """Whether this very answer, which is verified, was received before, on the present connection."""
+        return checksum(frame) in {exchange.digest for exchange in self.exchanges[: self.answered]}

@@ -13,7 +13,7 @@ from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.admission import Admission
 from hosfl_lightning.fleet.base import Fleet, objection
 from hosfl_lightning.fleet.channel import Channel
-from hosfl_lightning.fleet.conversation import Conversation, Exchange, digest
+from hosfl_lightning.fleet.conversation import Conversation, Exchange
 from hosfl_lightning.fleet.member import Member, Membership, listed
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.link.reception import Event
@@ -26,6 +26,7 @@ from hosfl_lightning.wire import (
     Update,
     Weights,
     WireError,
+    checksum,
     decode,
     encode,
     peek,
@@ -33,6 +34,8 @@ from hosfl_lightning.wire import (
 
 #: What was not taken, by reason, since the server began.
 COUNTED = ("late", "early", "repeated", "unasked", "malformed", "missed", "spared", "turned away")
+#: Batches of a client's validation data that are asked for at most: it says itself how many it has.
+MOST_HELD_OUT = 4096
 #: Seconds between looks at who is allowed, while nothing happens.
 TICK = 0.5
 
@@ -132,7 +135,7 @@ class RemoteFleet(Fleet):
     def hold_out(self, round: int) -> Iterator[SmashedData]:
         self._pump_all()
         self.assemble(self.connected)
-        held = {client: self.admission.members[client].held_out for client in self.own}
+        held = {client: min(self.admission.members[client].held_out, MOST_HELD_OUT) for client in self.own}
         for step in range(max(held.values(), default=0)):
             requests = {client: HeldOutRequest(round, client, step) for client in held if step < held[client]}
             yield from self.ask(requests, SmashedData)
@@ -237,7 +240,7 @@ class RemoteFleet(Fleet):
             self.admission.counts["unasked"] += 1
             return
         conversation.answered += 1
-        known, exchange.digest = exchange.digest, digest(frame)
+        known, exchange.digest = exchange.digest, checksum(frame)
         reason = objection(exchange.request, message, exchange.expected)
         if reason is None and known not in (None, exchange.digest):
             reason = "it came back and answers with other bits than before"

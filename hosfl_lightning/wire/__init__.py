@@ -4,7 +4,7 @@ from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
-from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, peek
+from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, checksum, peek
 from hosfl_lightning.wire.errors import (
     AddressError,
     ChecksumError,
@@ -67,6 +67,7 @@ __all__ = [
     "Weights",
     "WireError",
     "check_finite",
+    "checksum",
     "decode",
     "encode",
     "encoded_size",

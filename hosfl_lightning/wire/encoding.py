@@ -47,17 +47,9 @@ def encode(message: Message, run_id: bytes = bytes(16)) -> bytes:
     """
     message.check()
     values, tensors = _take_apart(message)
-    header, starts, size = _lay_out(message, values, tensors)
-    frame = bytearray(ENVELOPE_BYTES + size)
-    begin = ENVELOPE_BYTES + len(header)
-    frame[ENVELOPE_BYTES:begin] = header
-    for name, tensor in tensors.items():
-        tensor = _pack_bits(tensor) if tensor.dtype == torch.bool else tensor.detach().reshape(-1)
-        if tensor.numel():
-            place = torch.frombuffer(frame, dtype=tensor.dtype, count=tensor.numel(), offset=begin + starts[name])
-            place.copy_(tensor)
-    seal(frame, message.kind, message.round, getattr(message, "client", None), run_id)
-    return bytes(frame)
+    header, starts, _ = _lay_out(message, values, tensors)
+    parts = [header, *(_buffer(tensors[name]) for name in starts)]
+    return seal(parts, message.kind, message.round, getattr(message, "client", None), run_id)
 
 
 def encoded_size(message: Message) -> int:
@@ -206,6 +198,12 @@ def _unpack_all_bits(tensors: dict[str, Tensor], bits: dict[str, Any], limit: in
     if numel * _LEAST_UNPACKED > limit:
         raise TooLargeError(f"packed bits: {numel} elements would unpack to more than the limit of {limit} bytes")
     return tensors | {name: _unpack_bits(tensors[name], shape) for name, shape in bits.items()}
+
+
+def _buffer(tensor: Tensor) -> Any:
+    """The bytes of a tensor as they travel, shared with it where they can be."""
+    tensor = _pack_bits(tensor) if tensor.dtype == torch.bool else tensor.detach().reshape(-1)
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _pack_bits(mask: Tensor) -> Tensor:

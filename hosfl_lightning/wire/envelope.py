@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from hosfl_lightning.wire.errors import (
     AddressError,
@@ -81,13 +82,19 @@ def peek(data: bytes, limit: int = LIMIT) -> Envelope:
     return Envelope(_KINDS[code], round, client - 1 if client else None, run_id, length)
 
 
+def checksum(data: bytes) -> bytes:
+    """The SHA-256 that a frame carries. Of frames that are verified: equal ones are equal in every byte."""
+    return bytes(data[_FIXED.size : ENVELOPE_BYTES])
+
+
 def verify(data: bytes) -> None:
     """Recomputes the checksum of a whole frame.
 
     Raises:
         ChecksumError: It is another one.
     """
-    if _digest(data) != data[_FIXED.size : ENVELOPE_BYTES]:
+    view = memoryview(data)
+    if _digest([view[: _FIXED.size], view[ENVELOPE_BYTES:]]) != checksum(data):
         raise ChecksumError("the frame's SHA-256 does not match: it was changed on the way")
 
 
@@ -108,8 +115,8 @@ def check_address(
             raise AddressError(f"{envelope.kind}: expected {name} {expected!r}, got {got!r}")
 
 
-def seal(frame: bytearray, kind: str, round: int, client: int | None, run_id: bytes) -> None:
-    """Writes the fixed part in front of the payload, which is in its place already.
+def seal(parts: Sequence[Any], kind: str, round: int, client: int | None, run_id: bytes) -> bytes:
+    """A frame: the fixed part, and behind it the payload, which comes in parts, contiguous buffers; one copy is made.
 
     Raises:
         FieldError: A value that the fixed part cannot hold.
@@ -117,16 +124,16 @@ def seal(frame: bytearray, kind: str, round: int, client: int | None, run_id: by
     if len(run_id) != RUN_ID_BYTES:
         raise FieldError(f"run_id must have {RUN_ID_BYTES} bytes, got {len(run_id)}")
     addressee = 0 if client is None else client + 1
-    length = len(frame) - ENVELOPE_BYTES
+    length = sum(memoryview(part).nbytes for part in parts)
     try:
-        _FIXED.pack_into(frame, 0, MAGIC, PROTOCOL, _CODES[kind], 0, round, addressee, run_id, length)
+        fixed = _FIXED.pack(MAGIC, PROTOCOL, _CODES[kind], 0, round, addressee, run_id, length)
     except struct.error:
         raise FieldError(f"{kind}: round {round} or client {client} does not fit in 32 bits") from None
-    frame[_FIXED.size : ENVELOPE_BYTES] = _digest(frame)
+    return b"".join([fixed, _digest([fixed, *parts]), *parts])
 
 
-def _digest(frame: bytes | bytearray) -> bytes:
-    view = memoryview(frame)
-    digest = hashlib.sha256(view[: _FIXED.size])
-    digest.update(view[ENVELOPE_BYTES:])
+def _digest(parts: Sequence[Any]) -> bytes:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
     return digest.digest()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from hosfl_lightning.clients.endpoint import Endpoint
-from hosfl_lightning.wire import Message
+from hosfl_lightning.wire import Message, envelope
 from tests.fleet.pipe_client import LENGTHS, model_of
 from tests.random_tokens import RandomTokens
 
@@ -51,6 +51,8 @@ def client(spec: dict[str, Any]) -> None:
     from hosfl_lightning.clients.connection import Backoff
     from hosfl_lightning.join import join
 
+    if version := spec.get("protocol"):
+        envelope.PROTOCOL = version
     if at := spec.get("die"):
         end_at(at["round"], at["kind"], at["when"], once(at["flag"]))
     if slow := spec.get("slow"):
@@ -58,6 +60,8 @@ def client(spec: dict[str, Any]) -> None:
 
         def slowly(self: Endpoint, requests: list[Message]) -> list[Message]:
             if requests[0].kind == slow["kind"]:
+                request: Any = requests[0]
+                print(f"computing {request.kind} {request.round} {getattr(request, 'step', 0)}", flush=True)
                 time.sleep(slow["seconds"])
             return handle(self, requests)
 
@@ -91,10 +95,13 @@ def end_at(round: int, kind: str, when: str, kill: Callable[[], None]) -> None:
 
 
 def server(spec: dict[str, Any]) -> None:
-    from hosfl_lightning import Orchestrator
+    from hosfl_lightning import Orchestrator, orchestrator
+    from hosfl_lightning.link.limits import Limits
     from tests.fleet.test_pipe import CASES
     from tests.remote.deaths import DieAt, StopAt
 
+    if limits := spec.get("limits"):
+        orchestrator.Limits = lambda frame_bytes: Limits(frame_bytes, **limits)  # type: ignore[assignment,misc]
     case = CASES[spec["case"]]
     callbacks: list[Any] = [StopAt(spec["stop"])] if "stop" in spec else []
     callbacks += [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]

@@ -70,12 +70,17 @@ def test_a_client_is_killed(case: str, kind: str, when: str, stage: Any, undistu
 
 
 @pytest.mark.parametrize(
-    ("case", "at"),
-    [*(("hosfl", at) for at in STAGES), ("fedavg", "begin"), ("fedavg", "end"), ("splitfed v2", "before_step")],
+    ("case", "round", "at"),
+    [
+        *(("hosfl", 1, at) for at in STAGES),
+        ("fedavg", 2, "begin"),  # right after a checkpoint, in which clients have states of their own
+        ("fedavg", 1, "end"),
+        ("splitfed v2", 1, "before_step"),
+    ],
 )
-def test_the_server_is_killed(case: str, at: str, stage: Any, undisturbed: Any) -> None:
+def test_the_server_is_killed(case: str, round: int, at: str, stage: Any, undisturbed: Any) -> None:
     run = stage(case)
-    deaths = [{"round": 1, "stage": at, "flag": str(run.folder / "died")}]
+    deaths = [{"round": round, "stage": at, "flag": str(run.folder / "died")}]
     server, clients = run.server(deaths=deaths).start(), [client.start() for client in run.clients()]
     fallen([server]).start()
     finished(server, *clients)
