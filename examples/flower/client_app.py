@@ -13,11 +13,16 @@ app = ClientApp()
 
 @app.train()
 def take_part(message: Message, context: Context) -> Message:
-    """Stay with the server until the run is over; what the client keeps lies in the SuperNode's working folder."""
+    """Stay with the server until the run is over; what the client keeps lies in the SuperNode's working folder.
+
+    Raises:
+        ValueError: The node has no number.
+        RuntimeError: ``hosfl join`` could not take part.
+    """
     config, node = context.run_config, context.node_config
-    partition = node.get("partition-id", "")
-    plain = bool(config["insecure"])
-    own = node.get("recipe", "")
+    plain, own, partition = bool(config["insecure"]), node.get("recipe", ""), node.get("partition-id", "")
+    if partition == "" and (plain or not own):
+        raise ValueError("--node-config: give partition-id=K, the client's number in clients.yaml")
     settings = {
         "config": own or file(config["shared"]),
         "server": config["server"],

@@ -15,7 +15,7 @@ from hosfl_lightning.clients.joined import Farewell, Joined, OutOfStepError
 from hosfl_lightning.clients.reasons import reason
 from hosfl_lightning.link.extra import remote_extra
 from hosfl_lightning.link.limits import METHOD, Limits
-from hosfl_lightning.wire import Bye, WireError, encode
+from hosfl_lightning.wire import Bye, VersionError, WireError, encode
 
 with remote_extra():
     import grpc
@@ -120,7 +120,7 @@ class Connection:
         self.notify(f"connected to {self.server}")
 
     def _say_place(self) -> None:
-        if self.joined.terms is not None:
+        if self.joined.terms is not None and self.joined.terms.client is not None:
             self.notify(f"this is client {self.joined.number} of the run")
 
     def _say_how_far(self) -> None:
@@ -130,7 +130,7 @@ class Connection:
             self.notify(f"took part in {self.joined.rounds} round(s) so far")
 
     def _stream(self) -> tuple[bool, str]:
-        """One stream, from hello to its end: whether anything was heard, and why it ended."""
+        """One stream, from hello to its end: whether anything was understood, and why it ended."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         heard = False
         with self._channel() as channel:
@@ -138,11 +138,12 @@ class Connection:
             outbox.put(self.joined.hello())
             try:
                 for frame in call:
-                    first, heard = not heard, True
+                    first = not heard
                     if first:
                         self._say_connected()
                     for answer in self.joined.handle(frame):
                         outbox.put(answer)
+                    heard = True
                     if first:
                         self._say_place()
                     self._say_how_far()
@@ -150,6 +151,10 @@ class Connection:
             except grpc.RpcError as error:
                 return heard, reason(error, self.credentials is not None)
             except (OutOfStepError, WireError) as error:
+                if isinstance(error, VersionError) and not heard:
+                    raise TurnedAwayError(
+                        f"{self.server}: {error}; the same version of hosfl_lightning must run on both"
+                    ) from error
                 self.joined.forget()
                 return heard, f"{type(error).__name__}: {error}"
             except Farewell:

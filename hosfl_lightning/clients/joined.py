@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
+from hosfl_lightning.clients.catch_up import CatchUpError, client_state, load_state, state_digest
 from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.wire import (
@@ -169,8 +169,12 @@ class Joined:
         assert self.endpoint is not None and self.terms is not None
         held = self.state.shared(self.run_id) if self.state is not None and self.terms.keeps else None
         if held is not None:
-            state, version, self.incarnation = held
-            load_state(self.endpoint.client.optimizer, state, version)
+            state, version, incarnation = held
+            try:
+                load_state(self.endpoint.client.optimizer, state, version)
+                self.incarnation = incarnation
+            except CatchUpError as error:
+                self.notify(f"what is on this client's disk is passed over: {error}")
 
     def _holds(self, round: int) -> CatchUpRequest:
         assert self.endpoint is not None and self.terms is not None

@@ -324,6 +324,7 @@ class Admission:
 
     def _came(self, stream: Stream) -> None:
         member = self._peers[stream] = Member(stream)
+        self.gate.refresh()  # who is on the list now: a refusal is final
         try:
             name, member.serial = self.gate.identify(stream)
             member.name = name or ""

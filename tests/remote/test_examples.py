@@ -29,17 +29,8 @@ from tests.remote.conftest import free_port
 
 EXAMPLES = ROOT / "examples" / "remote"
 UNITS = sorted(EXAMPLES.glob("*.service"))
-#: `hosfl`, without the seconds that every call takes to import what certificates do not need.
-COMMAND = """\
-#!{python}
-import sys
-if sys.argv[1] == "certs":
-    from hosfl_lightning.link.command import main
-    main(sys.argv[2:])
-else:
-    from hosfl_lightning.cli import main
-    main()
-"""
+#: `hosfl` as it is installed.
+COMMAND = "#!{python}\nfrom hosfl_lightning.cli import main\n\nmain()\n"
 LITTLE = [
     f"--data.init_args.{name}={value}"
     for name, value in {
