@@ -34,7 +34,8 @@ COMMAND = "#!{python}\nfrom hosfl_lightning.cli import main\n\nmain()\n"
 LITTLE = [
     f"--data.init_args.{name}={value}"
     for name, value in {
-        "max_bytes_per_client": 9000, "validation_bytes_per_client": 1500, "test_bytes_per_client": 1500, "batch_size": 1,
+        "max_bytes_per_client": 9000, "validation_bytes_per_client": 1500, "test_bytes_per_client": 1500,
+        "batch_size": 1,
     }.items()
 ]  # fmt: skip
 
@@ -82,7 +83,9 @@ def test_the_two_commands(shell: Any) -> None:
     heard = clients.communicate(timeout=30)[0]
     assert clients.returncode == 0, heard
     for name in ("lab-a", "lab-b", "lab-c"):
-        assert re.search(rf"^{name}  .*took part in 2 round\(s\)\n(?:.*\n)*?{name}  the run is over$", heard, re.M), heard
+        assert re.search(rf"^{name}  .*took part in 2 round\(s\)\n(?:.*\n)*?{name}  the run is over$", heard, re.M), (
+            heard
+        )
 
 
 def test_the_clients_end_by_ctrl_c(shell: Any) -> None:
@@ -106,7 +109,7 @@ def certificates(folder: Path, *names: str) -> None:
 class TestPython:
     @pytest.mark.filterwarnings("ignore:the two sides of a probe")
     def test_of_the_page_runs(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Word for word but for the address and the size of the data; the server goes on as ModelCheckpoint knows it."""
+        """Word for word but for the address and the size of the data; ModelCheckpoint knows its folder again."""
         monkeypatch.chdir(tmp_path)
         certificates(tmp_path / "certs", "lab-a")
         Path("clients.yaml").write_text("0: lab-a\n")
@@ -189,7 +192,9 @@ class TestCommands:
             understood(line.removeprefix("hosfl "), capsys)
 
     def test_the_two_recipes_agree(self) -> None:
-        server, client = (yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["model"] for name in ("server", "client"))
+        server, client = (
+            yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())["model"] for name in ("server", "client")
+        )
         del server["init_args"]["optimizer"]
         assert server == client
 
