@@ -7,10 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import wandb
-
-from hosfl_lightning.recipe import USER_ERRORS, command, fail, process
-
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
 
@@ -22,6 +18,29 @@ def main(args: list[str] | None = None) -> None:
     """
     args = sys.argv[1:] if args is None else args
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
+    (_certs if args[:1] == ["certs"] else _run)(args)
+
+
+def _certs(args: list[str]) -> None:
+    """Apart from the rest, whose imports take seconds: it needs the extra ``remote`` alone."""
+    try:
+        from hosfl_lightning.link.command import main as certs
+
+        certs(args[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, ImportError) as error:
+        if os.environ.get("HOSFL_TRACEBACK"):
+            raise
+        print(f"hosfl: error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _run(args: list[str]) -> None:
+    import wandb
+
+    from hosfl_lightning.recipe import USER_ERRORS, command, fail, process
+
     try:
         if args[:1] and args[0] in COMPARISONS:
             # Here, since it draws pictures: no other command has to wait for that library.
@@ -32,11 +51,6 @@ def main(args: list[str] | None = None) -> None:
             from hosfl_lightning.client_command import main as join
 
             join(args[1:])
-        elif args[:1] == ["certs"]:
-            # Here, since it needs the extra `remote`.
-            from hosfl_lightning.link.command import main as certs
-
-            certs(args[1:])
         else:
             command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:

@@ -120,7 +120,7 @@ class Connection:
         self.notify(f"connected to {self.server}")
 
     def _say_place(self) -> None:
-        if self.joined.terms is not None:
+        if self.joined.terms is not None and self.joined.terms.client is not None:
             self.notify(f"this is client {self.joined.number} of the run")
 
     def _say_how_far(self) -> None:

@@ -27,8 +27,8 @@ _MEANINGS: list[tuple[str, str]] = [
 ]
 _CLOSED = "Socket closed", "Connection reset by peer"
 _REFUSES = (
-    "it closes the line at once: it does not accept this site's certificate (is it of the server's CA, and valid by the "
-    "server's clock?), or is no hosfl server"
+    "it closes the line at once: it does not accept this site's certificate (is it of the server's CA, and valid by "
+    "the server's clock?), or is no hosfl server"
 )
 _WANTS_TLS = "it closes the line at once: if it wants certificates, give --certs and no --insecure"
 _LONGEST = 300

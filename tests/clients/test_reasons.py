@@ -113,8 +113,8 @@ def test_another_program_answers() -> None:
     [
         ("Stream removed (Socket closed)", "the line was cut"),
         ("Stream removed (ping timeout)", "it does not answer any more"),
-        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:8470: Failed to connect to remote host: "
-         "getsockopt(SO_ERROR): Connection timed out", "is the port open in the firewall"),
+        ("failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:8470: Failed to connect to remote "
+         "host: getsockopt(SO_ERROR): Connection timed out", "is the port open in the firewall"),
         ("errors resolving nowhere.invalid:8470: [field:hostname lookup error:address lookup failed for "
          "nowhere.invalid:8470: Domain name not found]", "no address is known for this name"),
         ("last error: UNAVAILABLE: ipv4:127.0.0.1:1: Handshake read failed (Endpoint closing)", "frozen"),
@@ -143,5 +143,5 @@ def test_it_is_said_once_and_then_once_a_minute(monkeypatch: pytest.MonkeyPatch)
 def test_an_address_needs_a_port(tmp_path: Path) -> None:
     from hosfl_lightning.join import join
 
-    with pytest.raises(ValueError, match="--server must be HOST:PORT, got 'fl.example.org'"):
+    with pytest.raises(ValueError, match=r"--server must be HOST:PORT, got 'fl\.example\.org'"):
         join("fl.example.org", None, None, str(tmp_path))  # type: ignore[arg-type]
