@@ -21,6 +21,7 @@ def main(args: list[str] | None = None) -> None:
     Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
     """
     args = sys.argv[1:] if args is None else args
+    args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
     try:
         if args[:1] and args[0] in COMPARISONS:
             # Here, since it draws pictures: no other command has to wait for that library.

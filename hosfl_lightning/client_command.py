@@ -12,8 +12,8 @@ from hosfl_lightning.recipe import Parser, fail
 
 DESCRIPTION = """\
 Take part in a run that hosfl serve offers on another machine. The recipe has two keys, `model` and `data`: the
-server's model, cut and adapters, and the data of this machine, which never leaves it. Whatever is cut or killed,
-start the same command again: it goes on where it was.
+server's model, cut and adapters, and the data of this machine, of which z and the labels travel. Whatever is cut or
+killed, start the same command again: it goes on where it was.
 """
 
 
@@ -38,6 +38,9 @@ def main(args: list[str]) -> None:
         said = join(model=model, data=_made("data", given.data), **own)
     except (TurnedAwayError, ServerGoneError, TermsError) as error:
         fail(str(error))
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = ("interrupted; the same command goes on",)
+        raise
     print(said)
 
 

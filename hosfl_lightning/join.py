@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
-from hosfl_lightning.link.loopback import check_plain
+from hosfl_lightning.link.loopback import check_address, check_plain
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.wire import Terms
 
 MakeModel = Callable[[str], SplitModule]
 """The client's model, of which it builds ``part``: ``client``, its half alone, or ``both``."""
+
+
+def say(text: str) -> None:
+    """A line with the time, at once: a log that is read while the client runs has it."""
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
 def join(
@@ -40,7 +46,7 @@ def join(
     give_up: float = 600.0,
     backoff: Backoff | None = None,
     limits: Limits | None = None,
-    notify: Callable[[str], None] = print,
+    notify: Callable[[str], None] = say,
 ) -> str:
     """Take part in the run of a server until it is over.
 
@@ -79,6 +85,7 @@ def join(
         TurnedAwayError: The server does not take this client.
         ServerGoneError: The server was not to be had.
     """
+    check_address(server, "--server")
     site = None if insecure else Site.load(_required(certs), "client")
     if site is None:
         check_plain(server, "--server")

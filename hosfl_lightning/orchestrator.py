@@ -25,7 +25,7 @@ from hosfl_lightning.run.evaluation import Loop, run_evaluation
 from hosfl_lightning.run.face import MetricSink, TrainerFace
 from hosfl_lightning.run.hooks import complete
 from hosfl_lightning.run.nodes import meet
-from hosfl_lightning.run.rebuild import RebuildError, rebuild, write_client
+from hosfl_lightning.run.rebuild import replay
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
@@ -36,7 +36,6 @@ from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.summary import print_table, write_summary
 from hosfl_lightning.run.training import collect, train
 from hosfl_lightning.server import CatchUp
-from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.wire import LIMIT, Codecs
 
 
@@ -186,6 +185,7 @@ class Orchestrator(TrainerFace):
         quorum: int | None = None,
         oversample: int = 0,
         deadline: float = 60.0,
+        keepalive: float = 10.0,
         validate: Literal["server", "clients", "both"] = "server",
         max_frame_bytes: int = LIMIT,
     ) -> None:
@@ -203,12 +203,13 @@ class Orchestrator(TrainerFace):
             quorum: Clients that must be there before a round begins; None: as many as a round asks.
             oversample: How many more a round asks than it needs; the first that answer count.
             deadline: Seconds within which an answer must come; who is late leaves the round.
+            keepalive: Seconds of silence after which the other side is asked whether it is there.
             validate: On the server's own data, on what the clients hold out, or on both.
             max_frame_bytes: Longest message that is sent or taken.
         """
         serving = Serving(
             listen, clients or default_clients(certs), certs, insecure, Membership(quorum, oversample, deadline),
-            Limits(max_frame_bytes), validate,
+            Limits(max_frame_bytes, keepalive=keepalive), validate,
         )  # fmt: skip
         serve(self, serving, model, datamodule, run)
 
@@ -264,19 +265,8 @@ class Orchestrator(TrainerFace):
             ReplayLogError: The log is damaged, or there is none.
             RebuildError: It is not of this model, ends before the round, or gives other bits than the checkpoint holds.
         """
-        log = ReplayLog.read(Path(run) / folder.LOG)
-        rounds = log.rounds if to is None else to
         self.fabric.strategy.precision.convert_module(model)
-        parameters = self.algorithm.parameters(model)
-        rebuild(model, parameters, log, rounds, self.algorithm)
-        report = write_client(model, parameters, self.algorithm.client_holds, log, rounds, Path(run), Path(out))
-        holds = f"client {self.algorithm.client_holds}"
-        print(f"{holds} after {rounds} rounds, from {report['log_bytes']:,} bytes of log, written to {out}")
-        for name in report["equal_to"]:
-            print(f"equal to {name}, bit for bit")
-        if report["differs_from"]:
-            others = ", ".join(report["differs_from"])
-            raise RebuildError(f"the {holds} that the log of {run} gives differs from {others}")
+        replay(model, self.algorithm, Path(run), Path(out), to)
 
     # ---- rounds
 

@@ -27,9 +27,11 @@ VOCAB = 260  # of the byte tokenizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """How long the tests run that draw their cases at random."""
+    """How long the tests run that draw their cases at random, and what some of them need."""
     parser.addoption("--fuzz", type=int, default=5000, help="damaged frames that the fuzz test decodes")
+    parser.addoption("--soak", type=float, default=0, metavar="S", help="seconds of kills of remote clients and server")
     parser.addoption("--kills", type=int, default=5, metavar="N", help="SIGKILLs of a run")
+    parser.addoption("--flower", metavar="PYTHON", help="the python of an environment that has flwr")
 
 
 @pytest.fixture(scope="session")

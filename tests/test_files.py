@@ -78,6 +78,21 @@ def test_a_secret_is_one_before_it_has_a_byte(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir()] == ["a.key"]
 
 
+def test_a_secret_is_not_written_into_what_another_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where another is faster than the one who clears it away."""
+    left = tmp_path / ".a.key.part"
+    left.write_bytes(b"")
+
+    class Racing:
+        def __getattr__(self, name: str) -> Any:
+            return (lambda path: left.write_bytes(b"")) if name == "unlink" else getattr(os, name)
+
+    monkeypatch.setattr(files, "os", Racing())
+    with pytest.raises(FileExistsError):
+        write_whole(tmp_path / "a.key", lambda file: file.write(b"secret"), mode=0o600)
+    assert left.read_bytes() == b""
+
+
 def test_wherever_the_process_is_killed_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     contents = {"a": b"1234", "b": b"5678"}
     with count_writes() as calls:

@@ -31,6 +31,8 @@ class ServeConsole(ProgressBar):
     def notify(self, text: str) -> None:
         """Something happened."""
         self.console.print(f"{time.strftime('%H:%M:%S')}  {text}", markup=False)
+        if self._live is not None:
+            self._live.refresh()  # who is there has changed, perhaps
 
     def enable(self) -> None:
         """Nothing: it is on in the process that serves."""
@@ -42,14 +44,14 @@ class ServeConsole(ProgressBar):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The table appears."""
         if self.console.is_terminal:
-            self._live = Live(self._table(trainer), console=self.console, auto_refresh=False)
-            self._live.start()
+            self._live = Live(get_renderable=lambda: table(trainer), console=self.console, auto_refresh=False)
+            self._live.start(refresh=True)
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """A round is over."""
         if self._live is not None:
-            self._live.update(self._table(trainer), refresh=True)
+            self._live.refresh()
         elif time.monotonic() > self._said + EVERY:
             self._said = time.monotonic()
             self.notify(", ".join(f"{name} {value}" for name, value in figures(trainer)))
@@ -61,13 +63,15 @@ class ServeConsole(ProgressBar):
             self._live.stop()
             self._live = None
 
-    def _table(self, trainer: Any) -> Table:
-        table = Table(title="hosfl serve", title_justify="left")
-        shown = figures(trainer)
-        for name, _ in shown:
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_row(*(value for _, value in shown))
-        return table
+
+def table(trainer: Any) -> Table:
+    """The figures, a column each."""
+    shown = figures(trainer)
+    drawn = Table(title=f"{trainer.algorithm.name}, run folder {trainer.log_dir}", title_justify="left")
+    for name, _ in shown:
+        drawn.add_column(name, justify="right", no_wrap=True)
+    drawn.add_row(*(value for _, value in shown))
+    return drawn
 
 
 def figures(trainer: Any) -> list[tuple[str, str]]:

@@ -12,12 +12,16 @@ from typing import Any
 
 from hosfl_lightning.clients.endpoint import TermsError
 from hosfl_lightning.clients.joined import Farewell, Joined, OutOfStepError
+from hosfl_lightning.clients.reasons import reason
 from hosfl_lightning.link.extra import remote_extra
 from hosfl_lightning.link.limits import METHOD, Limits
-from hosfl_lightning.wire import Bye, WireError, encode
+from hosfl_lightning.wire import Bye, VersionError, WireError, encode
 
 with remote_extra():
     import grpc
+
+#: Seconds between two lines that say the same.
+EVERY = 60.0
 
 
 class ServerGoneError(RuntimeError):
@@ -72,6 +76,8 @@ class Connection:
         self.limits, self.backoff = limits or Limits(), backoff or Backoff()
         self.options = [*self.limits.channel_options(), ("grpc.use_local_subchannel_pool", 1), *(options or [])]
         self.notify: Callable[[str], None] = joined.notify
+        self._said = ("", 0.0)  # why there was no line, and when that was said
+        self._told = time.monotonic()  # when it was said how far this client is
 
     def run(self) -> str:
         """Take part until the server says that it is over; what it said.
@@ -83,7 +89,6 @@ class Connection:
         """
         tries, seen = 0, time.monotonic()
         while True:
-            began = time.monotonic()
             try:
                 heard, why = self._stream()
             except Farewell as farewell:
@@ -91,8 +96,9 @@ class Connection:
                 if farewell.bye.final and farewell.bye.failed:
                     raise TurnedAwayError(f"{self.server} says: {farewell.bye.reason:.1000}") from None
                 if farewell.bye.final:
+                    self.notify(f"took part in {self.joined.rounds} round(s)")
                     return farewell.bye.reason
-                heard, why = True, f"{self.server} says: {farewell.bye.reason:.300}"
+                heard, why = True, f"it says: {farewell.bye.reason:.300}"
             now = time.monotonic()
             tries, seen = (0 if heard else tries + 1), (now if heard else seen)
             if now - seen > self.backoff.give_up:
@@ -100,13 +106,31 @@ class Connection:
                     f"{self.server} was not to be had for {self.backoff.give_up:g} s ({why}); is it up, and is the "
                     "address right? Start this client again when it is: it goes on where it was"
                 )
-            pause = self.backoff.seconds(tries)
-            if tries <= 1 or began - seen > 5:
-                self.notify(f"not connected to {self.server} ({why}); trying again")
-            time.sleep(pause)
+            self._say_lost(why, now)
+            time.sleep(self.backoff.seconds(tries))
+
+    def _say_lost(self, why: str, now: float) -> None:
+        """Once, and once a minute while it stays so."""
+        if why != self._said[0] or now > self._said[1] + EVERY:
+            self._said = (why, now)
+            self.notify(f"not connected to {self.server}: {why}; trying again")
+
+    def _say_connected(self) -> None:
+        self._said, self._told = ("", 0.0), time.monotonic()
+        self.notify(f"connected to {self.server}")
+
+    def _say_place(self) -> None:
+        if self.joined.terms is not None:
+            self.notify(f"this is client {self.joined.number} of the run")
+
+    def _say_how_far(self) -> None:
+        """Once a minute."""
+        if time.monotonic() > self._told + EVERY:
+            self._told = time.monotonic()
+            self.notify(f"took part in {self.joined.rounds} round(s) so far")
 
     def _stream(self) -> tuple[bool, str]:
-        """One stream, from hello to its end: whether anything was heard, and why it ended."""
+        """One stream, from hello to its end: whether anything was understood, and why it ended."""
         outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         heard = False
         with self._channel() as channel:
@@ -114,15 +138,23 @@ class Connection:
             outbox.put(self.joined.hello())
             try:
                 for frame in call:
-                    if not heard:
-                        self.notify(f"connected to {self.server}")
-                    heard = True
+                    first = not heard
+                    if first:
+                        self._say_connected()
                     for answer in self.joined.handle(frame):
                         outbox.put(answer)
+                    heard = True
+                    if first:
+                        self._say_place()
+                    self._say_how_far()
                 return heard, "the line was cut"
             except grpc.RpcError as error:
-                return heard, _reason(error)
+                return heard, reason(error, self.credentials is not None)
             except (OutOfStepError, WireError) as error:
+                if isinstance(error, VersionError) and not heard:
+                    raise TurnedAwayError(
+                        f"{self.server}: {error}; the same version of hosfl_lightning must run on both"
+                    ) from error
                 self.joined.forget()
                 return heard, f"{type(error).__name__}: {error}"
             except Farewell:
@@ -143,7 +175,8 @@ class Connection:
         """Say that this client goes: nothing of its data, which an error may quote."""
         why = str(error) if isinstance(error, TermsError) else type(error).__name__
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        outbox.put(encode(Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)))
+        bye = Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)
+        outbox.put(encode(bye, self.joined.run_id))
         outbox.put(None)
         self.joined.rest()
         with suppress(Exception):  # the server closes its side when it has read this
@@ -154,8 +187,3 @@ class Connection:
 def _frames(outbox: queue.SimpleQueue[bytes | None]) -> Iterator[bytes]:
     while (frame := outbox.get()) is not None:
         yield frame
-
-
-def _reason(error: grpc.RpcError) -> str:
-    code, details = getattr(error, "code", None), getattr(error, "details", None)
-    return f"{code().name}: {details()}" if callable(code) and callable(details) else str(error)

@@ -14,6 +14,7 @@ from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, rule_of
 from hosfl_lightning.split.run import run
 from hosfl_lightning.wire import HeldOutRequest, Message, RoundEnd, SmashedData, StepRequest, Terms, Update, manifest
+from hosfl_lightning.wire.terms import difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
@@ -60,10 +61,10 @@ class Endpoint(ABC):
     def __init__(self, model: Any, data: ClientData, terms: Terms, fabric: Fabric) -> None:
         self.model, self.data, self.terms, self.fabric = model, data, terms, fabric
         half, self.trained = self.hold(model, terms.settings)
-        if manifest(self.trained) != terms.manifest:
+        if (differ := difference(manifest(self.trained), terms.manifest)) is not None:
             raise TermsError(
-                f"the model trains {len(self.trained)} tensors at a client, the run {len(terms.manifest)} or others; "
-                "use the server's cut, adapters and dtype"
+                f"the model trains other tensors at a client than the run, the first is {differ}; use the server's cut, "
+                "adapters and dtype"
             )
         self.client: Any = self.make_client(half)
         self.checks = True

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
+from hosfl_lightning.clients.catch_up import CatchUpError, client_state, load_state, state_digest
 from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.wire import (
@@ -161,8 +161,7 @@ class Joined:
         same = self.terms is not None and run_id == self.run_id and terms.endpoint == self.terms.endpoint
         if not same or self.endpoint is None:
             self.terms, self.run_id = terms, run_id
-            self.endpoint = self.build(terms)
-            self.forget()
+            self.endpoint, self._answered = self.build(terms), None
             self._restore()
         return self._holds(terms.round)
 
@@ -170,8 +169,12 @@ class Joined:
         assert self.endpoint is not None and self.terms is not None
         held = self.state.shared(self.run_id) if self.state is not None and self.terms.keeps else None
         if held is not None:
-            state, version, self.incarnation = held
-            load_state(self.endpoint.client.optimizer, state, version)
+            state, version, incarnation = held
+            try:
+                load_state(self.endpoint.client.optimizer, state, version)
+                self.incarnation = incarnation
+            except CatchUpError as error:
+                self.notify(f"what is on this client's disk is passed over: {error}")
 
     def _holds(self, round: int) -> CatchUpRequest:
         assert self.endpoint is not None and self.terms is not None
@@ -185,7 +188,7 @@ class Joined:
         assert self.endpoint is not None
         self.endpoint.forget()
         load_state(self.endpoint.client.optimizer, snapshot.tensors, snapshot.step)
-        self.incarnation, self._moved = snapshot.incarnation, True
+        self.incarnation, self._moved, self._answered = snapshot.incarnation, True, None
         self._save()
 
     # ---- the rounds
@@ -203,8 +206,8 @@ class Joined:
 
     def _end(self, message: RoundEnd) -> list[Message]:
         assert self.endpoint is not None and self.terms is not None
-        self._answered = None
         if self.terms.keeps:
+            self._answered = None
             self.endpoint.handle([message])
             return [self._holds(message.round)] if self._moved else []
         self._own(message)
@@ -215,6 +218,7 @@ class Joined:
         assert self.endpoint is not None
         place, counts = (message.round, message.attempt), self.number in message.counted
         if not self._welcome or (counts and place == self._pending):
+            self._answered = None
             self.endpoint.handle([message])
             self._counted, self._pending = (place if counts else self._counted), None
         elif counts and place != self._counted:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
 
+from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import client_state, state_digest
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel
@@ -34,6 +35,8 @@ from hosfl_lightning.wire import (
 TRIES = 3
 #: Most bytes of a client's first message.
 HELLO_LIMIT = 1 << 20
+#: At the end of a run: seconds that the server waits for clients whose line was cut so many seconds ago.
+LINGER, LATELY = 5.0, 30.0
 #: Seconds within which a new stream must say who it is.
 SILENCE = 30.0
 
@@ -104,6 +107,7 @@ class Admission:
         self.counted: dict[int, tuple[int, int]] = {}
         self._peers: dict[Stream, Member] = {}
         self._sessions: dict[int, str] = {}
+        self._cut_off: dict[int, float] = {}
         self._digest: str | None = None
         self._looked = time.monotonic()
 
@@ -140,8 +144,8 @@ class Admission:
         self.counts["malformed"] += 1
         member.bad += 1
         if member.bad >= self.bad_frames:
-            self.notify(f"{member.name or member.stream.address} sends what is no message ({error:.200}): turned out")
-            self.turn_out(member, f"{member.bad} frames were no messages, the last: {error:.200}", final=False)
+            self.notify(f"{member.name or member.stream.address} sends what is no message ({error!s:.200}): turned out")
+            self.turn_out(member, f"{member.bad} frames were no messages, the last: {error!s:.200}", final=False)
 
     def look(self) -> None:
         """Who is not allowed any more, or does not say who it is, leaves."""
@@ -164,7 +168,27 @@ class Admission:
         for member in [*self._peers.values()]:
             self.reception.send(member.stream, frame)
             self.reception.close(member.stream)
+        if over:
+            self._linger(frame)
         self.reception.stop()
+
+    def _linger(self, frame: bytes) -> None:
+        """Who was cut off lately is still told that the run is over: else it would wait for this server."""
+        now = time.monotonic()
+        missing = {client for client, left in self._cut_off.items() if left > now - LATELY}
+        until = now + LINGER
+        while missing and time.monotonic() < until:
+            event = self.reception.next(0.1)
+            member = self.member_of(event) if event is not None else None
+            if member is None or event is None or event.frame is None:
+                continue
+            try:
+                hello: Any = decode(event.frame, "hello", limit=HELLO_LIMIT)
+            except WireError:
+                continue
+            missing -= {self.gate.number_of(member.name or hello.name)}
+            self.reception.send(member.stream, frame)
+            self.reception.close(member.stream)
 
     def name_of(self, client: int) -> str:
         """What a client is called, or its number."""
@@ -190,8 +214,8 @@ class Admission:
                 return self._bring(member, request)
         except WireError as error:
             self.counts["malformed"] += 1
-            self.notify(f"{member.name or member.stream.address} is not let in: {error:.200}")
-            self.turn_out(member, f"{error:.300}")
+            self.notify(f"{member.name or member.stream.address} is not let in: {error!s:.200}")
+            self.turn_out(member, f"{error!s:.300}")
         return False, False
 
     def _introduce(self, member: Member, hello: Hello) -> None:
@@ -214,6 +238,8 @@ class Admission:
             if other is not member and other.number == number:
                 self.notify(f"{name} has connected anew: the connection before is closed")
                 self.turn_out(other, f"another connection of {name} has taken its place")
+        if hello.package != __version__:
+            self.notify(f"{name} runs version {hello.package:.40}, this server {__version__}")
         member.name, member.number, member.session, member.stage = name, number, hello.session, "joining"
         self._tell(member, replace(self.terms, round=self.round, client=number))
 
@@ -259,6 +285,7 @@ class Admission:
     def _enter(self, member: Member) -> tuple[bool, bool]:
         member.stage = "in"
         self.members[member.number] = member
+        self._cut_off.pop(member.number, None)
         forgotten = self._sessions.get(member.number) != member.session
         self._sessions[member.number] = member.session
         self.notify(f"{member.name} is in ({len(self.members)} of {self.gate.total}), round {self.round}")
@@ -269,9 +296,7 @@ class Admission:
     def heard(self, message: Update | RoundEnd) -> None:
         """Everybody has moved, or a round without an update has ended."""
         self._digest = None
-        if isinstance(message, Update):
-            self.round = message.round + 1
-        elif not self.terms.keeps:
+        if isinstance(message, RoundEnd) and not self.terms.keeps:
             self.counted |= dict.fromkeys(message.counted, (message.round, message.attempt))
 
     @property
@@ -299,6 +324,7 @@ class Admission:
 
     def _came(self, stream: Stream) -> None:
         member = self._peers[stream] = Member(stream)
+        self.gate.refresh()  # who is on the list now: a refusal is final
         try:
             name, member.serial = self.gate.identify(stream)
             member.name = name or ""
@@ -315,6 +341,7 @@ class Admission:
         if member is None:
             return
         if member.stage == "in":
+            self._cut_off[member.number] = time.monotonic()
             self.notify(f"{member.name} is gone ({len(self.members) - 1} of {self.gate.total} are there)")
         self._forget(member)
 

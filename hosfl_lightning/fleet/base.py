@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -65,6 +65,10 @@ class Fleet(ABC):
     def figures(self) -> dict[str, float]:
         """Of clients on other machines: what there is to log of a round."""
         return {}
+
+    def hold_out(self, round: int) -> Iterator[SmashedData]:
+        """z of what clients on other machines hold out for validation, after so many rounds."""
+        raise NotImplementedError("simulated clients hold nothing out: the data module has one validation set for all")
 
     def catches_up_with(self, records: Returns) -> None:  # noqa: B027
         """What clients on other machines that missed something are answered from."""

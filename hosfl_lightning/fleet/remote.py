@@ -17,10 +17,25 @@ from hosfl_lightning.fleet.conversation import Conversation, Exchange
 from hosfl_lightning.fleet.member import Member, Membership, listed
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.link.reception import Event
-from hosfl_lightning.wire import Message, RoundEnd, StepRequest, Update, Weights, WireError, checksum, decode, encode, peek
+from hosfl_lightning.wire import (
+    HeldOutRequest,
+    Message,
+    RoundEnd,
+    SmashedData,
+    StepRequest,
+    Update,
+    Weights,
+    WireError,
+    checksum,
+    decode,
+    encode,
+    peek,
+)
 
 #: What was not taken, by reason, since the server began.
 COUNTED = ("late", "early", "repeated", "unasked", "malformed", "missed", "spared", "turned away")
+#: Batches of a client's validation data that are asked for at most: it says itself how many it has.
+MOST_HELD_OUT = 4096
 #: Seconds between looks at who is allowed, while nothing happens.
 TICK = 0.5
 
@@ -62,6 +77,7 @@ class RemoteFleet(Fleet):
     def gather_quorum(self, round: int, asked: int) -> float:
         began = time.monotonic()
         quorum = self.membership.quorum or asked
+        self.take_first = asked if self.membership.oversample else None
         self.conversations = {}
         self.admission.round = round
         self._pump_all()
@@ -114,6 +130,16 @@ class RemoteFleet(Fleet):
     @override
     def abandon(self) -> None:
         self.endpoint.forget()
+
+    @override
+    def hold_out(self, round: int) -> Iterator[SmashedData]:
+        self._pump_all()
+        self.assemble(self.connected)
+        held = {client: min(self.admission.members[client].held_out, MOST_HELD_OUT) for client in self.own}
+        for step in range(max(held.values(), default=0)):
+            requests = {client: HeldOutRequest(round, client, step) for client in held if step < held[client]}
+            yield from self.ask(requests, SmashedData)
+        self.assemble([])
 
     @override
     def catches_up_with(self, records: Returns) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+# gRPC writes by itself to the standard error, into the table of a console, a line for every handshake that fails.
+# GRPC_VERBOSITY=info brings it back.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 @contextmanager

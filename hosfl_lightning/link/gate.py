@@ -17,11 +17,19 @@ class Gate:
     Args:
         clients: ``clients.yaml``.
         certs: The server's folder; None: plain text, and a client's name is what it says.
+
+    Raises:
+        ValueError: A file that is not there, or not good.
     """
 
     def __init__(self, clients: str, certs: str | None) -> None:
-        self.allowed = AllowList(clients)
         self.site = None if certs is None else Site.load(certs, "server")
+        if not Path(clients).is_file():
+            raise ValueError(
+                f"--clients: there is no {clients}; write one with a line NUMBER: NAME, such as 0: hospital-a, for each "
+                "client"
+            )
+        self.allowed = AllowList(clients)
         self.revoked = None if certs is None else Revoked(Path(certs) / "revoked.txt")
 
     @property

@@ -27,7 +27,7 @@ class Limits:
 
     frame_bytes: int = 1 << 30
     streams: int = 1024
-    handshakes: int = 60
+    handshakes: int = 240
     keepalive: float = 10.0
     ping_timeout: float = 4.0
     frames_ahead: int = 4

@@ -1,8 +1,24 @@
-"""Plain text stays on one machine."""
+"""Addresses; plain text stays on one machine."""
 
 from __future__ import annotations
 
 import ipaddress
+
+
+def check_address(address: str, setting: str) -> str:
+    """The host of ``HOST:PORT``.
+
+    Args:
+        address: What is given.
+        setting: Its name, for the error.
+
+    Raises:
+        ValueError: It is no such address.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"{setting} must be HOST:PORT, got {address!r}")
+    return host.strip("[]")
 
 
 def check_plain(address: str, setting: str) -> None:
@@ -15,10 +31,7 @@ def check_plain(address: str, setting: str) -> None:
     Raises:
         ValueError: It is not an address, or not this machine's own.
     """
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal():
-        raise ValueError(f"{setting} must be HOST:PORT, got {address!r}")
-    host = host.strip("[]")
+    host = check_address(address, setting)
     try:
         local = ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data.tokenization import Example
-from hosfl_lightning.models.checks import check_state, check_tokens
+from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.fingerprint import of_all, of_first
 from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
 from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
@@ -188,10 +188,7 @@ class SplitModule(L.LightningModule, ABC):
 
     def objection(self, message: SmashedData) -> str | None:
         """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""
-        width = self.client_half.hidden_size
-        if message.z.width != width:
-            return f"its smashed data have {message.z.width} columns, the cut has {width}"
-        return None
+        return smashed_objection(message, self.client_half)
 
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""

@@ -10,6 +10,10 @@ from torch import Tensor
 
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.split import SplitError
+from hosfl_lightning.wire import SmashedData
+
+#: Largest magnitude of smashed data: what a norm squares and sums must stay far within fp32. Real ones are below 1e5.
+LIMIT = 1e9
 
 
 def check_tokens(examples: Sequence[Example], owner: str, config: Any, pretrained: str) -> None:
@@ -45,3 +49,30 @@ def check_state(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
             f"the checkpoint is of another model, cut or LoRA setting: {len(differ)} tensors differ, "
             f"the first is {differ[0]!r}; use the recipe it was made with"
         )
+
+
+def smashed_objection(message: SmashedData, half: Any) -> str | None:
+    """Why no server's half can run what a client sent as the output of ``half``, in words; None: it can."""
+    z, width = message.z, half.hidden_size
+    if z.width != width:
+        return f"its smashed data have {z.width} columns, the cut has {width}"
+    dtypes = _dtypes(half)
+    if z.dtype not in dtypes:
+        return f"its smashed data are {z.dtype}, the half computes in {' or '.join(sorted(dtypes))}"
+    positions = getattr(getattr(half, "config", None), "max_position_embeddings", None)
+    if positions is not None and message.mask.shape[1] > positions:
+        return f"its rows have {message.mask.shape[1]} positions, the model has {positions}"
+    largest = float(z.restore().abs().amax()) if len(z.values) else 0.0
+    if largest > LIMIT:
+        return f"its smashed data reach {largest:g}, beyond ±{LIMIT:g}"
+    return None
+
+
+def _dtypes(half: Any) -> set[str]:
+    """Those in which the output of a half may come: its backbone's, and autocast's where that is on."""
+    found = [p for p in half.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in found if not p.requires_grad} or {p.dtype for p in found}
+    device = found[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return {str(dtype).removeprefix("torch.") for dtype in dtypes}

@@ -12,6 +12,7 @@ from torch import Tensor
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.run.evaluation import run_evaluation
 from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.run.held_out import validate_on_clients, validate_only_on_clients
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.server import Call, Outcome, TooFewClientsError
 from hosfl_lightning.wire import RoundEnd
@@ -145,6 +146,11 @@ class RoundLoop:
     def validate(self) -> Evaluation:
         """Both halves on the validation data."""
         trainer = self.trainer
+        where = trainer.serving.validate if trainer.serving is not None else "server"
+        if where == "clients":
+            return validate_only_on_clients(trainer)
+        if where == "both":
+            validate_on_clients(trainer, "val_clients/")
         losses = run_evaluation(trainer, "validation", trainer.datamodule.val_dataloader())
         trainer.has_validated = True
         trainer.state.stage = RunningStage.TRAINING

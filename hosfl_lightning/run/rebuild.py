@@ -20,6 +20,7 @@ from hosfl_lightning.files import write_whole
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.run import checkpoint as checkpoints
+from hosfl_lightning.run.folder import LOG
 from hosfl_lightning.run.identity import digest
 from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.wire import manifest
@@ -27,6 +28,22 @@ from hosfl_lightning.wire import manifest
 
 class RebuildError(ValueError):
     """The log is not of this model, does not reach the round, or gives other bits than the run's checkpoint."""
+
+
+def replay(module: SplitModule, algorithm: Algorithm, run: Path, out: Path, to: int | None) -> None:
+    """`hosfl_lightning.Orchestrator.replay`, with the model in the run's precision."""
+    log = ReplayLog.read(run / LOG)
+    rounds = log.rounds if to is None else to
+    parameters = algorithm.parameters(module)
+    rebuild(module, parameters, log, rounds, algorithm)
+    report = write_client(module, parameters, algorithm.client_holds, log, rounds, run, out)
+    holds = f"client {algorithm.client_holds}"
+    print(f"{holds} after {rounds} rounds, from {report['log_bytes']:,} bytes of log, written to {out}")
+    for name in report["equal_to"]:
+        print(f"equal to {name}, bit for bit")
+    if report["differs_from"]:
+        others = ", ".join(report["differs_from"])
+        raise RebuildError(f"the {holds} that the log of {run} gives differs from {others}")
 
 
 def rebuild(

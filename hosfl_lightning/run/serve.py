@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,20 +35,31 @@ def serve(trainer: Any, serving: Serving, model: SplitModule, data: FederatedDat
     # Every client's batch is its own there, and a round is tried until it succeeds.
     trainer.settings = replace(trainer.settings, simulation="per_client", on_too_few="repeat")
     goes_on = run is not None and (Path(run) / folder.IDENTITY).is_file()
-    if run is not None and not goes_on and trainer.loggers:
+    if run is not None and trainer.loggers:
+        # Named the same at its beginning and when it goes on: ModelCheckpoint compares its folder's name.
+        here = Path(run if Path(run).is_absolute() else os.path.relpath(run))
         others = [logger for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
-        trainer.loggers = [CSVLogger(run, name="", version=""), *others]
+        trainer.loggers = [CSVLogger(str(here.parent), name="", version=here.name), *others]
     _show(trainer, serving)
     serving.open()
     trainer.serving, over = serving, False
     try:
         trainer.fit(model, ServedData(data, serving.gate.names), run if goes_on else None)
         over = True
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (f"interrupted; {_how_to_go_on(trainer.log_dir, run)}",)
+        raise
     finally:
         trainer.serving = None
         if "fleet" in vars(trainer):
             trainer.fleet.close("the run is over" if over else "the server stops; it may come back", over)
         serving.close()
+
+
+def _how_to_go_on(log_dir: str, run: str | None) -> str:
+    if not (Path(log_dir) / folder.IDENTITY).is_file():
+        return "no round had begun: start it anew"
+    return "the same command goes on" if run is not None else f"the same command with --run={log_dir} goes on"
 
 
 def _show(trainer: Any, serving: Serving) -> None:

@@ -76,7 +76,8 @@ def train(
 def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     """The clients, the way to them, and the server."""
     settings, method = trainer.settings, trainer.algorithm
-    trainer.num_val_batches = [len(trainer.datamodule.val_dataloader())]
+    own = trainer.serving is None or trainer.serving.validate != "clients"
+    trainer.num_val_batches = [len(trainer.datamodule.val_dataloader()) if own else 1]
     terms: Any = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
     terms = decode(encode(terms), "terms")  # as a client elsewhere would have them
     if trainer.serving is not None:

@@ -122,7 +122,8 @@ class Server:
         """Those that the half and its loss can take; the clients of the others are refused."""
         taken = []
         for message in messages:
-            reason = self.module.objection(message)
+            with self.fabric.autocast():
+                reason = self.module.objection(message)
             if reason is None:
                 taken.append(message)
             else:

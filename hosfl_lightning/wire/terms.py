@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -69,6 +70,15 @@ class Terms:
 def manifest(parameters: Mapping[str, Tensor]) -> list[list[Any]]:
     """``[name, shape, dtype]`` of the tensors, in the order that numbers the directions."""
     return [[name, [*p.shape], str(p.dtype).removeprefix("torch.")] for name, p in parameters.items()]
+
+
+def difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str | None:
+    """The first two entries that differ, in words; None: the manifests are the same."""
+    for pair in zip_longest(mine, theirs):
+        if pair[0] != pair[1]:
+            here, there = ("nothing" if entry is None else f"{entry[0]} {entry[1]} {entry[2]}" for entry in pair)
+            return f"{here} here, {there} there"
+    return None
 
 
 def _is_entry(entry: object) -> bool:

@@ -25,9 +25,11 @@ from tests.random_tokens import RandomTokens
 LENGTHS = [[9, 12, 7, 12, 5, 8], [6, 10, 10, 4], [12, 11, 3, 9, 12]]
 
 
-def model_of(pretrained: str, side: bool = False, whole: bool = False, part: Part = "both") -> SplitCausalLM:
+def model_of(
+    pretrained: str, side: bool = False, whole: bool = False, part: Part = "both", rank: int = 2
+) -> SplitCausalLM:
     """What both sides build for themselves, from the recipe that each has."""
-    client = None if side else LoraHalf(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+    client = None if side else LoraHalf(r=rank, target_modules=["q_proj", "v_proj", "down_proj"])
     lora = Lora(client=client, server=LoraHalf(r=4, target_modules="all-linear"))
     return SplitCausalLM(
         pretrained, cut=2, lora=lora, optimizer=adamw, client_holds="whole" if whole else "half",

@@ -165,11 +165,17 @@ def pipe(tiny_folder: Path) -> Iterator[Pipe]:
     pipe.close()
 
 
-def run(case: Case, pretrained: Path, folder: Path) -> dict[str, Any]:
+def run(case: Case, pretrained: Path, folder: Path, **settings: Any) -> dict[str, Any]:
     """What a run of three rounds, two clients each, leaves."""
+    usual: dict[str, Any] = {
+        "max_rounds": 3,
+        "clients_per_round": 2,
+        "val_check_interval": 2,
+        "enable_progress_bar": False,
+    }
     trainer = Orchestrator(
-        case.algorithm(), max_rounds=3, clients_per_round=2, simulation="per_client", val_check_interval=2,
-        default_root_dir=str(folder), enable_progress_bar=False, **case.settings,
+        case.algorithm(), simulation="per_client", default_root_dir=str(folder),
+        **(usual | case.settings | settings),
     )  # fmt: skip
     model = model_of(str(pretrained), **case.recipe)
     trainer.fit(model, RandomTokens(LENGTHS))

@@ -62,7 +62,7 @@ BAD = {
     "0: a\n1: b: c\n": "line 2",
     "0: a\n---\n1: b\n": "line 2",
     "0: !!python/object/apply:os.getcwd []\n": "no lists",
-    "0: !!python/name:os.getcwd ''\n": "line 1",
+    "0: !!python/name:os.getcwd ''\n": "constructor",
     "0: 2026-13-45\n": "month",
     "0: \x00": "special characters",
 }

@@ -78,7 +78,7 @@ BAD = {
     "init --out new --name a/b": ["name='a/b'"],
     "init --out new --days 0": ["--days", "'0'", "36500"],
     "init --out new --days -3": ["--days"],
-    "init --out new --days 1e3": ["--days", "1e3"],
+    "init --out new --days 1e3": ["--days", "'1e3' is not a number of days"],
     "init --out ca/ca.key/new": ["ca/ca.key: File exists"],
     "server --ca ca --out new": ["--host"],
     "server --ca ca --out new --host": ["--host"],

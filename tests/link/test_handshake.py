@@ -98,10 +98,11 @@ async def _through_aio(site: Site, client: Site) -> tuple[bytes, Peer]:
     server.add_generic_rpc_handlers((handlers,))
     port = server.add_secure_port("localhost:0", site.server_credentials())
     await server.start()
-    async with grpc.aio.secure_channel(f"localhost:{port}", client.channel_credentials()) as channel:
-        answered = await channel.unary_unary("/hosfl/echo")(b"1", timeout=TIMEOUT_S)
-    await server.stop(None)
-    return answered, peers[0]
+    try:
+        async with grpc.aio.secure_channel(f"localhost:{port}", client.channel_credentials()) as channel:
+            return await channel.unary_unary("/hosfl/echo")(b"1", timeout=TIMEOUT_S), peers[0]
+    finally:
+        await server.stop(None)
 
 
 def test_the_same_with_asyncio(root: Path) -> None:

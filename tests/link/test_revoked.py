@@ -43,6 +43,8 @@ def test_a_file_is_read_again_when_it_was_written(path: Path) -> None:
     assert 0xFF in revoked
     path.write_text("ff\n# and no more\n")
     assert 0xAB12 not in revoked
+    path.write_text("ff\n# and still no more\n")
+    assert revoked.refresh() is False
 
 
 @pytest.mark.parametrize("text", ["hospital-a", "ab12 cd", "-1", "+1", "1_0", "0x", ":1", "1:", "1::2", "٣", "\xff"])

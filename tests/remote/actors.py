@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ from typing import Any
 import torch
 
 from hosfl_lightning.clients.endpoint import Endpoint
-from hosfl_lightning.wire import Message
+from hosfl_lightning.wire import Message, envelope
 from tests.fleet.pipe_client import LENGTHS, model_of
 from tests.random_tokens import RandomTokens
+
+
+def lengths(clients: int) -> list[list[int]]:
+    """Of the examples of so many clients; of three those of `LENGTHS`."""
+    return [LENGTHS[k % len(LENGTHS)] for k in range(clients)]
 
 
 def die() -> None:
@@ -45,14 +51,27 @@ def client(spec: dict[str, Any]) -> None:
     from hosfl_lightning.clients.connection import Backoff
     from hosfl_lightning.join import join
 
+    if version := spec.get("protocol"):
+        envelope.PROTOCOL = version
     if at := spec.get("die"):
         end_at(at["round"], at["kind"], at["when"], once(at["flag"]))
+    if slow := spec.get("slow"):
+        handle = Endpoint.handle
+
+        def slowly(self: Endpoint, requests: list[Message]) -> list[Message]:
+            if requests[0].kind == slow["kind"]:
+                request: Any = requests[0]
+                print(f"computing {request.kind} {request.round} {getattr(request, 'step', 0)}", flush=True)
+                time.sleep(slow["seconds"])
+            return handle(self, requests)
+
+        Endpoint.handle = slowly  # type: ignore[method-assign,assignment]
 
     def model(part: str) -> Any:
         return model_of(spec["pretrained"], part=part, **spec.get("recipe", {}))
 
     said = join(
-        spec["server"], model, RandomTokens(LENGTHS), spec.get("certs"), name=spec["name"],
+        spec["server"], model, RandomTokens(lengths(spec["clients"])), spec.get("certs"), name=spec["name"],
         insecure="certs" not in spec, state=spec["state"], save_every=spec.get("save_every", 1),
         backoff=Backoff(0.05, 0.3, spec.get("give_up", 60.0)), notify=lambda text: print(text, flush=True),
     )  # fmt: skip
@@ -76,15 +95,22 @@ def end_at(round: int, kind: str, when: str, kill: Callable[[], None]) -> None:
 
 
 def server(spec: dict[str, Any]) -> None:
-    from hosfl_lightning import Orchestrator
+    from hosfl_lightning import Orchestrator, orchestrator
+    from hosfl_lightning.link.limits import Limits
     from tests.fleet.test_pipe import CASES
-    from tests.remote.deaths import DieAt
+    from tests.remote.deaths import DieAt, StopAt
 
+    if limits := spec.get("limits"):
+        orchestrator.Limits = lambda frame_bytes: Limits(frame_bytes, **limits)  # type: ignore[assignment,misc]
     case = CASES[spec["case"]]
-    callbacks: list[Any] = [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
+    callbacks: list[Any] = [StopAt(spec["stop"])] if "stop" in spec else []
+    callbacks += [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
     settings = {"max_rounds": 3, "clients_per_round": 2, "val_check_interval": 2, "enable_progress_bar": False}
+    algorithm = case.algorithm()
+    if spec.get("constant_rate"):
+        algorithm.make_scheduler = None
     trainer = Orchestrator(
-        case.algorithm(), **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
+        algorithm, **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
         simulation="per_client", default_root_dir=spec["folder"],
     )  # fmt: skip
     model = model_of(spec["pretrained"], **case.recipe)

@@ -10,14 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hosfl_lightning.fleet import Fleet
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.server.replay_log import ReplayLog
 from tests.fleet.test_pipe import CASES, run
@@ -121,6 +123,8 @@ class Stage:
     case: str = "hosfl"
     names: list[str] = field(default_factory=lambda: list(NAMES))
     port: int = 0
+    sites: Path | None = None
+    """Folders of certificates by name, the server's among them; None: plain text."""
 
     def __post_init__(self) -> None:
         self.port = self.port or free_port()
@@ -144,14 +148,17 @@ class Stage:
             "case": self.case, "pretrained": self.pretrained, "listen": self.address, "folder": str(self.run),
             "clients": str(self.folder / "clients.yaml"), "serve": serve,
         }  # fmt: skip
-        return Actor(self.nursery, "server", {**fixed, **spec}, self.folder, "server")
+        return Actor(self.nursery, "server", {**fixed, **self.certs("server"), **spec}, self.folder, "server")
 
     def client(self, name: str, **spec: Any) -> Actor:
         fixed = {
             "server": self.address, "name": name, "state": str(self.folder / f"state_{name}"),
-            "pretrained": self.pretrained, "recipe": CASES[self.case].recipe,
+            "pretrained": self.pretrained, "recipe": CASES[self.case].recipe, "clients": len(self.names),
         }  # fmt: skip
-        return Actor(self.nursery, "client", {**fixed, **spec}, self.folder, name)
+        return Actor(self.nursery, "client", {**fixed, **self.certs(name), **spec}, self.folder, name)
+
+    def certs(self, name: str) -> dict[str, str]:
+        return {} if self.sites is None else {"certs": str(self.sites / name)}
 
     def clients(self, **spec: Any) -> list[Actor]:
         return [self.client(name, **spec) for name in self.names]
@@ -159,16 +166,24 @@ class Stage:
     def left(self) -> dict[str, Any]:
         """As `tests.fleet.test_pipe.run`, but for what only a remote run has."""
         state = max((one for _, one in checkpoints.whole(self.run)), key=lambda checkpoint: checkpoint["global_step"])
-        rows = csv.DictReader((self.run / "metrics.csv").read_text().splitlines())
         log = self.run / "updates.log"
         return {
             "state": {name: tensor.tolist() for name, tensor in state["state_dict"].items()},
-            "metrics": [_comparable(row) for row in rows],
+            "metrics": [comparable(row) for row in self.rows()],
             "log": [*ReplayLog.read(log).frames()] if log.exists() else None,
         }
 
+    def rows(self) -> list[dict[str, str]]:
+        """Of metrics.csv."""
+        return [*csv.DictReader((self.run / "metrics.csv").read_text().splitlines())]
 
-def _comparable(row: dict[str, str]) -> dict[str, str]:
+    def figures(self) -> dict[str, float]:
+        """The last of what the server counts since it began, by names without ``fleet/``."""
+        found = {k: v for row in self.rows() for k, v in row.items() if k.startswith("fleet/") and v}
+        return {name.removeprefix("fleet/"): float(value) for name, value in found.items()}
+
+
+def comparable(row: dict[str, str]) -> dict[str, str]:
     return {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "fleet/", "comm/", "compute/"))}
 
 
@@ -190,14 +205,34 @@ def undisturbed(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """What each case leaves in one process, where the clients are simulated one by one."""
     known: dict[str, dict[str, Any]] = {}
 
-    def find(case: str) -> dict[str, Any]:
-        if case not in known:
-            left = run(CASES[case], tiny_folder, tmp_path_factory.mktemp("undisturbed"))
-            left["metrics"] = [_comparable(row) for row in left["metrics"]]
-            known[case] = left
-        return known[case]
+    def find(case: str, refused: tuple[int, str] | None = None, **settings: Any) -> dict[str, Any]:
+        """Of a case; ``refused``: a client, and the kind of its message that is not taken in any round."""
+        key = f"{case} {refused} {settings}"
+        if key not in known:
+            with refusing(refused), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* is refused: ")
+                left = run(CASES[case], tiny_folder, tmp_path_factory.mktemp("undisturbed"), **settings)
+            left["metrics"] = [comparable(row) for row in left["metrics"]]
+            known[key] = left
+        return known[key]
 
     return find
+
+
+@contextmanager
+def refusing(refused: tuple[int, str] | None) -> Iterator[None]:
+    """A simulation in which the server does not take one kind of message of one client."""
+    take = Fleet.take
+
+    def taken(self: Fleet, request: Any, answer: Any, expected: Any) -> Any:
+        if (request.client, answer.kind) != refused:
+            return take(self, request, answer, expected)
+        self.refuse(request.client, "as the test wants it")
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fleet, "take", taken)
+        yield
 
 
 @pytest.fixture

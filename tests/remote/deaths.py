@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.callbacks import Callback
 
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 
@@ -45,3 +48,14 @@ class DieAt(RoundCallback):
 
     def report(self, trainer: Any, pl_module: Any) -> None:
         self.at("end")
+
+
+class StopAt(Callback):
+    """Ends the run after the round in which a file appears."""
+
+    def __init__(self, flag: str) -> None:
+        self.flag = Path(flag)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.flag.exists():
+            trainer.should_stop = True
