@@ -115,7 +115,7 @@ def server(spec: dict[str, Any]) -> None:
     )  # fmt: skip
     model = model_of(spec["pretrained"], **case.recipe)
     trainer.serve(
-        model, RandomTokens(LENGTHS), spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
+        model, RandomTokens(spec.get("lengths", LENGTHS)), spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
         insecure="certs" not in spec, **spec.get("serve", {}),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ import torch
 import hosfl_lightning.join
 import hosfl_lightning.recipe  # noqa: F401
 import tests.fleet.test_pipe  # noqa: F401
-from tests.remote import actors
+from tests.remote import actors, island
 
 
 def main() -> None:
@@ -47,7 +47,11 @@ def born(role: str, spec: str, log: str) -> int:
         os.dup2(null, 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        getattr(actors, role)(json.loads(Path(spec).read_text()))
+        told = json.loads(Path(spec).read_text())
+        if on := told.get("island"):
+            island.enter(on)
+            island.audit()
+        {"island": island.island, "stray": island.stray, "server": actors.server, "client": actors.client}[role](told)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
