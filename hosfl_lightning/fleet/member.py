@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from hosfl_lightning.link.reception import Stream
+if TYPE_CHECKING:  # its libraries are of the extra `remote`, which a run in one process has no need of
+    from hosfl_lightning.link.reception import Stream
 
 
 @dataclass
