@@ -113,9 +113,9 @@ def server(spec: dict[str, Any]) -> None:
         algorithm, **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
         simulation="per_client", default_root_dir=spec["folder"],
     )  # fmt: skip
-    model = model_of(spec["pretrained"], **case.recipe)
+    model, data = model_of(spec["pretrained"], **case.recipe), RandomTokens(spec.get("lengths", LENGTHS))
     trainer.serve(
-        model, RandomTokens(spec.get("lengths", LENGTHS)), spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
+        model, data, spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
         insecure="certs" not in spec, **spec.get("serve", {}),
     )  # fmt: skip
 
