@@ -94,6 +94,21 @@ def end_at(round: int, kind: str, when: str, kill: Callable[[], None]) -> None:
     Endpoint.handle = watched  # type: ignore[method-assign,assignment]
 
 
+def rank(spec: dict[str, Any]) -> None:
+    """One of two processes that share the clients of each round, in a simulation."""
+    from hosfl_lightning import Orchestrator
+    from tests.fleet.test_pipe import CASES
+
+    place = {"NODE_RANK": spec["rank"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": spec["port"]}
+    os.environ |= {**place, "OMP_NUM_THREADS": "1"}
+    case = CASES[spec["case"]]
+    trainer = Orchestrator(
+        case.algorithm(), max_rounds=3, clients_per_round=2, val_check_interval=2, enable_progress_bar=False,
+        num_nodes=2, default_root_dir=spec["folder"], **case.settings,
+    )  # fmt: skip
+    trainer.fit(model_of(spec["pretrained"], **case.recipe), RandomTokens(LENGTHS))
+
+
 def server(spec: dict[str, Any]) -> None:
     from hosfl_lightning import Orchestrator, orchestrator
     from hosfl_lightning.link.limits import Limits

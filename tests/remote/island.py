@@ -2,8 +2,9 @@
 
 ``unshare(CLONE_NEWNET)`` gives processes a network without any other interface. The default route leads to the
 loopback, from an address that is not 127.0.0.1, so that a packet to the world is sent, and read here, where without a
-route there would be only an error. gRPC's C core is seen as well as Python. Not seen: IPv6 but to ::1, since Linux makes
-no such route over the loopback, and sockets of the family AF_UNIX, which are files. Of these `audit` sees Python's.
+route there would be only an error. gRPC's C core is seen as well as Python. Not seen: IPv6 but to ::1, since Linux
+makes no such route over the loopback, and sockets of the family AF_UNIX, which are files. Of these `audit` sees
+Python's.
 """
 
 from __future__ import annotations

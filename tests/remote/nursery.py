@@ -55,7 +55,13 @@ def born(role: str, spec: str, log: str) -> int:
         if on := told.get("island"):
             island.enter(on)
             island.audit()
-        {"island": island.island, "stray": island.stray, "server": actors.server, "client": actors.client}[role](told)
+        {
+            "island": island.island,
+            "stray": island.stray,
+            "server": actors.server,
+            "client": actors.client,
+            "rank": actors.rank,
+        }[role](told)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
