@@ -29,7 +29,7 @@ def called(reception: Reception) -> Iterator[tuple[Any, queue.SimpleQueue[bytes 
     """A client's call, what it sends, and the stream that the server sees."""
     outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     with grpc.insecure_channel(f"127.0.0.1:{reception.port}") as channel:
-        call = channel.stream_stream(METHOD)(iter(outbox.get, None))
+        call = channel.stream_stream(METHOD)(iter(outbox.get, None), timeout=20)
         yield call, outbox, taken(reception).stream
         outbox.put(None)
         call.cancel()
