@@ -21,6 +21,10 @@ with remote_extra():
     import grpc.aio
 
 
+#: Seconds within which a client must have read what is left when its stream is closed.
+LINGER = 5.0
+
+
 class ListenError(ValueError):
     """The address cannot be listened at."""
 
@@ -40,6 +44,8 @@ class Stream:
     outbox: asyncio.Queue[bytes | None]
     waiting: list[int]
     """Bytes in the outbox, one number."""
+    cut: asyncio.Event
+    """Set: it ends now, whatever waits."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class Reception:
 
     def close(self, stream: Stream) -> None:
         """End a stream once what waits is sent."""
-        self._soon(stream.outbox.put_nowait, None)
+        self._soon(self._finish, stream)
 
     def stop(self) -> None:
         """End all streams and the server."""
@@ -140,15 +146,16 @@ class Reception:
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many connections, or too often; come later")
         auth = {name: list(values) for name, values in context.auth_context().items()}
         credit = asyncio.Semaphore(self.limits.frames_ahead)
-        stream = Stream(address, auth, credit, asyncio.Queue(), [0])
+        stream = Stream(address, auth, credit, asyncio.Queue(), [0], asyncio.Event())
         self._open.add(stream)
         self._events.put(Event(stream))
         reader = asyncio.ensure_future(self._read(stream, context))
         writer = asyncio.ensure_future(self._write(stream, context))
+        cut = asyncio.ensure_future(stream.cut.wait())
         try:
-            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reader, writer, cut], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, cut):
                 task.cancel()
             self._open.discard(stream)
             self._events.put(Event(stream, closed=True))
@@ -170,7 +177,14 @@ class Reception:
 
     def _put(self, stream: Stream, frame: bytes) -> None:
         stream.waiting[0] += len(frame)
-        stream.outbox.put_nowait(frame if stream.waiting[0] <= self.limits.outbox_bytes else None)
+        if stream.waiting[0] > self.limits.outbox_bytes:
+            stream.cut.set()
+        else:
+            stream.outbox.put_nowait(frame)
+
+    def _finish(self, stream: Stream) -> None:
+        stream.outbox.put_nowait(None)
+        self._loop.call_later(LINGER, stream.cut.set)  # who does not read does not keep its place
 
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
