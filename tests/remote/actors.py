@@ -93,8 +93,9 @@ def server(spec: dict[str, Any]) -> None:
         simulation="per_client", default_root_dir=spec["folder"],
     )  # fmt: skip
     model = model_of(spec["pretrained"], **case.recipe)
+    data = RandomTokens(spec.get("lengths", LENGTHS))
     trainer.serve(
-        model, RandomTokens(spec.get("lengths", LENGTHS)), spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
+        model, data, spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
         insecure="certs" not in spec, **spec.get("serve", {}),
     )  # fmt: skip
 

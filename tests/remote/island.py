@@ -2,8 +2,9 @@
 
 ``unshare(CLONE_NEWNET)`` gives processes a network without any other interface. The default route leads to the
 loopback, from an address that is not 127.0.0.1, so that a packet to the world is sent, and read here, where without a
-route there would be only an error. gRPC's C core is seen as well as Python. Not seen: IPv6 but to ::1, since Linux makes
-no such route over the loopback, and sockets of the family AF_UNIX, which are files. Of these `audit` sees Python's.
+route there would be only an error. gRPC's C core is seen as well as Python. Not seen: IPv6 but to ::1, since Linux
+makes no such route over the loopback, and sockets of the family AF_UNIX, which are files. Of these `audit` sees
+Python's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCADDRT, SIOCSIFADDR, SIOCSIFFLAGS = 0x890B, 0x8916, 0x8914
 IFF_UP, RTF_UP = 1, 1
+#: What would lead gRPC elsewhere, if it heeded it.
+TEMPTATION = {f"{kind}_proxy": "http://203.0.113.7:3128" for kind in ("grpc", "http", "https")}
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 3, 0x0800, 0x86DD
 
 

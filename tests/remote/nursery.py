@@ -51,6 +51,7 @@ def born(role: str, spec: str, log: str) -> int:
         if on := told.get("island"):
             island.enter(on)
             island.audit()
+            os.environ |= island.TEMPTATION
         {"island": island.island, "stray": island.stray, "server": actors.server, "client": actors.client}[role](told)
         status = 0
     except SystemExit as end:
