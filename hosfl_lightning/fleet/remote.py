@@ -151,6 +151,7 @@ class RemoteFleet(Fleet):
         return {
             "connected": len(admission.members),
             **{name.replace(" ", "_"): admission.counts[name] for name in COUNTED},
+            "turned_away": admission.counts["turned away"] + admission.reception.turned_away,
             **{f"caught_up_by_{how}": admission.caught_up[how] for how in ("replay", "snapshot")},
             "received_bytes": admission.reception.bytes_in,
             "sent_bytes": admission.reception.bytes_out,

@@ -20,6 +20,8 @@ from typing import Any
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 SIOCADDRT, SIOCSIFADDR, SIOCSIFFLAGS = 0x890B, 0x8916, 0x8914
 IFF_UP, RTF_UP = 1, 1
+#: What would lead gRPC elsewhere, if it heeded it.
+TEMPTATION = {f"{kind}_proxy": "http://203.0.113.7:3128" for kind in ("grpc", "http", "https")}
 ETH_P_ALL, ETH_P_IP, ETH_P_IPV6 = 3, 0x0800, 0x86DD
 
 

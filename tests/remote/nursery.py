@@ -55,6 +55,7 @@ def born(role: str, spec: str, log: str) -> int:
         if on := told.get("island"):
             island.enter(on)
             island.audit()
+            os.environ |= island.TEMPTATION
         {
             "island": island.island,
             "stray": island.stray,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hosfl_lightning.fleet.remote import RemoteFleet
 from tests.fleet.pipe_client import model_of
 from tests.random_tokens import RandomTokens
 from tests.remote.conftest import Actor
@@ -74,3 +77,11 @@ def test_nothing_is_sent_anywhere_but_to_the_server(stage: Any) -> None:
     assert stray.said.count("audit: socket.connect") == 2
     for words in ("tcp 203.0.113.5:9 ", "udp 203.0.113.5:9 "):
         assert words in island.said, "what goes elsewhere would have been seen"
+
+
+def test_who_comes_too_often_is_counted_with_who_may_not_come_in() -> None:
+    fleet: Any = RemoteFleet.__new__(RemoteFleet)
+    reception = SimpleNamespace(turned_away=3, bytes_in=0, bytes_out=0)
+    counts, caught_up = Counter({"turned away": 2}), Counter[str]()
+    fleet.admission = SimpleNamespace(members={}, counts=counts, caught_up=caught_up, reception=reception)
+    assert fleet.figures()["turned_away"] == 5
