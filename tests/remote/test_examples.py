@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
+from hosfl_lightning.clients.connection import Connection
 from hosfl_lightning.data import DocstringData
 from hosfl_lightning.link import command as certs
 from hosfl_lightning.optim import AdamW
@@ -32,6 +33,18 @@ EXAMPLES = ROOT / "examples" / "remote"
 UNITS = sorted(EXAMPLES.glob("*.service"))
 #: `hosfl` as it is installed.
 COMMAND = "#!{python}\nfrom hosfl_lightning.cli import main\n\nmain()\n"
+#: A client that waits for ever, without the seconds that a real one takes to begin.
+WAITING = """\
+#!{python}
+import time
+print("waits", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    print("takes leave", flush=True)
+    raise SystemExit(130)
+"""
 LITTLE = [
     f"--data.init_args.{name}={value}"
     for name, value in {
@@ -75,7 +88,7 @@ def shell(tmp_path: Path) -> Iterator[Any]:
 def test_the_two_commands(shell: Any) -> None:
     clients = shell("clients.sh", *LITTLE)  # first: it waits for the certificates
     server = shell("server.sh", "--trainer.max_rounds=2", "--trainer.val_check_interval=1", *LITTLE)
-    said = server.communicate(timeout=100)[0]
+    said = server.communicate(timeout=200)[0]
     assert server.returncode == 0, said
     assert "HOSFL: 2 rounds, 3 of 3 clients" in said
     assert (shell.folder / "runs" / "remote" / "run" / "summary.json").is_file()
@@ -88,14 +101,31 @@ def test_the_two_commands(shell: Any) -> None:
 
 
 def test_the_clients_end_by_ctrl_c(shell: Any) -> None:
+    """Each of them, and the script when all of them have ended."""
     certificates(shell.folder / "runs" / "remote" / "certs", "lab-a", "lab-b", "lab-c")
+    (shell.folder.parent / "bin" / "hosfl").write_text(WAITING.format(python=sys.executable))
     clients = shell("clients.sh")
-    for _ in range(3):
-        assert "nobody listens there yet" in clients.stdout.readline()
+    assert {clients.stdout.readline() for _ in range(3)} == {f"lab-{one}  waits\n" for one in "abc"}
     clients.send_signal(signal.SIGINT)
+    clients.wait(timeout=30)
+    left = subprocess.run(["pgrep", "-s", str(clients.pid)], capture_output=True, text=True, check=False).stdout
     said = clients.communicate(timeout=30)[0]
-    assert clients.returncode == 130, said
-    assert said.count("hosfl: interrupted; the same command goes on") == 3
+    assert (clients.returncode, left) == (130, ""), said
+    assert set(said.splitlines()) == {f"lab-{one}  takes leave" for one in "abc"}
+
+
+def test_a_client_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Connection) -> str:
+        raise KeyboardInterrupt
+
+    certificates(tmp_path, "lab-a")
+    monkeypatch.setattr(Connection, "run", interrupted)
+    settings = [f"--config={EXAMPLES}/client.yaml", f"--certs={tmp_path}/lab-a", f"--state={tmp_path}/state"]
+    with command_line(), pytest.raises(SystemExit) as end:
+        cli.main(["join", "--server=localhost:1", *settings])
+    assert (end.value.code, capsys.readouterr().err) == (130, "hosfl: interrupted; the same command goes on\n")
 
 
 def certificates(folder: Path, *names: str) -> None:
