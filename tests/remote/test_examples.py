@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import configparser
 import os
 import re
@@ -20,6 +21,7 @@ import pytest
 import yaml
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
+from hosfl_lightning.clients.connection import Connection
 from hosfl_lightning.data import DocstringData
 from hosfl_lightning.link import command as certs
 from hosfl_lightning.optim import AdamW
@@ -31,6 +33,18 @@ EXAMPLES = ROOT / "examples" / "remote"
 UNITS = sorted(EXAMPLES.glob("*.service"))
 #: `hosfl` as it is installed.
 COMMAND = "#!{python}\nfrom hosfl_lightning.cli import main\n\nmain()\n"
+#: A client that waits for ever, without the seconds that a real one takes to begin.
+WAITING = """\
+#!{python}
+import time
+print("waits", flush=True)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    print("takes leave", flush=True)
+    raise SystemExit(130)
+"""
 LITTLE = [
     f"--data.init_args.{name}={value}"
     for name, value in {
@@ -67,16 +81,14 @@ def shell(tmp_path: Path) -> Iterator[Any]:
     start.folder = folder  # type: ignore[attr-defined]
     yield start
     for process in started:
-        process.send_signal(signal.SIGTERM)  # which the clients' script passes on
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)  # its session, of several groups
+        process.communicate(timeout=30)
 
 
 def test_the_two_commands(shell: Any) -> None:
     clients = shell("clients.sh", *LITTLE)  # first: it waits for the certificates
     server = shell("server.sh", "--trainer.max_rounds=2", "--trainer.val_check_interval=1", *LITTLE)
-    said = server.communicate(timeout=100)[0]
+    said = server.communicate(timeout=200)[0]
     assert server.returncode == 0, said
     assert "HOSFL: 2 rounds, 3 of 3 clients" in said
     assert (shell.folder / "runs" / "remote" / "run" / "summary.json").is_file()
@@ -89,14 +101,31 @@ def test_the_two_commands(shell: Any) -> None:
 
 
 def test_the_clients_end_by_ctrl_c(shell: Any) -> None:
+    """Each of them, and the script when all of them have ended."""
     certificates(shell.folder / "runs" / "remote" / "certs", "lab-a", "lab-b", "lab-c")
+    (shell.folder.parent / "bin" / "hosfl").write_text(WAITING.format(python=sys.executable))
     clients = shell("clients.sh")
-    for _ in range(3):
-        assert "nobody listens there yet" in clients.stdout.readline()
+    assert {clients.stdout.readline() for _ in range(3)} == {f"lab-{one}  waits\n" for one in "abc"}
     clients.send_signal(signal.SIGINT)
+    clients.wait(timeout=30)
+    left = subprocess.run(["pgrep", "-s", str(clients.pid)], capture_output=True, text=True, check=False).stdout
     said = clients.communicate(timeout=30)[0]
-    assert clients.returncode == 130, said
-    assert said.count("hosfl: interrupted; the same command goes on") == 3
+    assert (clients.returncode, left) == (130, ""), said
+    assert set(said.splitlines()) == {f"lab-{one}  takes leave" for one in "abc"}
+
+
+def test_a_client_that_is_interrupted_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: Connection) -> str:
+        raise KeyboardInterrupt
+
+    certificates(tmp_path, "lab-a")
+    monkeypatch.setattr(Connection, "run", interrupted)
+    settings = [f"--config={EXAMPLES}/client.yaml", f"--certs={tmp_path}/lab-a", f"--state={tmp_path}/state"]
+    with command_line(), pytest.raises(SystemExit) as end:
+        cli.main(["join", "--server=localhost:1", *settings])
+    assert (end.value.code, capsys.readouterr().err) == (130, "hosfl: interrupted; the same command goes on\n")
 
 
 def certificates(folder: Path, *names: str) -> None:
@@ -115,15 +144,24 @@ class TestPython:
         Path("clients.yaml").write_text("0: lab-a\n")
         for rounds in (1, 2):
             address, names = f"127.0.0.1:{free_port()}", dict[str, Any]()
-            client = threading.Thread(target=exec, args=(the_example(address), names))
+            client = threading.Thread(target=take_part, args=(the_example(address), names), daemon=True)
             client.start()
-            serve(address, rounds)
+            with suppress(KeyboardInterrupt):
+                serve(address, rounds)
             client.join(timeout=60)
             assert names["said"] == "the run is over"
 
     def test_it_says_what_the_readme_says(self) -> None:
         text = (ROOT / "README.md").read_text()
         assert all(f"bash examples/remote/{script}" in text for script in ("server.sh", "clients.sh"))
+
+
+def take_part(code: str, names: dict[str, Any]) -> None:
+    try:
+        exec(code, names)
+    except BaseException as error:  # the server would wait for ever
+        names["said"] = repr(error)
+        _thread.interrupt_main()
 
 
 def the_example(address: str) -> str:
