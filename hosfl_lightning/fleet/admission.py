@@ -29,6 +29,7 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     peek,
+    printable,
 )
 
 #: How often a client is brought up to date on one stream before it is told that it cannot be.
@@ -98,7 +99,8 @@ class Admission:
         limit: int = LIMIT,
     ) -> None:
         self.reception, self.gate, self.terms, self.channel, self.replica = reception, gate, terms, channel, replica
-        self.notify, self.bad_frames, self.limit = notify, bad_frames, limit
+        self.bad_frames, self.limit = bad_frames, limit
+        self.notify: Callable[[str], None] = lambda text: notify(printable(text))  # clients' words are among them
         self.members: dict[int, Member] = {}
         self.round = 0
         self.records: Returns | None = None

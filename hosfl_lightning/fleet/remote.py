@@ -30,6 +30,7 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     peek,
+    printable,
 )
 
 #: What was not taken, by reason, since the server began.
@@ -144,6 +145,10 @@ class RemoteFleet(Fleet):
     @override
     def catches_up_with(self, records: Returns) -> None:
         self.admission.records = records
+
+    @override
+    def refuse(self, client: int, reason: str) -> None:
+        super().refuse(client, printable(reason))
 
     @override
     def figures(self) -> dict[str, float]:

@@ -26,6 +26,7 @@ from hosfl_lightning.wire.probed_data import ProbedData
 from hosfl_lightning.wire.requests import HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
 from hosfl_lightning.wire.terms import Terms, manifest
 from hosfl_lightning.wire.weights import Weights
+from hosfl_lightning.wire.words import printable
 
 __all__ = [
     "CODECS",
@@ -73,4 +74,5 @@ __all__ = [
     "encoded_size",
     "manifest",
     "peek",
+    "printable",
 ]
