@@ -19,9 +19,11 @@ from hosfl_lightning.optim import SGD, ZerothOrder
 from hosfl_lightning.wire import (
     Bye,
     CatchUpRequest,
+    HeldOutRequest,
     Hello,
     Message,
     SmashedData,
+    StepRequest,
     Terms,
     Update,
     decode,
@@ -148,3 +150,16 @@ def test_what_a_client_says_is_printed_as_it_is_written(text: str) -> None:
     server.fleet._pump_all()
     assert len(server.said) == 4, server.said
     assert all(line.isprintable() for line in server.said), server.said
+
+
+def test_held_out_data_that_are_late_are_not_trained_on() -> None:
+    server = Server()
+    ann = server.enter("ann", held_out=1)
+    assert [*server.fleet.hold_out(0)] == []
+    [asked] = [one for one in server.line.sent[ann] if isinstance(one, HeldOutRequest)]
+    server.fleet.refused.clear()
+    server.fleet.assemble([0])
+    server.hear(ann, smashed(0, 0, attempt=asked.attempt), smashed(0, 0, step=1))
+    [taken] = server.fleet.ask({0: StepRequest(0, 0)}, SmashedData)
+    assert taken.step == 1
+    assert server.fleet.figures()["late"] == 1
