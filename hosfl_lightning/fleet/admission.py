@@ -253,7 +253,7 @@ class Admission:
             counted = [member.number] if member.number in self.counted else []
             self._tell(member, RoundEnd(round, counted, attempt))
             return self._enter(member)
-        if request.digest == self.digest:
+        if request.digest in (self.digest, member.promised):
             return self._enter(member)
         member.tries += 1
         if member.tries > TRIES:
@@ -265,6 +265,7 @@ class Admission:
         for message in self._missed(member, replace(request, round=self.round)):
             self._tell(member, message)
         self._tell(member, RoundEnd(self.round, []))  # that was all
+        member.promised = self.digest
         return False, False
 
     def _missed(self, member: Member, request: CatchUpRequest) -> Iterator[Message]:
@@ -294,6 +295,11 @@ class Admission:
         return True, forgotten
 
     # ---- what everybody heard
+
+    @property
+    def followers(self) -> list[Member]:
+        """Who hears of every update: also who has just been sent a state, or it would be out of date once it is read."""
+        return [member for member in self._peers.values() if member.stage == "in" or member.promised is not None]
 
     def heard(self, message: Update | RoundEnd) -> None:
         """Everybody has moved, or a round without an update has ended."""

@@ -120,7 +120,7 @@ class RemoteFleet(Fleet):
     @override
     def tell(self, message: Update | RoundEnd, clients: Sequence[int]) -> None:
         frame = encode(message, self.channel.run_id)
-        members = [*self.admission.members.values()]
+        members = self.admission.followers
         if members:
             self.channel.count(message, "down", len(frame), len(members))
         for member in members:

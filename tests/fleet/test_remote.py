@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hosfl_lightning.clients.catch_up import state_digest
+from hosfl_lightning.clients.catch_up import load_state, state_digest
 from hosfl_lightning.fleet.admission import Admission
 from hosfl_lightning.fleet.channel import Channel
 from hosfl_lightning.fleet.member import Membership
@@ -22,7 +22,9 @@ from hosfl_lightning.wire import (
     HeldOutRequest,
     Hello,
     Message,
+    RoundEnd,
     SmashedData,
+    Snapshot,
     StepRequest,
     Terms,
     Update,
@@ -163,3 +165,31 @@ def test_held_out_data_that_are_late_are_not_trained_on() -> None:
     [taken] = server.fleet.ask({0: StepRequest(0, 0)}, SmashedData)
     assert taken.step == 1
     assert server.fleet.figures()["late"] == 1
+
+
+def test_who_catches_up_more_slowly_than_rounds_go_comes_in() -> None:
+    """An update is made whenever it has begun to read what it lacks."""
+    server, held, read = Server(), optimizer(), 0
+    bob = server.come("bob")
+    server.fleet.tell(update(1), [])
+    server.hear(bob, CatchUpRequest(0, 1, 0, "", state_digest(held)))
+    for round in range(1, 8):
+        server.admission.round = round
+        server.fleet._pump_all()
+        until = len(server.line.sent[bob])
+        server.fleet.tell(update(round + 1), [])
+        for message in server.line.sent[bob][read:until]:
+            assert not isinstance(message, Bye), message.reason
+            match message:
+                case Snapshot():
+                    load_state(held, message.tensors, message.step)
+                case Update():
+                    move(held)
+                case RoundEnd():
+                    server.hear(bob, CatchUpRequest(round, 1, held.steps, "", state_digest(held)))
+        read = until
+    assert server.fleet.connected == [1]
+    for message in server.line.sent[bob][read:]:
+        assert isinstance(message, Update)
+        move(held)
+    assert state_digest(held) == state_digest(server.replica)
