@@ -116,7 +116,7 @@ def server(spec: dict[str, Any]) -> None:
     from tests.remote.deaths import DieAt, StopAt
 
     if limits := spec.get("limits"):
-        orchestrator.Limits = lambda frame_bytes: Limits(frame_bytes, **limits)  # type: ignore[assignment,misc]
+        orchestrator.Limits = lambda frame_bytes, **given: Limits(frame_bytes, **(given | limits))  # type: ignore[assignment,misc]
     case = CASES[spec["case"]]
     callbacks: list[Any] = [StopAt(spec["stop"])] if "stop" in spec else []
     callbacks += [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
