@@ -30,9 +30,7 @@ def server(clients: int, sizes: dict[str, int], credentials: Any, options: Any, 
     asyncio.run(serve(clients, sizes, credentials, options, checked, talk))
 
 
-async def serve(
-    clients: int, sizes: dict[str, int], credentials: Any, options: Any, checked: bool, talk: Talk
-) -> None:
+async def serve(clients: int, sizes: dict[str, int], credentials: Any, options: Any, checked: bool, talk: Talk) -> None:
     """See `server`."""
     streams: list[Any] = []
     frames = {kind: os.urandom(size) for kind, size in sizes.items()}
@@ -81,7 +79,7 @@ def client(port: int, sizes: dict[str, int], credentials: Any, options: Any, che
         while True:
             yield outbox.get()
 
-    answers = cycle([up and os.urandom(sizes[up]) for _, up in EXCHANGES])
+    answers = cycle([None if up is None else os.urandom(sizes[up]) for _, up in EXCHANGES])
     address = f"127.0.0.1:{port}"
     plain = credentials is None
     channel = grpc.insecure_channel(address, options) if plain else grpc.secure_channel(address, credentials(), options)

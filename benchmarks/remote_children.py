@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -49,7 +50,9 @@ class Child:
         cores: Which it may run on; None: all.
     """
 
-    def __init__(self, role: Callable[[Talk], None], log: Path, threads: int = 1, cores: set[int] | None = None) -> None:
+    def __init__(
+        self, role: Callable[[Talk], None], log: Path, threads: int = 1, cores: set[int] | None = None
+    ) -> None:
         orders, mine = os.pipe()
         yours, answers = os.pipe()
         _OURS.update((mine, yours))
@@ -150,5 +153,5 @@ def _live(role: Callable[[Talk], None], talk: Talk, log: Path, threads: int, cor
         traceback.print_exc()
     finally:
         with suppress(ValueError, OSError):
-            os.sys.stdout.flush()  # type: ignore[attr-defined]
+            sys.stdout.flush()
         os._exit(status)

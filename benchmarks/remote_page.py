@@ -12,43 +12,44 @@ BARS = {"steps": 1.5, "rounds": 1.3, "memory": 1 << 20, "kills": 2.0, "wire": 1.
 HEAD = """\
 # Clients on other machines: what the network costs
 
-`python -m benchmarks.remote --out OUT` measures all of it on one machine, over loopback, on two of its cores, in processes
-forked from one that has imported everything. What is compared was run in turn; a ratio is of medians, then of minima.
+`python -m benchmarks.remote --out OUT` measures all of it on one machine, over loopback, on two of its cores, in
+processes forked from one that has imported everything. What is compared was run in turn; a ratio is of medians, then
+of minima.
 """
 
 STEPS = """\
-z of {z:,} bytes up, λ of {multiplier:,} down, scalars of {projected_gradients:,} up, the update of {update:,} down: every
-frame encoded, hashed, sent, verified, decoded strictly and checked, by the server and the client of a run, whose endpoints
-answer with tensors that are ready. gRPC: as many messages of the same lengths and the same barriers, of which nobody looks
-at a byte (grpc.aio, a synchronous client, no serializers). gRPC, SHA-256: the same, each frame hashed where it leaves and
-where it arrives; our frames carry that checksum. Processor time is of all processes together.
-Bar: {bar} times gRPC.
+z of {z:,} bytes up, λ of {multiplier:,} down, scalars of {projected_gradients:,} up, the update of {update:,} down:
+every frame encoded, hashed, sent, verified, decoded strictly and checked, by the server and the client of a run,
+whose endpoints answer with tensors that are ready. gRPC: as many messages of the same lengths and the same barriers,
+of which nobody looks at a byte (grpc.aio, a synchronous client, no serializers). gRPC, SHA-256: the same, each frame
+hashed where it leaves and where it arrives; our frames carry that checksum. Processor time is of all processes
+together. Bar: {bar} times gRPC.
 """
 
 ROUNDS = """\
-`recipes/quickstart.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation per_client` in one
-process, with the same data and the same rounds, without the first. Torch's threads are set as `OMP_NUM_THREADS` would:
-on two cores the one process has both at all times; the clients, which compute at once, have one thread each. On one core
-nothing is gained by processes that run at once: there the ratio is of the work. Bar: {bar} on two cores.
+`recipes/quickstart.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation per_client` in
+one process, with the same data and the same rounds, without the first. Torch's threads are set as `OMP_NUM_THREADS`
+would: on two cores the one process has both at all times; the clients, which compute at once, have one thread each.
+On one core nothing is gained by processes that run at once: there the ratio is of the work. Bar: {bar} on two cores.
 """
 
 MEMORY = """\
-What the server's resident memory grows by when clients join, over their number; then, after one step with all of them, by
-how much it has grown for each. The allocator is the system's with its defaults: what a step leaves is mostly what it has
-not given back. Bar: 1 MiB for an idle client.
+What the server's resident memory grows by when clients join, over their number; then, after one step with all of
+them, by how much it has grown for each. The allocator is the system's with its defaults: what a step leaves is mostly
+what it has not given back. Bar: 1 MiB for an idle client.
 """
 
 KILLS = """\
-SIGKILL, no warning, then a new process of the same. Of the server: from when the new one listens to the last client that is
-in. Of a client: from its new process (its libraries are imported, its model is none) to when it is in. Clients wait between
-tries for {backoff}: after a long outage they are in the midst of such a pause. Nobody has missed
+SIGKILL, no warning, then a new process of the same. Of the server: from when the new one listens to the last client
+that is in. Of a client: from its new process (its libraries are imported, its model is none) to when it is in.
+Clients wait between tries for {backoff}: after a long outage they are in the midst of such a pause. Nobody has missed
 an update; catching up comes on top. Bar: {bar} s after a short outage.
 """
 
 WIRE = """\
-Bytes that pass a TCP proxy between the server and all clients of a quickstart run, from the first connection to the last:
-HTTP/2, gRPC and TLS with its handshakes included, headers of TCP and IP not; over `comm/total_bytes` of the same run.
-Bar: {bar}.
+Bytes that pass a TCP proxy between the server and all clients of a quickstart run, from the first connection to the
+last: HTTP/2, gRPC and TLS with its handshakes included, headers of TCP and IP not; over `comm/total_bytes` of the
+same run. Bar: {bar}.
 """
 
 

@@ -14,7 +14,7 @@ from benchmarks.remote_stub import Stage
 
 
 def idle(folder: Path, secure: bool, first: int, more: int, shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Bytes in memory of the server, per client of ``more`` that join when ``first`` are there; after a step as well."""
+    """Bytes in memory of the server, per client of ``more`` that join when ``first`` are there; after a step too."""
     stage = Stage.built(folder, first + more, secure, shape)
     with Family(folder) as family:
         host = family.born(partial(remote_stub.host, stage, 0), "host")

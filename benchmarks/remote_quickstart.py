@@ -47,7 +47,12 @@ def local(folder: Path, rounds: int, place: Place) -> list[float]:
     """Seconds of each round but the first, in one process."""
     folder.mkdir()
     with Family(folder) as family:
-        arguments = ["fit", *_settings(rounds), f"--trainer.default_root_dir={folder}", "--trainer.simulation=per_client"]
+        arguments = [
+            "fit",
+            *_settings(rounds),
+            f"--trainer.default_root_dir={folder}",
+            "--trainer.simulation=per_client",
+        ]
         family.born(partial(command, arguments), "fit", threads=place.whole, cores=place.cores).end()
     [metrics] = folder.rglob("metrics.csv")
     return _column(metrics, "time/round_seconds")[1:]

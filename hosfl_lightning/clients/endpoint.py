@@ -63,8 +63,8 @@ class Endpoint(ABC):
         half, self.trained = self.hold(model, terms.settings)
         if (differ := difference(manifest(self.trained), terms.manifest)) is not None:
             raise TermsError(
-                f"the model trains other tensors at a client than the run, the first is {differ}; use the server's cut, "
-                "adapters and dtype"
+                f"the model trains other tensors at a client than the run, the first is {differ}; use the server's "
+                "cut, adapters and dtype"
             )
         self.client: Any = self.make_client(half)
         self.checks = True

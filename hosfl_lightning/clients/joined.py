@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     peek,
+    printable,
 )
 
 Build = Callable[[Terms], Endpoint]
@@ -136,7 +138,8 @@ class Joined:
         """
         kind = peek(frame, LIMIT).kind
         if kind == "bye":
-            raise Farewell(decode(frame, "bye"))  # type: ignore[arg-type]
+            bye: Any = decode(frame, "bye")
+            raise Farewell(replace(bye, reason=printable(bye.reason)))
         if kind == "terms":
             return [self._encode(self._join(decode(frame, "terms"), peek(frame).run_id))]  # type: ignore[arg-type]
         if self.terms is None or self.endpoint is None:

@@ -29,6 +29,7 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     peek,
+    printable,
 )
 
 #: How often a client is brought up to date on one stream before it is told that it cannot be.
@@ -98,7 +99,8 @@ class Admission:
         limit: int = LIMIT,
     ) -> None:
         self.reception, self.gate, self.terms, self.channel, self.replica = reception, gate, terms, channel, replica
-        self.notify, self.bad_frames, self.limit = notify, bad_frames, limit
+        self.bad_frames, self.limit = bad_frames, limit
+        self.notify: Callable[[str], None] = lambda text: notify(printable(text))  # clients' words are among them
         self.members: dict[int, Member] = {}
         self.round = 0
         self.records: Returns | None = None
@@ -251,7 +253,7 @@ class Admission:
             counted = [member.number] if member.number in self.counted else []
             self._tell(member, RoundEnd(round, counted, attempt))
             return self._enter(member)
-        if request.digest == self.digest:
+        if request.digest in (self.digest, member.promised):
             return self._enter(member)
         member.tries += 1
         if member.tries > TRIES:
@@ -263,6 +265,7 @@ class Admission:
         for message in self._missed(member, replace(request, round=self.round)):
             self._tell(member, message)
         self._tell(member, RoundEnd(self.round, []))  # that was all
+        member.promised = self.digest
         return False, False
 
     def _missed(self, member: Member, request: CatchUpRequest) -> Iterator[Message]:
@@ -292,6 +295,11 @@ class Admission:
         return True, forgotten
 
     # ---- what everybody heard
+
+    @property
+    def followers(self) -> list[Member]:
+        """Who hears of every update: also who has just been sent a state, or it would be out of date once it is read."""
+        return [member for member in self._peers.values() if member.stage == "in" or member.promised is not None]
 
     def heard(self, message: Update | RoundEnd) -> None:
         """Everybody has moved, or a round without an update has ended."""

@@ -23,6 +23,7 @@ class Member:
         number: Its number in the run.
         session: Which process it is.
         held_out: Batches of its own validation data.
+        promised: Digest of the state that it holds once it has read what it was sent; every update since follows it.
         tries: How often it was brought up to date on this stream.
         bad: Frames of its that were no messages.
         since: When it connected.
@@ -35,6 +36,7 @@ class Member:
     number: int = -1
     session: str = ""
     held_out: int = 0
+    promised: str | None = None
     tries: int = 0
     bad: int = 0
     since: float = field(default_factory=time.monotonic)

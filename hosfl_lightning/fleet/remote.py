@@ -18,6 +18,7 @@ from hosfl_lightning.fleet.member import Member, Membership, listed
 from hosfl_lightning.fleet.processes import Processes
 from hosfl_lightning.link.reception import Event
 from hosfl_lightning.wire import (
+    HELD_OUT,
     HeldOutRequest,
     Message,
     RoundEnd,
@@ -30,6 +31,7 @@ from hosfl_lightning.wire import (
     decode,
     encode,
     peek,
+    printable,
 )
 
 #: What was not taken, by reason, since the server began.
@@ -118,7 +120,7 @@ class RemoteFleet(Fleet):
     @override
     def tell(self, message: Update | RoundEnd, clients: Sequence[int]) -> None:
         frame = encode(message, self.channel.run_id)
-        members = [*self.admission.members.values()]
+        members = self.admission.followers
         if members:
             self.channel.count(message, "down", len(frame), len(members))
         for member in members:
@@ -146,11 +148,16 @@ class RemoteFleet(Fleet):
         self.admission.records = records
 
     @override
+    def refuse(self, client: int, reason: str) -> None:
+        super().refuse(client, printable(reason))
+
+    @override
     def figures(self) -> dict[str, float]:
         admission = self.admission
         return {
             "connected": len(admission.members),
             **{name.replace(" ", "_"): admission.counts[name] for name in COUNTED},
+            "turned_away": admission.counts["turned away"] + admission.reception.turned_away,
             **{f"caught_up_by_{how}": admission.caught_up[how] for how in ("replay", "snapshot")},
             "received_bytes": admission.reception.bytes_in,
             "sent_bytes": admission.reception.bytes_out,
@@ -172,7 +179,7 @@ class RemoteFleet(Fleet):
 
     def _send_request(self, client: int, request: Any, expected: Sequence[type[Message]]) -> None:
         frame = encode(request, self.channel.run_id)
-        self.place = (request.round, getattr(request, "attempt", 0))
+        self.place = place_of(request)
         self.conversations.setdefault(client, Conversation()).ask(Exchange(request, frame, expected))
         member = self.admission.members.get(client)
         if member is not None:
@@ -227,7 +234,7 @@ class RemoteFleet(Fleet):
         if message.kind == "catch_up_request":
             return  # it is up to date
         conversation = self.conversations.get(client)
-        place = (message.round, getattr(message, "attempt", 0))
+        place = place_of(message)
         self.channel.count(message, "up", len(frame))
         if place != self.place or conversation is None:
             self.admission.counts["late" if place < self.place or conversation is None else "early"] += 1
@@ -275,6 +282,12 @@ class RemoteFleet(Fleet):
         for client in slower:
             self.conversations.pop(client, None)
         self.own = [client for client in self.own if client not in slower]
+
+
+def place_of(message: Any) -> tuple[int, int]:
+    """Round and attempt, in the order of time: what is held out is asked for before the round's first attempt."""
+    attempt = getattr(message, "attempt", 0)
+    return message.round, -1 if attempt == HELD_OUT else attempt
 
 
 _NOTHING: Mapping[int, Any] = {}

@@ -7,7 +7,6 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,47 @@ with remote_extra():
     import grpc.aio
 
 
+#: Seconds within which a client must have read what is left when its stream is closed.
+LINGER = 60.0
+
+
 class ListenError(ValueError):
     """The address cannot be listened at."""
+
+
+class Credit:
+    """How many more frames of a stream may be read; the loop is only woken where it waits for one.
+
+    Args:
+        left: At first.
+    """
+
+    def __init__(self, left: int) -> None:
+        self._left, self._lock, self._loop = left, threading.Lock(), asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def take(self) -> None:
+        """Once there is one; in the loop, by one task."""
+        with self._lock:
+            if self._left:
+                self._left -= 1
+                return
+            waiter = self._waiter = self._loop.create_future()
+        await waiter
+
+    def give(self) -> None:
+        """One more, from any thread."""
+        with self._lock:
+            waiter, self._waiter = self._waiter, None
+            self._left += waiter is None
+        if waiter is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(_wake, waiter)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():  # the stream may have ended
+        waiter.set_result(None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +74,12 @@ class Stream:
 
     address: str
     auth: dict[str, list[bytes]]
-    credit: asyncio.Semaphore
+    credit: Credit
     outbox: asyncio.Queue[bytes | None]
     waiting: list[int]
     """Bytes in the outbox, one number."""
+    cut: asyncio.Event
+    """Set: it ends now, whatever waits."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +112,8 @@ class Reception:
     def __init__(self, address: str, credentials: Any | None = None, limits: Limits | None = None) -> None:
         self.limits, self._credentials, self._address = limits or Limits(), credentials, address
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._orders: deque[tuple[Stream, bytes | None]] = deque()
+        self._ordered = False  # whether the loop is about to look at them
         self._open: set[Stream] = set()
         self._recent: dict[str, deque[float]] = {}
         self.turned_away = 0
@@ -94,16 +136,16 @@ class Reception:
         except queue.Empty:
             return None
         if event.frame is not None:
-            self._soon(event.stream.credit.release)
+            event.stream.credit.give()
         return event
 
     def send(self, stream: Stream, frame: bytes) -> None:
         """Put a frame behind what waits to be sent; a client that does not read loses its stream."""
-        self._soon(self._put, stream, frame)
+        self._order(stream, frame)
 
     def close(self, stream: Stream) -> None:
         """End a stream once what waits is sent."""
-        self._soon(stream.outbox.put_nowait, None)
+        self._order(stream, None)
 
     def stop(self) -> None:
         """End all streams and the server."""
@@ -139,23 +181,24 @@ class Reception:
             self.turned_away += 1
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many connections, or too often; come later")
         auth = {name: list(values) for name, values in context.auth_context().items()}
-        credit = asyncio.Semaphore(self.limits.frames_ahead)
-        stream = Stream(address, auth, credit, asyncio.Queue(), [0])
+        credit = Credit(self.limits.frames_ahead)
+        stream = Stream(address, auth, credit, asyncio.Queue(), [0], asyncio.Event())
         self._open.add(stream)
         self._events.put(Event(stream))
         reader = asyncio.ensure_future(self._read(stream, context))
         writer = asyncio.ensure_future(self._write(stream, context))
+        cut = asyncio.ensure_future(stream.cut.wait())
         try:
-            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reader, writer, cut], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, cut):
                 task.cancel()
             self._open.discard(stream)
             self._events.put(Event(stream, closed=True))
 
     async def _read(self, stream: Stream, context: Any) -> None:
         while True:
-            await stream.credit.acquire()
+            await stream.credit.take()
             frame = await context.read()
             if frame is grpc.aio.EOF:
                 return
@@ -168,9 +211,19 @@ class Reception:
             self.bytes_out += len(frame)
             stream.waiting[0] -= len(frame)
 
-    def _put(self, stream: Stream, frame: bytes) -> None:
-        stream.waiting[0] += len(frame)
-        stream.outbox.put_nowait(frame if stream.waiting[0] <= self.limits.outbox_bytes else None)
+    def _fill(self) -> None:
+        """Everything that is ordered into the outboxes, in its order."""
+        self._ordered = False  # first: what is ordered from now on wakes the loop again
+        while self._orders:
+            stream, frame = self._orders.popleft()
+            stream.waiting[0] += len(frame or b"")
+            if frame is None:
+                self._loop.call_later(LINGER, stream.cut.set)  # who does not read does not keep its place
+            if stream.waiting[0] > self.limits.outbox_bytes:
+                stream.cut.set()
+            else:
+                stream.outbox.put_nowait(frame)
+
 
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
@@ -194,9 +247,13 @@ class Reception:
     def _run(self, coroutine: Any) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _soon(self, call: Callable[..., Any], *args: Any) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(call, *args)
+    def _order(self, stream: Stream, frame: bytes | None) -> None:
+        """Many frames wake the loop once: each time it is woken, it and this thread contend for the interpreter."""
+        self._orders.append((stream, frame))
+        if not self._ordered:
+            self._ordered = True
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._fill)
 
     def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

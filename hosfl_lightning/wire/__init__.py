@@ -23,12 +23,14 @@ from hosfl_lightning.wire.errors import (
 from hosfl_lightning.wire.joining import Bye, Hello
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
 from hosfl_lightning.wire.probed_data import ProbedData
-from hosfl_lightning.wire.requests import HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
+from hosfl_lightning.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
 from hosfl_lightning.wire.terms import Terms, manifest
 from hosfl_lightning.wire.weights import Weights
+from hosfl_lightning.wire.words import printable
 
 __all__ = [
     "CODECS",
+    "HELD_OUT",
     "LIMIT",
     "MESSAGES",
     "PROTOCOL",
@@ -73,4 +75,5 @@ __all__ = [
     "encoded_size",
     "manifest",
     "peek",
+    "printable",
 ]

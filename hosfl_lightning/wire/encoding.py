@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +114,9 @@ def check_finite(message: Message) -> None:
     """
     values, tensors = _take_apart(message)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not all(map(math.isfinite, torch.stack(tensor.aminmax()).tolist())):  # one wait for a device
             bad = int((~tensor.isfinite()).sum())
             raise NonFiniteError(f"{message.kind}: {name} has {bad} values that are NaN or infinite")
     for name in _not_finite(values):
@@ -228,10 +231,8 @@ def _check_bits(name: str, packed: Tensor, shape: Any) -> int:
 
 
 def _unpack_bits(packed: Tensor, shape: list[int]) -> Tensor:
-    bits = torch.empty(len(packed), 8, dtype=torch.bool)
-    for place in range(8):  # one by one: all at once would take a temporary of the result's size
-        bits[:, place] = packed & 128 >> place
-    return bits.view(-1)[: math.prod(shape)].view(shape)
+    bits = np.unpackbits(packed.numpy(), count=math.prod(shape))  # without a temporary, which torch would take
+    return torch.from_numpy(bits).view(torch.bool).view(shape)
 
 
 def _is_dict(value: object) -> bool:

@@ -61,6 +61,10 @@ class ProbeRequest:
         check_probe(self.kind, self.probe, self.side)
 
 
+#: The attempt of what clients hold out: of no training, so that a late answer is not taken for one of the next round.
+HELD_OUT = 1 << 20
+
+
 @dataclass(frozen=True, eq=False)
 class HeldOutRequest:
     """Server to client k: send z of a batch of the validation data that is yours; nothing comes back.
@@ -69,14 +73,14 @@ class HeldOutRequest:
         round: Rounds that are done, >= 0.
         client: Client number k, >= 0.
         step: Number of the batch, below `CatchUpRequest.held_out`; that of the answer.
-        attempt: 0.
+        attempt: `HELD_OUT`.
     """
 
     kind: ClassVar[str] = "held_out_request"
     round: int
     client: int
     step: int
-    attempt: int = 0
+    attempt: int = HELD_OUT
 
     def check(self) -> None:
         """Raises FieldError unless types are as stated above."""

@@ -165,7 +165,9 @@ def pipe(tiny_folder: Path) -> Iterator[Pipe]:
     pipe.close()
 
 
-def run(case: Case, pretrained: Path, folder: Path, **settings: Any) -> dict[str, Any]:
+def run(
+    case: Case, pretrained: Path, folder: Path, lengths: Sequence[Sequence[int]] = LENGTHS, **settings: Any
+) -> dict[str, Any]:
     """What a run of three rounds, two clients each, leaves."""
     usual: dict[str, Any] = {
         "max_rounds": 3,
@@ -178,7 +180,7 @@ def run(case: Case, pretrained: Path, folder: Path, **settings: Any) -> dict[str
         **(usual | case.settings | settings),
     )  # fmt: skip
     model = model_of(str(pretrained), **case.recipe)
-    trainer.fit(model, RandomTokens(LENGTHS))
+    trainer.fit(model, RandomTokens(lengths))
     rows = csv.DictReader((Path(trainer.log_dir) / "metrics.csv").read_text().splitlines())
     log = Path(trainer.log_dir) / "updates.log"
     return {

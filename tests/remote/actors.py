@@ -94,6 +94,21 @@ def end_at(round: int, kind: str, when: str, kill: Callable[[], None]) -> None:
     Endpoint.handle = watched  # type: ignore[method-assign,assignment]
 
 
+def rank(spec: dict[str, Any]) -> None:
+    """One of two processes that share the clients of each round, in a simulation."""
+    from hosfl_lightning import Orchestrator
+    from tests.fleet.test_pipe import CASES
+
+    place = {"NODE_RANK": spec["rank"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": spec["port"]}
+    os.environ |= {**place, "OMP_NUM_THREADS": "1"}
+    case = CASES[spec["case"]]
+    trainer = Orchestrator(
+        case.algorithm(), max_rounds=3, clients_per_round=2, val_check_interval=2, enable_progress_bar=False,
+        num_nodes=2, default_root_dir=spec["folder"], **case.settings,
+    )  # fmt: skip
+    trainer.fit(model_of(spec["pretrained"], **case.recipe), RandomTokens(LENGTHS))
+
+
 def server(spec: dict[str, Any]) -> None:
     from hosfl_lightning import Orchestrator, orchestrator
     from hosfl_lightning.link.limits import Limits
@@ -113,9 +128,9 @@ def server(spec: dict[str, Any]) -> None:
         algorithm, **(settings | case.settings | spec.get("settings", {})), callbacks=callbacks,
         simulation="per_client", default_root_dir=spec["folder"],
     )  # fmt: skip
-    model = model_of(spec["pretrained"], **case.recipe)
+    model, data = model_of(spec["pretrained"], **case.recipe), RandomTokens(spec.get("lengths", LENGTHS))
     trainer.serve(
-        model, RandomTokens(LENGTHS), spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
+        model, data, spec["listen"], spec.get("certs"), spec["clients"], spec["folder"],
         insecure="certs" not in spec, **spec.get("serve", {}),
     )  # fmt: skip
 

@@ -163,6 +163,12 @@ class Stage:
     def clients(self, **spec: Any) -> list[Actor]:
         return [self.client(name, **spec) for name in self.names]
 
+    def ranks(self) -> list[Actor]:
+        """A simulation in two processes, in the place of a server and clients."""
+        fixed = {"case": self.case, "pretrained": self.pretrained, "folder": str(self.folder), "port": str(self.port)}
+        specs = [{**fixed, "rank": str(number)} for number in range(2)]
+        return [Actor(self.nursery, "rank", spec, self.folder, f"rank_{spec['rank']}") for spec in specs]
+
     def left(self) -> dict[str, Any]:
         """As `tests.fleet.test_pipe.run`, but for what only a remote run has."""
         state = max((one for _, one in checkpoints.whole(self.run)), key=lambda checkpoint: checkpoint["global_step"])

@@ -56,7 +56,9 @@ class Meddler(Joined):
 class Puppet(threading.Thread):
     """The product's client, but for its meddling."""
 
-    def __init__(self, stage: Any, name: str, out: Meddle = leave_alone, into: Meddle = leave_alone) -> None:
+    def __init__(
+        self, stage: Any, name: str, out: Meddle = leave_alone, into: Meddle = leave_alone, index: int | None = None
+    ) -> None:
         super().__init__(daemon=True)
         self.said: list[str] = []
         recipe = CASES[stage.case].recipe
@@ -65,7 +67,7 @@ class Puppet(threading.Thread):
             return model_of(stage.pretrained, part=part, **recipe)  # type: ignore[arg-type]
 
         def build(terms: Terms) -> Endpoint:
-            endpoint = _endpoint(terms, model, RandomTokens(LENGTHS), None, "cpu")
+            endpoint = _endpoint(terms, model, RandomTokens(LENGTHS), index, "cpu")
             endpoint.checks = False  # it warns, which is an error here
             return endpoint
 

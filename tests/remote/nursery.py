@@ -8,10 +8,13 @@ asks for those that have ended, as ``{number: exit status}``.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,7 +23,7 @@ import torch
 import hosfl_lightning.join
 import hosfl_lightning.recipe  # noqa: F401
 import tests.fleet.test_pipe  # noqa: F401
-from tests.remote import actors
+from tests.remote import actors, island
 
 
 def main() -> None:
@@ -42,12 +45,24 @@ def born(role: str, spec: str, log: str) -> int:
     status = 1
     try:
         os.setsid()
+        die_with_parent()
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        getattr(actors, role)(json.loads(Path(spec).read_text()))
+        told = json.loads(Path(spec).read_text())
+        if on := told.get("island"):
+            island.enter(on)
+            island.audit()
+            os.environ |= island.TEMPTATION
+        {
+            "island": island.island,
+            "stray": island.stray,
+            "server": actors.server,
+            "client": actors.client,
+            "rank": actors.rank,
+        }[role](told)
         status = 0
     except SystemExit as end:
         status = int(end.code or 0)
@@ -57,6 +72,12 @@ def born(role: str, spec: str, log: str) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def die_with_parent() -> None:
+    """Where the system knows how: nobody is left behind by a test that was killed."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def reap(ended: dict[int, int]) -> None:

@@ -1,20 +1,25 @@
-"""Clients in processes of their own, at the end of a line: the bits of `per_client` in one process."""
+"""Clients at the end of a line, in ranks, and in one process: the same bits."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fleet.test_pipe import CASES
+from tests.remote.test_kills import finished, same
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_remote_clients_give_the_bits_of_clients_in_the_process(case: str, stage: Any, undisturbed: Any) -> None:
+def test_remote_ranks_and_one_process_give_the_same_bits(
+    case: str, stage: Any, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = stage(case)
-    server, clients = run.server().start(), [client.start() for client in run.clients()]
-    for actor in (server, *clients):
-        assert actor.wait() == 0, actor.said
-    here, there = undisturbed(case), run.left()
-    for part in here:
-        assert here[part] == there[part], part
+    finished(*(actor.start() for actor in (run.server(), *run.clients())))
+    same(run, undisturbed)
+    if not CASES[case].algorithm().joint:
+        return  # its clients take turns, which ranks do not
+    finished(*(actor.start() for actor in run.ranks()))
+    monkeypatch.setattr(type(run), "run", Path(run.folder) / "version_0")
+    same(run, undisturbed)
