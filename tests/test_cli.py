@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,8 +268,8 @@ def test_a_wandb_run_ends_as_the_command_does(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(cli, "command", command)
-    monkeypatch.setattr(cli, "wandb", SimpleNamespace(run=object(), finish=finish))
+    monkeypatch.setattr("hosfl_lightning.recipe.command", command)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object(), finish=finish))
     with pytest.raises((SystemExit, RuntimeError)) if error else nullcontext():
         cli.main([])
     assert finishes == [code]
@@ -280,7 +281,7 @@ def test_an_interrupt_ends_with_a_line_that_says_how_to_go_on(
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt("interrupted; go on with --ckpt_path=runs/version_0")
 
-    monkeypatch.setattr(cli, "command", interrupted)
+    monkeypatch.setattr("hosfl_lightning.recipe.command", interrupted)
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit"])
     assert ended.value.code == 130

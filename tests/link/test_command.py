@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import hosfl_lightning
 from hosfl_lightning import cli
 from hosfl_lightning.link.credentials import Site
 from hosfl_lightning.link.revoked import Revoked
@@ -129,3 +131,13 @@ def test_nothing_else_needs_the_libraries() -> None:
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].endswith("pip install 'hosfl_lightning[remote]'")
     assert "cryptography" in ended.stderr
+
+
+def test_it_waits_for_no_run_to_be_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from hosfl_lightning.cli import main\n"
+        "main(['certs', 'init', '--out', 'ca'])\n"
+        "assert not {'torch', 'lightning', 'wandb'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=60,
+                   env={**os.environ, "PYTHONPATH": str(Path(hosfl_lightning.__file__).parents[1])})  # fmt: skip
