@@ -298,7 +298,7 @@ class Admission:
 
     @property
     def followers(self) -> list[Member]:
-        """Who hears of every update: also who has just been sent a state, or it would be out of date once it is read."""
+        """Who hears of every update: also who was just sent a state, or it would be out of date once it is read."""
         return [member for member in self._peers.values() if member.stage == "in" or member.promised is not None]
 
     def heard(self, message: Update | RoundEnd) -> None:
