@@ -38,6 +38,8 @@ TRIES = 3
 HELLO_LIMIT = 1 << 20
 #: At the end of a run: seconds that the server waits for clients whose line was cut so many seconds ago.
 LINGER, LATELY = 5.0, 30.0
+#: Likewise: most seconds for what is still to be sent, which a slow line needs.
+DELIVERY = 60.0
 #: Seconds within which a new stream must say who it is.
 SILENCE = 30.0
 
@@ -131,9 +133,7 @@ class Admission:
 
     def turn_out(self, member: Member, reason: str, final: bool = True) -> None:
         """End a client's stream, and say why."""
-        self._forget(member)
-        self.reception.send(member.stream, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id))
-        self.reception.close(member.stream)
+        self._see_off(member, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id))
 
     def leave(self, member: Member, message: Bye) -> None:
         """A client says that it goes."""
@@ -167,20 +167,26 @@ class Admission:
     def close(self, reason: str, over: bool) -> None:
         """Everybody leaves: the run is over, or the server stops and may come back."""
         frame = encode(Bye(self.round, reason, final=over), self.channel.run_id)
+        leaving = {*self._peers}
         for member in [*self._peers.values()]:
-            self.reception.send(member.stream, frame)
-            self.reception.close(member.stream)
+            self._see_off(member, frame)
         if over:
-            self._linger(frame)
+            self._linger(frame, leaving)
         self.reception.stop()
 
-    def _linger(self, frame: bytes) -> None:
-        """Who was cut off lately is still told that the run is over: else it would wait for this server."""
-        now = time.monotonic()
+    def _see_off(self, member: Member, frame: bytes) -> None:
+        self._forget(member)
+        self.reception.send(member.stream, frame)
+        self.reception.close(member.stream)
+
+    def _linger(self, frame: bytes, leaving: set[Stream]) -> None:
+        """Who was cut off lately, or is behind, is still told that the run is over: else it would wait for a server."""
+        began = now = time.monotonic()
         missing = {client for client, left in self._cut_off.items() if left > now - LATELY}
-        until = now + LINGER
-        while missing and time.monotonic() < until:
-            event = self.reception.next(0.1)
+        while (missing and now < began + LINGER) or (leaving and now < began + DELIVERY):
+            event, now = self.reception.next(0.1), time.monotonic()
+            if event is not None and event.closed:
+                leaving.discard(event.stream)
             member = self.member_of(event) if event is not None else None
             if member is None or event is None or event.frame is None:
                 continue
@@ -189,8 +195,8 @@ class Admission:
             except WireError:
                 continue
             missing -= {self.gate.number_of(member.name or hello.name)}
-            self.reception.send(member.stream, frame)
-            self.reception.close(member.stream)
+            leaving.add(member.stream)
+            self._see_off(member, frame)
 
     def name_of(self, client: int) -> str:
         """What a client is called, or its number."""

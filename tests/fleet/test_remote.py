@@ -206,3 +206,21 @@ def test_a_client_that_never_stops_sending_does_not_stop_the_server() -> None:
 
     server.line.next = more  # type: ignore[method-assign]
     server.fleet.gather_quorum(1, 1)
+
+
+def test_the_run_is_over_when_all_have_been_told() -> None:
+    """The last update of a slow line is still under way, and the farewell behind it."""
+    server = Server()
+    ann, looks = server.enter("ann"), 0
+
+    def later(timeout: float) -> Event | None:
+        nonlocal looks
+        looks += 1
+        return Event(ann, closed=True) if looks == 100 else None
+
+    server.line.next = later  # type: ignore[method-assign]
+    server.line.stop = lambda: server.say(f"stops after {looks}")  # type: ignore[method-assign]
+    server.fleet.close("the run is over", over=True)
+    assert server.said[-1] == "stops after 100"
+    assert isinstance(server.line.sent[ann][-1], Bye)
+    assert not any("gone" in line for line in server.said)
