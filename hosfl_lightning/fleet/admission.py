@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import client_state, state_digest
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel
+from hosfl_lightning.fleet.gate import Gate
 from hosfl_lightning.fleet.member import Member
 from hosfl_lightning.link.reception import Event, Reception, Stream
 from hosfl_lightning.optim import ZerothOrder
@@ -42,30 +43,6 @@ LINGER, LATELY = 5.0, 30.0
 DELIVERY = 60.0
 #: Seconds within which a new stream must say who it is.
 SILENCE = 30.0
-
-
-class Gate(Protocol):
-    """Who may come in."""
-
-    @property
-    def total(self) -> int:
-        """Clients of the run, whether they are there or not."""
-
-    def refresh(self) -> bool:
-        """Look at what is written down; whether anything changed."""
-
-    def identify(self, stream: Stream) -> tuple[str | None, Any]:
-        """Name and serial number of a stream's certificate; no name: plain text, the client says it itself.
-
-        Raises:
-            ValueError: It is none that can be read.
-        """
-
-    def number_of(self, name: str) -> int | None:
-        """Of a client that may come in."""
-
-    def objection(self, name: str, serial: Any) -> str | None:
-        """Why a client may not come in, or must leave, in words."""
 
 
 class Admission:
