@@ -6,12 +6,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import client_state, state_digest
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel
+from hosfl_lightning.fleet.gate import Gate
 from hosfl_lightning.fleet.member import Member
 from hosfl_lightning.link.reception import Event, Reception, Stream
 from hosfl_lightning.optim import ZerothOrder
@@ -38,32 +39,10 @@ TRIES = 3
 HELLO_LIMIT = 1 << 20
 #: At the end of a run: seconds that the server waits for clients whose line was cut so many seconds ago.
 LINGER, LATELY = 5.0, 30.0
+#: Likewise: most seconds for what is still to be sent, which a slow line needs.
+DELIVERY = 60.0
 #: Seconds within which a new stream must say who it is.
 SILENCE = 30.0
-
-
-class Gate(Protocol):
-    """Who may come in."""
-
-    @property
-    def total(self) -> int:
-        """Clients of the run, whether they are there or not."""
-
-    def refresh(self) -> bool:
-        """Look at what is written down; whether anything changed."""
-
-    def identify(self, stream: Stream) -> tuple[str | None, Any]:
-        """Name and serial number of a stream's certificate; no name: plain text, the client says it itself.
-
-        Raises:
-            ValueError: It is none that can be read.
-        """
-
-    def number_of(self, name: str) -> int | None:
-        """Of a client that may come in."""
-
-    def objection(self, name: str, serial: Any) -> str | None:
-        """Why a client may not come in, or must leave, in words."""
 
 
 class Admission:
@@ -131,9 +110,7 @@ class Admission:
 
     def turn_out(self, member: Member, reason: str, final: bool = True) -> None:
         """End a client's stream, and say why."""
-        self._forget(member)
-        self.reception.send(member.stream, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id))
-        self.reception.close(member.stream)
+        self._see_off(member, encode(Bye(self.round, reason, final, failed=final), self.channel.run_id))
 
     def leave(self, member: Member, message: Bye) -> None:
         """A client says that it goes."""
@@ -167,20 +144,26 @@ class Admission:
     def close(self, reason: str, over: bool) -> None:
         """Everybody leaves: the run is over, or the server stops and may come back."""
         frame = encode(Bye(self.round, reason, final=over), self.channel.run_id)
+        leaving = {*self._peers}
         for member in [*self._peers.values()]:
-            self.reception.send(member.stream, frame)
-            self.reception.close(member.stream)
+            self._see_off(member, frame)
         if over:
-            self._linger(frame)
+            self._linger(frame, leaving)
         self.reception.stop()
 
-    def _linger(self, frame: bytes) -> None:
-        """Who was cut off lately is still told that the run is over: else it would wait for this server."""
-        now = time.monotonic()
+    def _see_off(self, member: Member, frame: bytes) -> None:
+        self._forget(member)
+        self.reception.send(member.stream, frame)
+        self.reception.close(member.stream)
+
+    def _linger(self, frame: bytes, leaving: set[Stream]) -> None:
+        """Who was cut off lately, or is behind, is still told that the run is over: else it would wait for a server."""
+        began = now = time.monotonic()
         missing = {client for client, left in self._cut_off.items() if left > now - LATELY}
-        until = now + LINGER
-        while missing and time.monotonic() < until:
-            event = self.reception.next(0.1)
+        while (missing and now < began + LINGER) or (leaving and now < began + DELIVERY):
+            event, now = self.reception.next(0.1), time.monotonic()
+            if event is not None and event.closed:
+                leaving.discard(event.stream)
             member = self.member_of(event) if event is not None else None
             if member is None or event is None or event.frame is None:
                 continue
@@ -189,8 +172,8 @@ class Admission:
             except WireError:
                 continue
             missing -= {self.gate.number_of(member.name or hello.name)}
-            self.reception.send(member.stream, frame)
-            self.reception.close(member.stream)
+            leaving.add(member.stream)
+            self._see_off(member, frame)
 
     def name_of(self, client: int) -> str:
         """What a client is called, or its number."""
@@ -298,7 +281,7 @@ class Admission:
 
     @property
     def followers(self) -> list[Member]:
-        """Who hears of every update: also who has just been sent a state, or it would be out of date once it is read."""
+        """Who hears of every update: also who was just sent a state, or it would be out of date once it is read."""
         return [member for member in self._peers.values() if member.stage == "in" or member.promised is not None]
 
     def heard(self, message: Update | RoundEnd) -> None:

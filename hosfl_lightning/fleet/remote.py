@@ -200,7 +200,9 @@ class RemoteFleet(Fleet):
     # ---- what arrives
 
     def _pump_all(self) -> None:
-        while self._pump(0.0) is not _NOTHING:
+        """Take what has arrived; not for ever, as a client that never stops sending would have it."""
+        until = time.monotonic() + TICK
+        while self._pump(0.0) is not _NOTHING and time.monotonic() < until:
             pass
 
     def _pump(self, timeout: float) -> Mapping[int, Any]:

@@ -12,7 +12,7 @@ from hosfl_lightning.link.revoked import Revoked
 
 
 class Gate:
-    """`hosfl_lightning.fleet.admission.Gate` of files, which are read again when they change.
+    """`hosfl_lightning.fleet.gate.Gate` of files, which are read again when they change.
 
     Args:
         clients: ``clients.yaml``.

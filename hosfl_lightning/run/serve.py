@@ -86,6 +86,12 @@ def _check(trainer: Any, serving: Serving) -> None:
         raise ValueError("trainer.availability is of simulated clients; leave it out: real ones are there or are not")
     if any(isinstance(callback, GradientAlignment) for callback in trainer.callbacks):
         raise ValueError("trainer.callbacks: GradientAlignment needs the clients' data, which is not here; remove it")
+    quorum = serving.membership.quorum
+    if quorum is not None and quorum < settings.min_clients:
+        raise ValueError(
+            f"--quorum is {quorum}, but trainer.min_clients is {settings.min_clients}, so no round would succeed; raise "
+            "the one or lower the other"
+        )
     if serving.validate != "server" and not trainer.algorithm.keeps:
         raise ValueError(
             f"--validate: between rounds the clients of {trainer.algorithm.name} do not hold the run's weights; take "

@@ -49,6 +49,9 @@ class Serving:
         from hosfl_lightning.link.reception import Reception
 
         self.gate = Gate(self.clients, None if self.insecure else self.certs)
+        quorum, total = self.membership.quorum, self.gate.total
+        if quorum is not None and quorum > total:
+            raise ValueError(f"--quorum is {quorum}, but {self.clients} lists {total} clients; lower it")
         self.reception = Reception(self.listen, self.gate.server_credentials(), self.limits)
         host = self.listen.rpartition(":")[0]
         how = "in plain text, without certificates" if self.insecure else "with mutual TLS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -193,3 +194,33 @@ def test_who_catches_up_more_slowly_than_rounds_go_comes_in() -> None:
         assert isinstance(message, Update)
         move(held)
     assert state_digest(held) == state_digest(server.replica)
+
+
+def test_a_client_that_never_stops_sending_does_not_stop_the_server() -> None:
+    server = Server()
+    late, began = Event(server.enter("ann"), encode(smashed(0, 0), RUN)), time.monotonic()
+
+    def more(timeout: float) -> Event:
+        assert time.monotonic() < began + 5, "no round begins"
+        return late
+
+    server.line.next = more  # type: ignore[method-assign]
+    server.fleet.gather_quorum(1, 1)
+
+
+def test_the_run_is_over_when_all_have_been_told() -> None:
+    """The last update of a slow line is still under way, and the farewell behind it."""
+    server = Server()
+    ann, looks = server.enter("ann"), 0
+
+    def later(timeout: float) -> Event | None:
+        nonlocal looks
+        looks += 1
+        return Event(ann, closed=True) if looks == 100 else None
+
+    server.line.next = later  # type: ignore[method-assign]
+    server.line.stop = lambda: server.say(f"stops after {looks}")  # type: ignore[method-assign]
+    server.fleet.close("the run is over", over=True)
+    assert server.said[-1] == "stops after 100"
+    assert isinstance(server.line.sent[ann][-1], Bye)
+    assert not any("gone" in line for line in server.said)
