@@ -66,7 +66,7 @@ LINKS = (False, True)
 
 
 def places() -> list[Place]:
-    """Two cores for either side, where one process has a thread on each or one; one core, where work is all there is."""
+    """Two cores for either side, where one process has two threads, or one; one core, where work is all there is."""
     first = sorted(os.sched_getaffinity(0))[:2]
     two = Place("two cores; one process and the server: 2 threads, clients: 1 each", {*first}, len(first), 1)
     return [two, Place("two cores; 1 thread each", {*first}, 1, 1), Place("one core; 1 thread each", {first[0]}, 1, 1)]
