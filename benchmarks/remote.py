@@ -66,10 +66,10 @@ LINKS = (False, True)
 
 
 def places() -> list[Place]:
-    """Two cores for either side, where torch's threads take both; one core, where all is as much work as it is."""
+    """Two cores for either side, where one process has two threads, or one; one core, where work is all there is."""
     first = sorted(os.sched_getaffinity(0))[:2]
     two = Place("two cores; one process and the server: 2 threads, clients: 1 each", {*first}, len(first), 1)
-    return [two, Place("one core; 1 thread each", {first[0]}, 1, 1)]
+    return [two, Place("two cores; 1 thread each", {*first}, 1, 1), Place("one core; 1 thread each", {first[0]}, 1, 1)]
 
 
 def steps(folder: Path, size: Size) -> Any:

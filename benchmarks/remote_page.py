@@ -29,8 +29,9 @@ together. Bar: {bar} times gRPC.
 ROUNDS = """\
 `recipes/quickstart.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation per_client` in
 one process, with the same data and the same rounds, without the first. Torch's threads are set as `OMP_NUM_THREADS`
-would: on two cores the one process has both at all times; the clients, which compute at once, have one thread each.
-On one core nothing is gained by processes that run at once: there the ratio is of the work. Bar: {bar} on two cores.
+would. On two cores the one process is given both, and one thread too, where a second only costs; the clients, which
+compute at once, have one thread each. On one core nothing is gained by processes that run at once: there the ratio is
+of the work. Bar: {bar} on two cores.
 """
 
 MEMORY = """\
@@ -42,8 +43,9 @@ what it has not given back. Bar: 1 MiB for an idle client.
 KILLS = """\
 SIGKILL, no warning, then a new process of the same. Of the server: from when the new one listens to the last client
 that is in. Of a client: from its new process (its libraries are imported, its model is none) to when it is in.
-Clients wait between tries for {backoff}: after a long outage they are in the midst of such a pause. Nobody has missed
-an update; catching up comes on top. Bar: {bar} s after a short outage.
+Clients wait between tries for {backoff}:
+after a long outage they are in the midst of such a pause. Nobody has missed an update; catching up comes on top.
+Bar: {bar} s after a short outage.
 """
 
 WIRE = """\
@@ -55,7 +57,7 @@ same run. Bar: {bar}.
 
 def page(found: dict[str, Any]) -> str:
     """All parts that were measured."""
-    parts = [f"{HEAD}\n"]
+    parts = [HEAD]
     for part, (title, body) in SECTIONS.items():
         if part in found:
             one = found[part]
