@@ -224,7 +224,6 @@ class Reception:
             else:
                 stream.outbox.put_nowait(frame)
 
-
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
         now, peer = time.monotonic(), address.rpartition(":")[0]

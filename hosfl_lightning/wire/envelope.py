@@ -25,7 +25,7 @@ from hosfl_lightning.wire.errors import (
 )
 from hosfl_lightning.wire.messages import MESSAGES
 
-PROTOCOL = 2
+PROTOCOL = 1
 """Version of the frames that this code reads and writes."""
 
 LIMIT = 1 << 30

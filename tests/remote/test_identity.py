@@ -144,9 +144,9 @@ def other_weights(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_who_cannot_take_part_is_told_what_differs(stage: Any, undisturbed: Any, other_weights: Path) -> None:
     run = stage()
     server, others = run.server().start(), [run.client(name).start() for name in ("ann", "bob")]
-    ends(run.client("cid", protocol=3).start(), "the frame is of protocol version 2, this side speaks 3")
+    ends(run.client("cid", protocol=3).start(), "the frame is of protocol version 1, this side speaks 3")
     ends(run.client("cid", pretrained=str(other_weights)).start(), "frozen weights are not those of the run")
     ends(run.client("cid", recipe={"rank": 3}).start(), "q_proj.lora_A.default.weight [3, 32] float32 here, ")
     server.wait_to_say("it cannot go on: the model's frozen weights")
-    server.wait_to_say("is not let in: the frame is of protocol version 3, this side speaks 2")
+    server.wait_to_say("is not let in: the frame is of protocol version 3, this side speaks 1")
     finishes(run, server, *others, run.client("cid").start(), like=undisturbed("hosfl"))

@@ -17,9 +17,12 @@ from hosfl_lightning.rng import Domain, Stream
 from hosfl_lightning.wire import (
     CODECS,
     MESSAGES,
+    Bye,
     CatchUpRequest,
     Coded,
     CodedGradient,
+    HeldOutRequest,
+    Hello,
     Message,
     Multiplier,
     ProbedData,
@@ -86,7 +89,7 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         Update(
             first.round, BASIS, coefficients, RULE, seed, list(range(seed)), [1 / (k + 3) for k in range(seed)], mu, "a"
         ),
-        CatchUpRequest(first.round, 0, seed, "cpu-é"),
+        CatchUpRequest(first.round, 0, seed, "cpu-é", "0f" * seed, seed),
         Snapshot(first.round, 7, seed, "a", "the log was shorter", seed, state if seed else {}),
         Weights(first.round, sender, trained if seed else {}, terms, seed, RULE if sender is None else {}, loss, seed),
         ProbedData(first.round, first.client, seed, seed % 2, first.z, seed),
@@ -94,8 +97,12 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         StepRequest(first.round, first.client, seed, 9 * seed, RULE if seed % 2 else {}),
         ProbeRequest(first.round, first.client, 4095 - seed, seed % 2, seed),
         RoundEnd(first.round, list(range(seed)), seed),
-        Terms(first.round, sender, "é", SETTINGS, 2**64 - 1 - seed, held, RULE, BASIS if seed % 2 else {}, codecs),
-    ]
+        Terms(first.round, sender, "é", SETTINGS, 2**64 - 1 - seed, held, RULE, BASIS if seed % 2 else {}, codecs,
+              bool(seed % 2), "bf16-mixed", "ab" * seed),
+        Hello(first.round, "é", "0.1", "00ff" * seed, ["A", "B"][: seed % 3]),
+        Bye(first.round, "é" * seed, bool(seed % 2), not seed % 2),
+        HeldOutRequest(first.round, first.client, 9 * seed, seed),
+    ]  # fmt: skip
 
 
 def every_form(seed: int) -> list[Message]:

@@ -11,11 +11,14 @@ from safetensors.torch import load
 
 from hosfl_lightning.wire import (
     CODECS,
+    Bye,
     CatchUpRequest,
     Coded,
     CodedGradient,
     DtypeError,
     FieldError,
+    HeldOutRequest,
+    Hello,
     Message,
     Multiplier,
     NonFiniteError,
@@ -63,7 +66,7 @@ def _fixed(codec: str = "fp32") -> list[Message]:
         Multiplier.pack(3, 1, z / 1024, mask, codec, seed=5),
         ProjectedGradients(3, 1, BASIS, coefficients, 7, 2, 0.375, 6),
         Update(3, BASIS, coefficients, RULE, 4, [0, 1], [0.25, 0.75], 2**-10, "cpu-1"),
-        CatchUpRequest(3, 1, 2, "cpu-1"),
+        CatchUpRequest(3, 1, 2, "cpu-1", "0f", 4),
         Snapshot(3, 1, 2, "cpu-1", "the log was longer", 4, {"a": coefficients.bfloat16(), "b": z[0], "c": z[1, 1, 1]}),
         Weights(3, 1, {"a": coefficients.half(), "b.w": z[0], "c": z[1, 1, 1]}, 7, 2, RULE, 0.375, 6),
         ProbedData.pack(3, 1, 2, 1, z, mask, codec, seed=5, step=4),
@@ -71,8 +74,12 @@ def _fixed(codec: str = "fp32") -> list[Message]:
         StepRequest(3, 1, 2, 4, RULE),
         ProbeRequest(3, 1, 2, 1, 2),
         RoundEnd(3, [0, 1], 2),
-        Terms(3, None, "SplitEndpoint", SETTINGS, 2**64 - 1, held, RULE, BASIS, {"gradient": "int4"}),
-    ]
+        Terms(3, None, "SplitEndpoint", SETTINGS, 2**64 - 1, held, RULE, BASIS, {"gradient": "int4"}, False,
+              "bf16-mixed", "ab"),
+        Hello(3, "ann", "0.1", "00ff", ["A"]),
+        Bye(3, "over", True, False),
+        HeldOutRequest(3, 1, 4, 2),
+    ]  # fmt: skip
 
 
 GOLDEN = {
@@ -81,7 +88,7 @@ GOLDEN = {
         "9def862c28ea79dd",
         "061ce0e64241f03e",
         "ef8d9d0be2a18e16",
-        "c18e7a287e787a9a",
+        "aeb1e31dc201993d",
         "bd3f2306efd5e3a1",
         "2d3826f62056e6a3",
         "ee03fd4fee690df4",
@@ -89,7 +96,10 @@ GOLDEN = {
         "3906e351a0cca857",
         "5889830d5c14724a",
         "b4b88901e5f05d55",
-        "fb4e2479c7648283",
+        "e9a1e504260ecdff",
+        "8be32638054337a2",
+        "5eebbcf6c92cd2e3",
+        "3ce1e3b2da1948d1",
     ],
     "bf16": ["455215a8e55aa80a", "c146238567c99db4", "a2f035a1fbf87eed", "381889f7c613828a"],
     "fp16": ["bc51270ad5b8b07e", "5a2fd085a3e3207b", "db96df3d1e356e31", "5e5029437ad34a37"],
@@ -111,7 +121,8 @@ def test_the_bytes_of_a_frame_do_not_change(codec: str) -> None:
 
 
 def test_a_frame_byte_by_byte() -> None:
-    values = b'{\\"bits\\":{},\\"fields\\":{\\"incarnation\\":\\"cpu-1\\",\\"version\\":2}}'
+    held = b'{\\"digest\\":\\"0f\\",\\"held_out\\":4,\\"incarnation\\":\\"cpu-1\\",\\"version\\":2}'
+    values = b'{\\"bits\\":{},\\"fields\\":' + held + b"}"
     text = b'{"__metadata__":{"message":"' + values + b'"}}'
     text += b" " * (-len(text) % 8)
     fixed = b"HOSF\1\0\5\0\3\0\0\0\2\0\0\0" + RUN + bytes([8 + len(text)]) + bytes(7)

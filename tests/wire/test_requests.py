@@ -11,8 +11,11 @@ from torch import nn
 
 from hosfl_lightning.wire import (
     AddressError,
+    Bye,
     DuplicateKeyError,
     FieldError,
+    HeldOutRequest,
+    Hello,
     Message,
     NonFiniteError,
     ProbeRequest,
@@ -32,10 +35,15 @@ PROBE = ProbeRequest(5, 2, 4095, 1, 3)
 END = RoundEnd(5, [0, 2, 7], 3)
 MANIFEST: list[list[Any]] = [["a.weight", [2, 3], "float32"], ["b", [], "bfloat16"]]
 TERMS = Terms(
-    5, 2, "SplitEndpoint", SETTINGS, 2**64 - 1, MANIFEST, RULE, BASIS, {"smashed_data": "int8", "gradient": "ternary"}
-)
-ALL: list[Message] = [STEP, PROBE, END, TERMS]
-KINDS = {"step_request": 10, "probe_request": 11, "round_end": 12, "terms": 13}
+    5, 2, "SplitEndpoint", SETTINGS, 2**64 - 1, MANIFEST, RULE, BASIS, {"smashed_data": "int8", "gradient": "ternary"},
+    False, "bf16-mixed", "ab12",
+)  # fmt: skip
+HELLO = Hello(5, "ann", "0.1", "00ff", ["SplitEndpoint"])
+BYE = Bye(5, "over", False, True)
+HELD_OUT = HeldOutRequest(5, 2, 7, 3)
+ALL: list[Message] = [STEP, PROBE, END, TERMS, HELLO, BYE, HELD_OUT]
+KINDS = {"step_request": 10, "probe_request": 11, "round_end": 12, "terms": 13, "hello": 14, "bye": 15,
+         "held_out_request": 16}  # fmt: skip
 """With the number of each in a frame."""
 
 
@@ -46,7 +54,7 @@ def _plain(message: Message, **changes: Any) -> dict[str, Any]:
 
 
 def _received(message: Message, tensors: Any = None, **changes: Any) -> Message:
-    receiver = 0 if isinstance(message, RoundEnd) else 3
+    receiver = 0 if isinstance(message, RoundEnd | Hello | Bye) else 3
     return decode(frame(_plain(message, **changes), tensors or {}, kind=KINDS[message.kind], round=5, client=receiver))
 
 
@@ -99,6 +107,13 @@ BAD: list[tuple[Message, str, Any, str]] = [
     (PROBE, "side", 2, "0 .* or 1 .*, got 2"),
     *((END, "counted", value, "a list") for value in [None, (0, 2), {"0": 1}, "02"]),
     *((END, "counted", [0, value], "an integer >= 0") for value in (-1, None, "2", 1.0)),
+    *((HELLO, "endpoints", value, "a list") for value in (None, "SplitEndpoint", {"a": 1})),
+    *((HELLO, name, value, "a string") for name in ("name", "package", "session") for value in (None, 3)),
+    (HELLO, "endpoints", [3], "a string"),
+    (BYE, "reason", None, "a string"),
+    *((HELD_OUT, "step", value, "an integer >= 0") for value in (-1, True, None)),
+    *((TERMS, name, value, "a string") for name in ("precision", "backbone") for value in (None, 3)),
+    *((TERMS, "keeps", value, "true or false") for value in (None, 1, "yes")),
     *((TERMS, "endpoint", value, "a string") for value in (None, 3, ["SplitEndpoint"])),
     *((TERMS, name, value, "a dict") for name in PLAIN for value in NO_DICT),
     *((TERMS, name, {"a": [[1]]}, "a plain") for name in PLAIN),
