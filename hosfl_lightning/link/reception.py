@@ -74,6 +74,8 @@ class Stream:
     outbox: asyncio.Queue[bytes | None]
     waiting: list[int]
     """Bytes in the outbox, one number."""
+    cut: asyncio.Event
+    """The other end does not read: nothing more is sent, whatever waits."""
 
 
 @dataclass(frozen=True)
@@ -175,15 +177,16 @@ class Reception:
             self.turned_away += 1
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many connections, or too often; come later")
         auth = {name: list(values) for name, values in context.auth_context().items()}
-        stream = Stream(address, auth, Credit(self.limits.frames_ahead), asyncio.Queue(), [0])
+        stream = Stream(address, auth, Credit(self.limits.frames_ahead), asyncio.Queue(), [0], asyncio.Event())
         self._open.add(stream)
         self._events.put(Event(stream))
         reader = asyncio.ensure_future(self._read(stream, context))
         writer = asyncio.ensure_future(self._write(stream, context))
+        cut = asyncio.ensure_future(stream.cut.wait())
         try:
-            await asyncio.wait([reader, writer], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([reader, writer, cut], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reader, writer):
+            for task in (reader, writer, cut):
                 task.cancel()
             self._open.discard(stream)
             self._events.put(Event(stream, closed=True))
@@ -209,7 +212,11 @@ class Reception:
         while self._orders:
             stream, frame = self._orders.popleft()
             stream.waiting[0] += len(frame or b"")
-            stream.outbox.put_nowait(frame if stream.waiting[0] <= self.limits.outbox_bytes else None)
+            stream.outbox.put_nowait(frame)
+            if frame is None:
+                self._loop.call_later(self.limits.farewell, stream.cut.set)
+            elif stream.waiting[0] > self.limits.outbox_bytes:
+                stream.cut.set()
 
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
