@@ -165,6 +165,7 @@ class Joined:
         if not same or self.endpoint is None:
             self.terms, self.run_id = terms, run_id
             self.endpoint, self._answered = self.build(terms), None
+            self.incarnation, self._last_round, self._pending, self._counted = "", -1, None, None
             self._restore()
         return self._holds(terms.round)
 

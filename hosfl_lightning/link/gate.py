@@ -26,8 +26,8 @@ class Gate:
         self.site = None if certs is None else Site.load(certs, "server")
         if not Path(clients).is_file():
             raise ValueError(
-                f"--clients: there is no {clients}; write one with a line NUMBER: NAME, such as 0: hospital-a, for each "
-                "client"
+                f"--clients: there is no {clients}; write one with a line NUMBER: NAME, such as 0: hospital-a, for "
+                "each client"
             )
         self.allowed = AllowList(clients)
         self.revoked = None if certs is None else Revoked(Path(certs) / "revoked.txt")

@@ -20,6 +20,7 @@ class Limits:
         ping_timeout: Seconds within which it must answer; gRPC's own 20 would notice a silent peer after a minute.
         frames_ahead: Frames of one client that wait for the server; then its stream is not read on.
         outbox_bytes: What waits to be read by one client at most; one that reads nothing loses its stream.
+        farewell: Seconds for reading what waits once a stream is to end; then it is cut.
 
     Raises:
         ValueError: One that is not positive.
@@ -32,6 +33,7 @@ class Limits:
     ping_timeout: float = 4.0
     frames_ahead: int = 4
     outbox_bytes: int = 1 << 31
+    farewell: float = 60.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -89,8 +89,8 @@ def _check(trainer: Any, serving: Serving) -> None:
     quorum = serving.membership.quorum
     if quorum is not None and quorum < settings.min_clients:
         raise ValueError(
-            f"--quorum is {quorum}, but trainer.min_clients is {settings.min_clients}, so no round would succeed; raise "
-            "the one or lower the other"
+            f"--quorum is {quorum}, but trainer.min_clients is {settings.min_clients}, so no round would succeed; "
+            "raise the one or lower the other"
         )
     if serving.validate != "server" and not trainer.algorithm.keeps:
         raise ValueError(

@@ -113,7 +113,7 @@ class Server:
     def come(self, name: str, **hello: Any) -> Stream:
         """A client that says hello."""
         nothing: Any = None
-        stream = Stream(f"here:{name}", {}, nothing, nothing, [0])
+        stream = Stream(f"here:{name}", {}, nothing, nothing, [0], nothing)
         self.line.events.append(Event(stream))
         self.hear(stream, Hello(0, **{"name": name, "package": "0", "session": name, "endpoints": ["Some"]} | hello))
         return stream
