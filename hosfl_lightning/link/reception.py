@@ -20,10 +20,6 @@ with remote_extra():
     import grpc.aio
 
 
-#: Seconds within which a client must have read what is left when its stream is closed.
-LINGER = 60.0
-
-
 class ListenError(ValueError):
     """The address cannot be listened at."""
 
@@ -79,11 +75,7 @@ class Stream:
     waiting: list[int]
     """Bytes in the outbox, one number."""
     cut: asyncio.Event
-<<<<<<< HEAD
-    """Set: it ends now, whatever waits."""
-=======
     """The other end does not read: nothing more is sent, whatever waits."""
->>>>>>> review
 
 
 @dataclass(frozen=True)
@@ -185,12 +177,7 @@ class Reception:
             self.turned_away += 1
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many connections, or too often; come later")
         auth = {name: list(values) for name, values in context.auth_context().items()}
-<<<<<<< HEAD
-        credit = Credit(self.limits.frames_ahead)
-        stream = Stream(address, auth, credit, asyncio.Queue(), [0], asyncio.Event())
-=======
         stream = Stream(address, auth, Credit(self.limits.frames_ahead), asyncio.Queue(), [0], asyncio.Event())
->>>>>>> review
         self._open.add(stream)
         self._events.put(Event(stream))
         reader = asyncio.ensure_future(self._read(stream, context))
@@ -225,20 +212,11 @@ class Reception:
         while self._orders:
             stream, frame = self._orders.popleft()
             stream.waiting[0] += len(frame or b"")
-<<<<<<< HEAD
-            if frame is None:
-                self._loop.call_later(LINGER, stream.cut.set)  # who does not read does not keep its place
-            if stream.waiting[0] > self.limits.outbox_bytes:
-                stream.cut.set()
-            else:
-                stream.outbox.put_nowait(frame)
-=======
             stream.outbox.put_nowait(frame)
             if frame is None:
                 self._loop.call_later(self.limits.farewell, stream.cut.set)
             elif stream.waiting[0] > self.limits.outbox_bytes:
                 stream.cut.set()
->>>>>>> review
 
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
