@@ -73,7 +73,7 @@ def test_a_method_whose_clients_hold_no_weights_between_rounds_cannot_validate_t
     assert "the clients of FedAvg do not hold the run's weights" in server.said
 
 
-@pytest.mark.parametrize("quorum, words", [(1, "trainer.min_clients is 2"), (4, "lists 3")])
+@pytest.mark.parametrize(("quorum", "words"), [(1, "trainer.min_clients is 2"), (4, "lists 3")])
 def test_a_quorum_that_no_round_can_go_on_with_is_refused(quorum: int, words: str, stage: Any) -> None:
     """Too small a one would try a round without a pause until the run ends, too large a one would wait for ever."""
     run = stage()
