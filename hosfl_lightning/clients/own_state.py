@@ -60,8 +60,9 @@ class OwnState:
     def save_own(self, state: Mapping[str, Tensor], run_id: bytes, place: tuple[int, int]) -> None:
         """After the client's part in a round, at some attempt."""
         _write(self._own(place), state, {"run_id": run_id.hex()})
-        files = sorted(self.folder.glob("own_*.safetensors"), key=_place_of)
-        for file in files[:-KEPT]:
+        # Not by round: another run, or this one before its server went back, may have left files of later ones.
+        files = self.folder.glob("own_*.safetensors")
+        for file in sorted(files, key=lambda file: (file.stat().st_mtime_ns, _place_of(file)))[:-KEPT]:
             discard(file)
 
     def own(self, run_id: bytes, place: tuple[int, int]) -> State | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 from hosfl_lightning.availability import Always
 from hosfl_lightning.callbacks import GradientAlignment, ServeConsole
+from hosfl_lightning.clients.own_state import KEPT
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.models import SplitModule
@@ -86,6 +88,13 @@ def _check(trainer: Any, serving: Serving) -> None:
         raise ValueError("trainer.availability is of simulated clients; leave it out: real ones are there or are not")
     if any(isinstance(callback, GradientAlignment) for callback in trainer.callbacks):
         raise ValueError("trainer.callbacks: GradientAlignment needs the clients' data, which is not here; remove it")
+    if not trainer.algorithm.keeps and settings.val_check_interval > KEPT:
+        warnings.warn(
+            f"trainer.val_check_interval is {settings.val_check_interval}, the rounds between checkpoints; the clients "
+            f"of {trainer.algorithm.name} keep their moments of {KEPT}, and may lose them when this server is killed: "
+            f"set it to {KEPT} at most",
+            stacklevel=2,
+        )
     quorum = serving.membership.quorum
     if quorum is not None and quorum < settings.min_clients:
         raise ValueError(

@@ -115,6 +115,17 @@ def test_own_states_are_kept_by_round_and_attempt_and_only_so_many(tmp_path: Pat
         assert found is not None and int(found["steps"]) == steps
 
 
+def test_what_another_run_has_left_does_not_push_out_what_this_one_keeps(tmp_path: Path) -> None:
+    """Its rounds may be later ones."""
+    disk, state = OwnState(tmp_path), {"steps": torch.tensor(1)}
+    for run, first in ((OTHER, 100), (RUN, 0)):
+        for round in range(first, first + KEPT):
+            disk.save_own(state, run, (round, 0))
+            assert disk.own(run, (round, 0)) is not None
+    assert disk.own(RUN, (0, 0)) is not None
+    assert disk.own(OTHER, (100, 0)) is None
+
+
 def test_moments_that_do_not_count_yet_are_put_back() -> None:
     optimizer = moved(0)
     moments, elsewhere = Moments(optimizer), Moments(moved(0))
