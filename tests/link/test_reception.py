@@ -63,11 +63,3 @@ def test_frames_arrive_in_their_order_and_then_the_stream_ends(reception: Recept
         reception.close(stream)
         assert [*call] == [bytes([number]) for number in range(200)]
     assert taken(reception).closed
-
-
-def test_who_reads_nothing_loses_the_stream(reception: Reception) -> None:
-    with called(reception) as (call, _, stream):
-        for _ in range(3):
-            reception.send(stream, bytes(1 << 19))
-        assert len([*call]) == 2
-    assert taken(reception).closed

@@ -11,7 +11,6 @@ from typing import Any
 import grpc
 import pytest
 
-from hosfl_lightning.link import reception as module
 from hosfl_lightning.link.limits import METHOD, Limits
 from hosfl_lightning.link.reception import Event, Reception
 
@@ -67,9 +66,8 @@ def test_who_reads_nothing_loses_its_stream() -> None:
         assert stream.outbox.qsize() <= 4
 
 
-def test_who_is_turned_out_and_reads_nothing_does_not_keep_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LINGER", 0.2)
-    with receiving() as reception, Caller(reception):
+def test_who_is_turned_out_and_reads_nothing_does_not_keep_its_place() -> None:
+    with receiving(farewell=0.2) as reception, Caller(reception):
         stream = until(reception, lambda event: True).stream
         for _ in range(40):
             reception.send(stream, bytes(1 << 18))
