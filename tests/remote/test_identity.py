@@ -84,7 +84,10 @@ def test_strangers_stay_outside_and_the_run_goes_on(stage: Any, undisturbed: Any
     expired = make(Authority.load(sites / "ca"), tmp_path / "expired", "c", days=-1)
     elsewhere = make(other, tmp_path / "elsewhere", "c")
     ends(run.client("c", certs=str(expired)).start(), "site.crt expired on")
-    ends(run.client("c", certs=str(elsewhere), give_up=0.5).start(), "the server's certificate is not signed by this site's ca.crt")
+    ends(
+        run.client("c", certs=str(elsewhere), give_up=0.5).start(),
+        "the server's certificate is not signed by this site's ca.crt",
+    )
     ends(run.client("b", certs=str(sites / "a")).start(), "the certificate is that of a, not of b")
     ends(run.client("d").start(), "d is not among the clients of this run")
     assert "b is gone" not in server.said, "who is inside is not put out by who takes its name"
