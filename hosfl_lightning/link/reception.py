@@ -212,11 +212,12 @@ class Reception:
         while self._orders:
             stream, frame = self._orders.popleft()
             stream.waiting[0] += len(frame or b"")
+            if stream.waiting[0] > self.limits.outbox_bytes:
+                stream.cut.set()
+                continue
             stream.outbox.put_nowait(frame)
             if frame is None:
                 self._loop.call_later(self.limits.farewell, stream.cut.set)
-            elif stream.waiting[0] > self.limits.outbox_bytes:
-                stream.cut.set()
 
     def _may_enter(self, address: str) -> bool:
         """``ipv4:1.2.3.4:5`` may enter as often a minute as the limit says; ports do not count."""
