@@ -44,7 +44,7 @@ def optimizer() -> ZerothOrder:
 class Line:
     """Stands for the reception: what is put in comes out, what is sent is kept."""
 
-    bytes_in = bytes_out = 0
+    bytes_in = bytes_out = turned_away = 0
 
     def __init__(self) -> None:
         self.events: deque[Event] = deque()

@@ -41,6 +41,7 @@ def test_other_clients_than_the_first_time_make_another_history(stage: Any) -> N
     ann.wait()
     cid = run.client("cid").start()
     server.start()
+    server.wait_to_say("round 0 begins", times=2)  # with others than before
     ann.start()
     finished(server, ann, bob, cid)
     log = ReplayLog.read(run.run / "updates.log")
