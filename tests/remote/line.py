@@ -1,9 +1,10 @@
-"""A line between clients and a server that can be cut."""
+"""A line between clients and a server that can be cut, or is slow."""
 
 from __future__ import annotations
 
 import socket
 import threading
+import time
 from contextlib import suppress
 
 
@@ -12,14 +13,16 @@ class Line:
 
     Args:
         port: Of the server.
+        bytes_a_second: Of each direction of each connection; 0: as many as come.
+        delay: Seconds before each piece of 1 KiB, of a slow line.
 
     Attributes:
         port: Where clients connect.
         carried: Bytes so far.
     """
 
-    def __init__(self, port: int) -> None:
-        self.server = port
+    def __init__(self, port: int, bytes_a_second: float = 0.0, delay: float = 0.0) -> None:
+        self.server, self.bytes_a_second, self.delay = port, bytes_a_second, delay
         self.carried = 0
         self._ends: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -53,7 +56,9 @@ class Line:
 
     def _carry(self, source: socket.socket, target: socket.socket) -> None:
         with suppress(OSError):
-            while data := source.recv(1 << 16):
+            while data := source.recv(1024 if self.bytes_a_second else 1 << 16):
+                if self.bytes_a_second:
+                    time.sleep(self.delay + len(data) / self.bytes_a_second)
                 self.carried += len(data)
                 target.sendall(data)
         for end in (source, target):

@@ -16,24 +16,24 @@ from tests.fleet.pipe_client import model_of
 from tests.random_tokens import RandomTokens
 from tests.remote.conftest import Actor
 from tests.remote.crowd import Crowd
-from tests.remote.throttle import throttled
+from tests.remote.line import Line
 
 EVERYBODY = {"clients_per_round": 3}
 
 
 def test_a_slow_link_gives_the_same_bits(stage: Any, undisturbed: Any) -> None:
     run = stage()
-    with throttled(run.port, 100_000, 0.005) as link:
-        server = run.server(settings=EVERYBODY).start()
-        clients = [
-            run.client(name, **({"server": link.address} if name == "bob" else {})).start() for name in run.names
-        ]
-        for actor in (server, *clients):
-            assert actor.wait() == 0, actor.said
-        here, there = undisturbed("hosfl", **EVERYBODY), run.left()
-        for part in here:
-            assert here[part] == there[part], part
-        assert link.carried > run.figures()["received_bytes"] / 6, "it went by the slow link"
+    line = Line(run.port, bytes_a_second=100_000, delay=0.005)
+    server = run.server(settings=EVERYBODY).start()
+    slow = {"server": f"127.0.0.1:{line.port}"}
+    clients = [run.client(name, **(slow if name == "bob" else {})).start() for name in run.names]
+    for actor in (server, *clients):
+        assert actor.wait() == 0, actor.said
+    line.close()
+    here, there = undisturbed("hosfl", **EVERYBODY), run.left()
+    for part in here:
+        assert here[part] == there[part], part
+    assert line.carried > run.figures()["received_bytes"] / 6, "it went by the slow link"
 
 
 def test_fifty_clients_on_one_server(stage: Any, undisturbed: Any) -> None:
