@@ -74,6 +74,7 @@ def shell(tmp_path: Path) -> Iterator[Any]:
             subprocess.Popen(
                 ["bash", str(EXAMPLES / script), *args], cwd=folder, env=environment, text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                preexec_fn=heed_interrupts,
             )
         )  # fmt: skip
         return started[-1]
@@ -126,6 +127,11 @@ def test_a_client_that_is_interrupted_says_how_to_go_on(
     with command_line(), pytest.raises(SystemExit) as end:
         cli.main(["join", "--server=localhost:1", *settings])
     assert (end.value.code, capsys.readouterr().err) == (130, "hosfl: interrupted; the same command goes on\n")
+
+
+def heed_interrupts() -> None:
+    """As in a terminal: what a job in the background starts ignores Ctrl-C, and a script cannot change that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def certificates(folder: Path, *names: str) -> None:
