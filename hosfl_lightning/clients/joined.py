@@ -118,8 +118,7 @@ class Joined:
 
     def hello(self) -> bytes:
         """The first frame of a stream."""
-        held = self.version if self.endpoint is not None else self.state.version() if self.state is not None else 0
-        return encode(Hello(held, self.name, self.package, self.session, sorted(Endpoint.known)))
+        return encode(Hello(self.version, self.name, self.package, self.session, sorted(Endpoint.known)))
 
     def forget(self) -> None:
         """What was asked in this round is lost: the server must ask all of it again."""

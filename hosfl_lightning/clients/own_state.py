@@ -52,11 +52,6 @@ class OwnState:
         state, note = found
         return state, int(note["version"]), str(note["incarnation"])
 
-    def version(self) -> int:
-        """Updates that the shared state contains, of whatever run; 0: there is none."""
-        found = _read(self.folder / "shared.safetensors")
-        return int(found[1]["version"]) if found is not None else 0
-
     def save_own(self, state: Mapping[str, Tensor], run_id: bytes, place: tuple[int, int]) -> None:
         """After the client's part in a round, at some attempt."""
         _write(self._own(place), state, {"run_id": run_id.hex()})

@@ -12,8 +12,8 @@ from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import client_state, state_digest
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel
-from hosfl_lightning.fleet.gate import Gate
 from hosfl_lightning.fleet.member import Member
+from hosfl_lightning.link.gate import Gate
 from hosfl_lightning.link.reception import Event, Reception, Stream
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import (

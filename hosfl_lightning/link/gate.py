@@ -12,7 +12,7 @@ from hosfl_lightning.link.revoked import Revoked
 
 
 class Gate:
-    """`hosfl_lightning.fleet.gate.Gate` of files, which are read again when they change.
+    """Who may come in, by files that are read again when they change.
 
     Args:
         clients: ``clients.yaml``.
@@ -34,7 +34,7 @@ class Gate:
 
     @property
     def total(self) -> int:
-        """Clients of the run."""
+        """Clients of the run, whether they are there or not."""
         return self.allowed.total
 
     @property
@@ -47,23 +47,27 @@ class Gate:
         return None if self.site is None else self.site.server_credentials()
 
     def refresh(self) -> bool:
-        """Look at the files."""
+        """Look at the files; whether anything changed."""
         changed = self.allowed.refresh()
         return (self.revoked is not None and self.revoked.refresh()) or changed
 
     def identify(self, stream: Stream) -> tuple[str | None, Any]:
-        """Name and serial number of a stream's certificate."""
+        """Name and serial number of a stream's certificate; no name: plain text, the client says it itself.
+
+        Raises:
+            IdentityError: It is none that can be read.
+        """
         if self.site is None:
             return None, None
         peer = peer_name(stream.auth)
         return peer.name, peer.serial
 
     def number_of(self, name: str) -> int | None:
-        """Of a client that is on the list."""
+        """Of a client that is on the list; None: it is not."""
         return self.allowed.number_of(name)
 
     def objection(self, name: str, serial: Any) -> str | None:
-        """Why a client may not come in, or must leave."""
+        """Why a client may not come in, or must leave, in words; None: it may."""
         if self.revoked is not None and serial in self.revoked:
             return f"the certificate of {name} is revoked"
         if self.allowed.number_of(name) is None:

@@ -14,7 +14,7 @@ class Hello:
     """Client to server, before anything else: who I am and what I can do. The answer is `Terms`, or `Bye`.
 
     Attributes:
-        round: Updates that the state on the client's disk contains, of whatever run; 0: none.
+        round: Updates that the process holds; 0 before it knows the run.
         name: As in the client's certificate.
         package: Version of the software.
         session: Which process it is, for the server to know whether what it was asked is forgotten.
