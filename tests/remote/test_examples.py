@@ -37,8 +37,8 @@ COMMAND = "#!{python}\nfrom hosfl_lightning.cli import main\n\nmain()\n"
 WAITING = """\
 #!{python}
 import time
-print("waits", flush=True)
 try:
+    print("waits", flush=True)  # from here on it can be interrupted
     time.sleep(600)
 except KeyboardInterrupt:
     time.sleep(0.3)
