@@ -8,21 +8,41 @@ from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.hub_images import HubImageData
 from hosfl_lightning.data.image_folder import ImageFolderData
 from hosfl_lightning.data.images import ImageData, ImageExample
-from hosfl_lightning.data.partition import partition_by_field, partition_dirichlet, partition_iid
+from hosfl_lightning.data.partition import (
+    IID,
+    ByField,
+    ByFile,
+    Dirichlet,
+    Examples,
+    Partitioner,
+    QuantitySkew,
+    Shards,
+    partition_by_field,
+    partition_dirichlet,
+    partition_iid,
+)
 from hosfl_lightning.data.text import TextData
 from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
 
 __all__ = [
+    "IID",
+    "ByField",
+    "ByFile",
     "ClassificationData",
     "DigitsData",
+    "Dirichlet",
     "DocstringData",
     "Example",
+    "Examples",
     "FashionMNISTData",
     "FederatedDataModule",
     "HubImageData",
     "ImageData",
     "ImageExample",
     "ImageFolderData",
+    "Partitioner",
+    "QuantitySkew",
+    "Shards",
     "TextData",
     "collate",
     "language_blocks",

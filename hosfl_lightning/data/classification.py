@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.labels import LabelSet, infer_labels, read_label_names
-from hosfl_lightning.data.partition import fixed_subset, partition_by_field, partition_dirichlet, partition_iid
+from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
 from hosfl_lightning.data.prompt import PromptEncoder
 from hosfl_lightning.data.readers import Row, read_hub, read_rows
 from hosfl_lightning.data.tokenization import Example
@@ -39,7 +38,10 @@ class ClassificationData(FederatedDataModule):
             of `field`.
         alpha: Concentration of the Dirichlet partition; smaller is more skewed.
         field: The field that `partition: field` goes by.
-        min_examples_per_client: The Dirichlet partition refuses a draw that leaves a client with fewer.
+        min_examples_per_client: Of the Dirichlet partition: it is drawn again, and then single examples are moved,
+            until no client has fewer. 0: a client may be empty, and is never sampled.
+        partitioner: In place of the four before: an object that says which client holds which examples; it is told
+            their labels and fields.
         prompt: Template with "{text}", such as "{text} It was"; makes it a language-modelling task.
         label_words: One word per class, by index, such as [" terrible", " great"].
         max_length: Most tokens of an example; longer texts lose their end.
@@ -76,6 +78,7 @@ class ClassificationData(FederatedDataModule):
         alpha: float = 0.5,
         field: str | None = None,
         min_examples_per_client: int = 1,
+        partitioner: Partitioner | None = None,
         prompt: str | None = None,
         label_words: list[str] | None = None,
         max_length: int = 128,
@@ -90,13 +93,14 @@ class ClassificationData(FederatedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(1, num_labels=num_labels, num_clients=num_clients, max_length=max_length)
-        check_at_least(1, min_examples_per_client=min_examples_per_client, max_train_examples=max_train_examples)
+        check_at_least(0, min_examples_per_client=min_examples_per_client)
+        check_at_least(1, max_train_examples=max_train_examples)
         check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
         check_fraction(validation_fraction=validation_fraction)
         check_choice(("iid", "dirichlet", "field"), partition=partition)
         if partition == "field" and field is None:
             raise ValueError("field: partition=field needs the name of the field to go by")
-        if partition != "field" and num_clients is None:
+        if partition != "field" and num_clients is None and partitioner is None:
             raise ValueError(f"num_clients: partition={partition} needs the number of clients")
         if (prompt is None) != (label_words is None):
             raise ValueError("prompt and label_words go together: give both, or neither for a classifier")
@@ -109,10 +113,8 @@ class ClassificationData(FederatedDataModule):
         self.labels = labels
         self.num_labels = num_labels
         self.requested_clients = num_clients
-        self.partition = partition
-        self.alpha = alpha
-        self.field = field
-        self.min_examples_per_client = min_examples_per_client
+        settings = {"alpha": alpha, "field": field, "min_examples_per_client": min_examples_per_client}
+        self.partitioner = spelled(partitioner, partition, **settings)
         self.prompt = prompt
         self.label_words = label_words
         self.max_length = max_length
@@ -127,7 +129,7 @@ class ClassificationData(FederatedDataModule):
         Raises:
             FileNotFoundError: If a file is not there.
             ImportError: If `hub` is set and `datasets` is not installed.
-            ValueError: If a file, a record or a label is bad, or a client would be empty.
+            ValueError: If a file, a record or a label is bad, or the partition cannot be made.
         """
         if self.clients:
             return
@@ -136,10 +138,15 @@ class ClassificationData(FederatedDataModule):
         if self.sources["validation"] is None:
             train, validation = self._hold_out(train)
         examples = self._encode(train)
-        parts = self._parts(train)
         self.validation_set = self._encode(validation)
         self.test_set = self._encode(test)
-        self.clients = [[examples[i] for i in part.tolist()] for part in parts]
+        self.deal(
+            examples,
+            self.partitioner,
+            num_clients=self.requested_clients,
+            labels=[self.label_set.index(row, self.label_field) for row in train],
+            field=lambda name: [row.field(name, "field") for row in train],
+        )
 
     def _rows(self, split: str) -> list[Row]:
         source = self.sources[split]
@@ -172,19 +179,6 @@ class ClassificationData(FederatedDataModule):
         held_out = [row for index, row in enumerate(train) if index in chosen]
         kept = [row for index, row in enumerate(train) if index not in chosen]
         return kept, [held_out[i] for i in fixed_subset(len(held_out), self.limits["validation"])]
-
-    def _parts(self, train: list[Row]) -> list[Tensor]:
-        if self.partition == "field":
-            groups = partition_by_field([row.field(str(self.field), "field") for row in train])
-            if self.requested_clients not in (None, len(groups)):
-                raise ValueError(f"num_clients={self.requested_clients}: field {self.field!r} has {len(groups)} values")
-            self.client_names = list(groups)
-            return list(groups.values())
-        clients = self.requested_clients or 0
-        if self.partition == "iid":
-            return partition_iid(len(train), clients, self.seed)
-        labels = [self.label_set.index(row, self.label_field) for row in train]
-        return partition_dirichlet(labels, clients, self.alpha, self.seed, self.min_examples_per_client)
 
     def _encode(self, rows: list[Row]) -> list[Example]:
         tokenizer = self.resolve_tokenizer()

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least
+from hosfl_lightning.data.partition import Examples, Partitioner, deal
 from hosfl_lightning.data.tokenization import collate, load_tokenizer, pad_token_id
 from hosfl_lightning.rng import Domain, permutation
 
@@ -35,7 +36,7 @@ class FederatedDataModule(L.LightningDataModule):
         seed: Fixes the partition and every client's order.
 
     Attributes:
-        clients: The examples of each client.
+        clients: The examples of each client; one that has none is never sampled.
         validation_set: Held-out examples, shared by all clients.
         tokenizer_of: The model whose tokenizer the orchestrator has set, if it was None.
         test_set: Further held-out examples; empty when there are none.
@@ -83,6 +84,11 @@ class FederatedDataModule(L.LightningDataModule):
         return len(self.clients)
 
     @property
+    def holders(self) -> list[int]:
+        """Ascending ids of the clients that hold an example: only they are sampled."""
+        return [client for client, examples in enumerate(self.clients) if len(examples)]
+
+    @property
     def client_names(self) -> list[str]:
         """One name per client: what it holds, or `client_k`."""
         return self._names or [f"client_{k}" for k in range(self.num_clients)]
@@ -90,6 +96,21 @@ class FederatedDataModule(L.LightningDataModule):
     @client_names.setter
     def client_names(self, names: Sequence[str]) -> None:
         self._names = list(names)
+
+    def deal(self, examples: Sequence[Any], partitioner: Partitioner, **known: Any) -> None:
+        """Give the training examples to the clients: sets `clients`, and `client_names` if the partitioner has names.
+
+        Args:
+            examples: Encoded, in the order in which the partitioner is told of them.
+            partitioner: Says which client holds which.
+            known: What it is told beside their number: `num_clients`, `labels`, `files` and `field` of `Examples`.
+
+        Raises:
+            ValueError: If it breaks its contract, or needs what is not known.
+        """
+        told = Examples(len(examples), type(self).__name__, **known)
+        self._names, parts = deal(partitioner, told, self.seed)
+        self.clients = [[examples[i] for i in part.tolist()] for part in parts]
 
     def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself, loaded once if only its name was given."""
@@ -116,13 +137,15 @@ class FederatedDataModule(L.LightningDataModule):
             What `collate` makes of the examples.
 
         Raises:
-            ValueError: If the client or the round is out of range.
+            ValueError: If the client or the round is out of range, or the client holds no example.
         """
         if not 0 <= client < self.num_clients:
             raise ValueError(f"client={client} is not in 0..{self.num_clients - 1}")
         if round < 0:
             raise ValueError(f"round={round}: rounds count from 0")
         examples = self.clients[client]
+        if not examples:
+            raise ValueError(f"client={client} holds no example, so it has no minibatch; those that do: holders")
         size = min(self.batch_size, len(examples))
         epoch, batch = divmod(round, len(examples) // size)
         chosen = self._order(client, epoch)[batch * size : (batch + 1) * size]

@@ -13,7 +13,7 @@ from typing_extensions import override
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction, check_share
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.labels import LabelSet
-from hosfl_lightning.data.partition import fixed_subset, partition_dirichlet, partition_iid
+from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
 
 
 class ImageExample(NamedTuple):
@@ -35,10 +35,13 @@ class ImageData(FederatedDataModule):
     the like choose, are the same for every seed: `seed` only fixes who holds what and in which order.
 
     Args:
-        num_clients: Number of clients.
+        num_clients: Number of clients. None: as many as the partitioner makes.
         partition: `iid` deals at random; `dirichlet` skews the labels (`alpha`).
         alpha: Concentration of the Dirichlet partition; smaller is more skewed.
-        min_examples_per_client: The Dirichlet partition refuses a draw that leaves a client with fewer.
+        min_examples_per_client: Of the Dirichlet partition: it is drawn again, and then single examples are moved,
+            until no client has fewer. 0: a client may be empty, and is never sampled.
+        partitioner: In place of the three before: an object that says which client holds which images; it is told
+            their labels.
         max_train_examples: Use only so many of the training images that are left when others are held out.
         max_validation_examples: Use only so many validation images.
         max_test_examples: Use only so many test images.
@@ -59,10 +62,11 @@ class ImageData(FederatedDataModule):
 
     def __init__(
         self,
-        num_clients: int = 10,
+        num_clients: int | None = 10,
         partition: Literal["iid", "dirichlet"] = "iid",
         alpha: float = 0.5,
         min_examples_per_client: int = 1,
+        partitioner: Partitioner | None = None,
         max_train_examples: int | None = None,
         max_validation_examples: int | None = None,
         max_test_examples: int | None = None,
@@ -77,7 +81,8 @@ class ImageData(FederatedDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed=seed)
-        check_at_least(1, num_clients=num_clients, min_examples_per_client=min_examples_per_client)
+        check_at_least(0, min_examples_per_client=min_examples_per_client)
+        check_at_least(1, num_clients=num_clients)
         check_at_least(1, max_train_examples=max_train_examples, max_validation_examples=max_validation_examples)
         check_at_least(1, max_test_examples=max_test_examples, image_size=image_size)
         check_fraction(validation_fraction=validation_fraction)
@@ -86,9 +91,8 @@ class ImageData(FederatedDataModule):
         if channels not in (1, 3):
             raise ValueError(f"channels={channels}: choose 1 (grey) or 3 (colour)")
         self.requested_clients = num_clients
-        self.partition = partition
-        self.alpha = alpha
-        self.min_examples_per_client = min_examples_per_client
+        settings = {"alpha": alpha, "min_examples_per_client": min_examples_per_client}
+        self.partitioner = spelled(partitioner, partition, **settings)
         self.limits = {"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples}
         self.validation_fraction = validation_fraction
         self.test_fraction = test_fraction
@@ -124,10 +128,10 @@ class ImageData(FederatedDataModule):
         if not validation:
             train, validation = _hold_out(train, self.validation_fraction * total, "validation_fraction")
         train = self._limited(train, "train")
-        parts = self._parts([example.labels for example in train])
         self.validation_set = self._limited(validation, "validation")
         self.test_set = self._limited(test, "test")
-        self.clients = [[train[i] for i in part.tolist()] for part in parts]
+        labels = [example.labels for example in train]
+        self.deal(train, self.partitioner, num_clients=self.requested_clients, labels=labels)
 
     @override
     def collate(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
@@ -158,11 +162,6 @@ class ImageData(FederatedDataModule):
 
     def _limited(self, examples: list[ImageExample], split: str) -> list[ImageExample]:
         return [examples[i] for i in fixed_subset(len(examples), self.limits[split])]
-
-    def _parts(self, labels: list[int]) -> list[Tensor]:
-        if self.partition == "iid":
-            return partition_iid(len(labels), self.requested_clients, self.seed)
-        return partition_dirichlet(labels, self.requested_clients, self.alpha, self.seed, self.min_examples_per_client)
 
 
 def _per_channel(value: float | list[float], channels: int, setting: str) -> Tensor:

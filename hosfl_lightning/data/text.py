@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -10,7 +9,7 @@ from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction, check_share
 from hosfl_lightning.data.federated import FederatedDataModule
-from hosfl_lightning.data.partition import fixed_subset, partition_iid
+from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
 from hosfl_lightning.data.readers import read_documents
 from hosfl_lightning.data.tokenization import Example, language_blocks, token_stream
 
@@ -30,6 +29,7 @@ class TextData(FederatedDataModule):
         text_field: The field that holds a record's text.
         num_clients: Number of clients; needed for `partition: iid`. By file it may be left out.
         partition: `iid` deals the training blocks to the clients at random; `by_file` makes each file a client.
+        partitioner: In place of the word: an object that says which client holds which blocks; it is told their files.
         validation_fraction: Share of each file's blocks held out when there are no validation files: the last, or those
             before the test blocks.
         test_fraction: Share of each file's blocks, from its end, held out for the test set. 0: none.
@@ -54,6 +54,7 @@ class TextData(FederatedDataModule):
         text_field: str = "text",
         num_clients: int | None = None,
         partition: Literal["iid", "by_file"] = "iid",
+        partitioner: Partitioner | None = None,
         validation_fraction: float = 0.1,
         test_fraction: float = 0.0,
         max_validation_examples: int | None = None,
@@ -73,7 +74,7 @@ class TextData(FederatedDataModule):
         check_choice(("iid", "by_file"), partition=partition)
         if not files:
             raise ValueError("files: name at least one training file")
-        if partition == "iid" and num_clients is None:
+        if partition == "iid" and num_clients is None and partitioner is None:
             raise ValueError("num_clients: partition=iid needs the number of clients")
         if partition == "by_file" and num_clients not in (None, len(files)):
             raise ValueError(
@@ -86,7 +87,7 @@ class TextData(FederatedDataModule):
         self.test_files = list(test_files or [])
         self.text_field = text_field
         self.requested_clients = num_clients
-        self.partition = partition
+        self.partitioner = spelled(partitioner, partition)
         self.validation_fraction = validation_fraction
         self.test_fraction = test_fraction
         self.max_validation_examples = max_validation_examples
@@ -112,14 +113,9 @@ class TextData(FederatedDataModule):
             test += for_test
         self.validation_set = [validation[i] for i in fixed_subset(len(validation), self.max_validation_examples)]
         self.test_set = [test[i] for i in fixed_subset(len(test), self.max_test_examples)]
-        if self.partition == "by_file":
-            stems = [Path(path).name.split(".")[0] for path in self.files]
-            self.client_names = stems if len(set(stems)) == len(stems) else self.files
-            self.clients = training
-        else:
-            blocks = [block for file in training for block in file]
-            parts = partition_iid(len(blocks), self.requested_clients or 0, self.seed)
-            self.clients = [[blocks[i] for i in part.tolist()] for part in parts]
+        blocks = [block for file in training for block in file]
+        files = [path for path, of_file in zip(self.files, training) for _ in of_file]
+        self.deal(blocks, self.partitioner, files=files, num_clients=self.requested_clients)
 
     def _blocks(self, path: str, setting: str) -> list[Example]:
         stream = token_stream(read_documents(path, self.text_field, setting), self.resolve_tokenizer())
