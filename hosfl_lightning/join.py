@@ -146,5 +146,7 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
             f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the "
             "number of the one that is this machine's"
         )
+    if own not in data.holders:
+        raise ValueError(f"data: client {own}, which is this machine's, holds no example, so it has no part in the run")
     module.check_examples(data.clients[own], "this client")
     return Minibatches(data, module, own)

@@ -32,7 +32,7 @@ class Rehearsal:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.algorithm, self.endpoint = trainer, trainer.algorithm, trainer.endpoint
-        everybody = [*trainer.sample(0), *range(trainer.datamodule.num_clients)]
+        everybody = [*trainer.sample(0), *trainer.datamodule.holders]
         cohorts = (self.endpoint.data([client], 0) for client in everybody)
         self.cohort: Cohort = next((one for one in cohorts if sum(one.num_terms)), self.endpoint.data(everybody[:1], 0))
         self._batches: dict[Any, Cohort] = {}

@@ -17,7 +17,7 @@ CONDITIONS = "conditions.json"
 
 def conditions(data: FederatedDataModule) -> dict[str, Any]:
     """The examples of each client and of the held-out sets, by number, and every client's first batch, by its bits."""
-    batches = {f"{k}.{n}": t for k in range(data.num_clients) for n, t in sorted(data.client_batch(k, 0).items())}
+    batches = {f"{k}.{n}": t for k in data.holders for n, t in sorted(data.client_batch(k, 0).items())}
     return {
         "examples": [len(examples) for examples in data.clients],
         "validation examples": len(data.validation_set),

@@ -64,7 +64,8 @@ class HubImageData(ImageData):
             known = names.get(self.label_field)
             self.label_set = infer_labels(rows, self.label_field) if known is None else LabelSet(len(known), known)
         labels = [self.label_set.index(row, self.label_field) for row in rows]
-        return [ImageExample(row.fields[self.image_field], label) for row, label in zip(rows, labels)]
+        others = [{name: v for name, v in row.fields.items() if name != self.image_field} for row in rows]
+        return [ImageExample(row.fields[self.image_field], *rest) for row, rest in zip(rows, zip(labels, others))]
 
     def _pixels(self, row: Row) -> Tensor:
         image = row.field(self.image_field, "image_field")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ class ImageExample(NamedTuple):
     Attributes:
         pixel_values: uint8 (C, H, W), C = 1 or 3.
         labels: The class index.
+        fields: What else the data says of it, for `ByField`; None: nothing.
     """
 
     pixel_values: Tensor
     labels: int
+    fields: Mapping[str, Any] | None = None
 
 
 class ImageData(FederatedDataModule):
@@ -41,7 +44,7 @@ class ImageData(FederatedDataModule):
         min_examples_per_client: Of the Dirichlet partition: it is drawn again, and then single examples are moved,
             until no client has fewer. 0: a client may be empty, and is never sampled.
         partitioner: In place of the three before: an object that says which client holds which images; it is told
-            their labels.
+            their labels and, from the hub, their fields.
         max_train_examples: Use only so many of the training images that are left when others are held out.
         max_validation_examples: Use only so many validation images.
         max_test_examples: Use only so many test images.
@@ -131,7 +134,8 @@ class ImageData(FederatedDataModule):
         self.validation_set = self._limited(validation, "validation")
         self.test_set = self._limited(test, "test")
         labels = [example.labels for example in train]
-        self.deal(train, self.partitioner, num_clients=self.requested_clients, labels=labels)
+        field = None if any(example.fields is None for example in train) else partial(_field, train)
+        self.deal(train, self.partitioner, num_clients=self.requested_clients, labels=labels, field=field)
 
     @override
     def collate(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
@@ -170,6 +174,15 @@ def _per_channel(value: float | list[float], channels: int, setting: str) -> Ten
     if len(numbers) not in (1, channels):
         raise ValueError(f"{setting}={value}: give one number or one per channel (channels={channels})")
     return torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1)
+
+
+def _field(examples: list[ImageExample], name: str) -> list[Hashable]:
+    """The values of a field, which every example must have."""
+    of_each = [example.fields or {} for example in examples]
+    for fields in of_each:
+        if fields.get(name) is None:
+            raise ValueError(f"an image has no field {name!r} (field); its fields are: {', '.join(fields)}")
+    return [fields[name] for fields in of_each]
 
 
 def _hold_out(train: list[ImageExample], share: float, setting: str) -> tuple[list[ImageExample], list[ImageExample]]:

@@ -266,12 +266,22 @@ class TrainerFace:
         return self.fabric.to_device(batch)
 
     def sample(self, round: int, attempt: int = 0) -> list[int]:
-        """The clients of a round, ascending: the first ``K`` online of a permutation under ``(seed, round)``."""
-        clients, online = self.datamodule.num_clients, set(self.clients_online(round, attempt))
+        """The clients of a round, ascending: the first ``K`` of a permutation under ``(seed, round)``.
+
+        Of those that are online and hold an example.
+        """
+        clients, data = self.datamodule.num_clients, self.datamodule
+        able = set(self.clients_online(round, attempt)) & set(data.holders)
         again = attempt - 1 if attempt else None  # in the counter's place for a client, which sampling has no use for
         order = permutation(clients, self.settings.seed, Domain.CLIENT_SAMPLING, round=round, client=again)
-        size = self.settings.sample_size(clients) + (self.serving.membership.oversample if self.serving else 0)
-        return sorted([k for k in order.tolist() if k in online][:size])
+        size = self.sample_size + (self.serving.membership.oversample if self.serving else 0)
+        return sorted([k for k in order.tolist() if k in able][:size])
+
+    @property
+    def sample_size(self) -> int:
+        """How many clients a round asks."""
+        clients = self.datamodule.num_clients
+        return self.settings.sample_size(clients, clients - len(self.datamodule.holders))
 
     def clients_online(self, round: int, attempt: int = 0) -> list[int]:
         """Ascending ids of the clients that can take part."""

@@ -40,7 +40,7 @@ def validate_on_clients(trainer: TrainerFace, prefix: str) -> Evaluation:
     Raises:
         NothingHeldOutError: No client sent any.
     """
-    trainer.fleet.gather_quorum(trainer.global_step, trainer.settings.sample_size(trainer.datamodule.num_clients))
+    trainer.fleet.gather_quorum(trainer.global_step, trainer.sample_size)
     module, fleet, losses = trainer.lightning_module, trainer.fleet, list[float]()
     metrics = {name: metric.to(trainer.fabric.device) for name, metric in module.build_metrics().items()}
     for message in fleet.hold_out(trainer.global_step):

@@ -87,7 +87,7 @@ class RoundLoop:
         """Who is asked; who is online is brought up to date before."""
         trainer, history = self.trainer, self.run.history
         assert history is not None
-        self.waited += trainer.fleet.gather_quorum(round, self.settings.sample_size(trainer.datamodule.num_clients))
+        self.waited += trainer.fleet.gather_quorum(round, trainer.sample_size)
         online = trainer.clients_online(round, attempt)
         history.attend(round, online, trainer.datamodule.num_clients, attempt)
         return Call(round, trainer.sample(round, attempt), online, attempt)

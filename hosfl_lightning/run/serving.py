@@ -88,6 +88,12 @@ class ServedData(FederatedDataModule):
         self.clients = [[] for _ in names]
         self.client_names = names
 
+    @property
+    @override
+    def holders(self) -> list[int]:
+        """All: which of them have examples only they know."""
+        return list(range(len(self.clients)))
+
     @override
     def prepare_data(self) -> None:
         self.own.prepare_data()

@@ -84,7 +84,7 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
     data.prepare_data()
     data.setup(fn.value)
     if fn is TrainerFn.FITTING:
-        trainer.settings.sample_size(data.num_clients)
+        trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
         for name, examples in zip(data.client_names, data.clients):
             model.check_examples(examples, f"client {name!r}")
     model.check_examples(data.validation_set, "validation")

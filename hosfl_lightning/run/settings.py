@@ -115,38 +115,47 @@ class RunSettings:
             raise ValueError(f"trainer.{name}: the clients of {algorithm.name} run one after the other; set it to 1")
         algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.parameters(model).values()])
 
-    def sample_size(self, clients: int) -> int:
+    def sample_size(self, clients: int, empty: int = 0) -> int:
         """How many clients a round samples.
 
         Args:
             clients: Of the data.
+            empty: Those of them that hold no example, and are never sampled.
 
         Raises:
             ValueError: More than there are, or fewer than needed.
         """
-        if self.clients_per_round is not None and self.clients_per_round > clients:
-            raise ValueError(
-                f"trainer.clients_per_round is {self.clients_per_round}, but the data has {clients} clients; lower it"
-            )
-        sampled = self.clients_per_round if self.clients_per_round is not None else clients
+        able = clients - empty
+        if not able:
+            raise ValueError(f"data: none of its {clients} clients holds an example")
+        if self.clients_per_round is not None and self.clients_per_round > able:
+            what = f"the data has {clients} clients; lower it"
+            if empty:
+                what = (
+                    f"only {able} of the data's {clients} clients hold an example; lower it to {able}, or give every "
+                    "client one (min_examples_per_client: 1)"
+                )
+            raise ValueError(f"trainer.clients_per_round is {self.clients_per_round}, but {what}")
+        sampled = self.clients_per_round if self.clients_per_round is not None else able
         if self.min_clients > sampled:
             raise ValueError(f"trainer.min_clients is {self.min_clients}, but a round has {sampled} clients; lower it")
         return sampled
 
-    def agreed(self, algorithm: Algorithm, clients: int, server_schedule: bool) -> dict[str, Any]:
+    def agreed(self, algorithm: Algorithm, clients: int, server_schedule: bool, sampled: int) -> dict[str, Any]:
         """What a resumed run must agree on with the run that made the checkpoint; plain values.
 
         Args:
             algorithm: The method.
             clients: Of the data.
             server_schedule: Whether the server's learning rate has one.
+            sampled: Clients of a round.
         """
         return {
             "algorithm": algorithm.name,
             **algorithm.settings(),
             "seed": self.seed,
             "clients": clients,
-            "clients_per_round": self.sample_size(clients),
+            "clients_per_round": sampled,
             "simulation": self.simulation,
             "precision": self.precision,
             "server_schedule": server_schedule,

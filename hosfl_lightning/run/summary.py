@@ -55,7 +55,7 @@ def summarize(trainer: TrainerFace, result: RunResult, controls: dict[str, RunRe
         "algorithm": trainer.algorithm.name,
         "rounds": trainer.global_step,
         "clients": trainer.datamodule.num_clients,
-        "clients_per_round": settings.sample_size(trainer.datamodule.num_clients),
+        "clients_per_round": trainer.sample_size,
         "probes": getattr(trainer.algorithm, "probes", None),
         "d_client": sum(p.numel() for p in trainer.endpoint.trained.values()),
         "val_loss_first": result.first.loss,

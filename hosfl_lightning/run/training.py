@@ -96,7 +96,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.trained, endpoint.client.optimizer)
     sizes = [p.numel() for p in replica.trained.values()]
-    agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None)
+    agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None, trainer.sample_size)
     trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
     trainer.server = Server(
         model, trainer.fabric, wrapped, scheduler, fleet=trainer.fleet, replica=replica,
@@ -126,7 +126,7 @@ def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
 
 def _agreed(trainer: TrainerFace) -> dict[str, Any]:
     scheduled = trainer.server.scheduler is not None
-    return trainer.settings.agreed(trainer.algorithm, trainer.datamodule.num_clients, scheduled)
+    return trainer.settings.agreed(trainer.algorithm, trainer.datamodule.num_clients, scheduled, trainer.sample_size)
 
 
 def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
@@ -143,7 +143,7 @@ def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
     if not settings.replay_log or not trainer.is_global_zero or basis is None:
         return  # a control, a process that does not write, or a method without updates
     if resumed is None or not resumed.round or log.exists():
-        sampled = settings.sample_size(trainer.datamodule.num_clients)
+        sampled = trainer.sample_size
         history.open(log, resumed, basis, sampled, settings.catch_up, None if always else trainer.clients_online,
                      trainer.fleet)  # fmt: skip
     elif always:

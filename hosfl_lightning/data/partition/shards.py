@@ -42,10 +42,10 @@ class Shards(Partitioner):
         check_clients(n, k)
         if s * k > n:
             raise ValueError(
-                f"shards_per_client={s}: {k} clients need {s * k} examples, one a shard, and there are {n}; lower it to "
-                f"{n // k} or fewer, or lower num_clients"
+                f"shards_per_client={s}: {k} clients need {s * k} examples, one a shard, and there are {n}; lower it "
+                f"to {n // k} or fewer, or lower num_clients"
             )
-        ordered = sum(by_label(examples.labels, shuffled(n, seed, Use.SHARD_MEMBERS)), [])
-        shards = torch.tensor_split(torch.tensor(ordered), s * k)
+        classes = by_label(examples.labels, shuffled(n, seed, Use.SHARD_MEMBERS))
+        shards = torch.tensor_split(torch.tensor([index for members in classes for index in members]), s * k)
         holders = shuffled(s * k, seed, Use.SHARD_HOLDERS)
         return [torch.cat([shards[i] for i in holders[s * j : s * (j + 1)]]).sort().values for j in range(k)]
