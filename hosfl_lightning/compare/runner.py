@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hosfl_lightning.compare import worker
 from hosfl_lightning.compare.conditions import CONDITIONS, unequal
 from hosfl_lightning.compare.configs import Job, schedule, write_config
+from hosfl_lightning.compare.preflight import see_data
 from hosfl_lightning.compare.settings import Comparison, ComparisonError
 from hosfl_lightning.compare.worker import Rehearsal
 from hosfl_lightning.files import write_whole
@@ -132,6 +133,8 @@ class Runner:
             for job in jobs:
                 write_config(job, self.comparison, self.base, 1, 1)
             tasks[name] = (jobs,)
+        for _, said in each(see_data, {"data": (next(iter(tasks.values()))[0][0],)}):
+            print("".join(f"Seed {seed}: {line}\n" for line in said), end="", flush=True)
         print(f"One round of each of {len(tasks)} methods, to see that all can run", flush=True)
         found = known | dict(each(worker.rehearse, tasks))
         rehearsals = {name: found[name] for name in self.comparison.methods}

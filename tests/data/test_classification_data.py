@@ -129,9 +129,17 @@ def test_the_prompt_route_labels_the_word_only(write: Write, tokenizer: PreTrain
             "line 41: text_field 'text' must be a non-",
         ),
         (RECORDS, {"num_clients": 50}, "num_clients=50 is more than the 36 examples"),
-        (RECORDS, {"num_clients": 9, "partition": "dirichlet", "alpha": 0.01}, "alpha=0.01, num_clients=9: client"),
+        (
+            RECORDS,
+            {"num_clients": 9, "partition": "dirichlet", "min_examples_per_client": 5},
+            "min_examples_per_client=5: 9 clients need 45 examples, and there are 36; lower it to 4",
+        ),
         (RECORDS, {"partition": "field", "field": "place"}, r"no field 'place' \(field\)"),
-        (RECORDS, {"partition": "field", "field": "user"}, "num_clients=4: field 'user' has 2 values"),
+        (
+            RECORDS,
+            {"partition": "field", "field": "user"},
+            "num_clients=4: ByField makes 2 clients; set it to",
+        ),
         (RECORDS[:1], {"num_clients": 1}, "train: one example only"),
     ],
 )

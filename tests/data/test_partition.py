@@ -86,16 +86,16 @@ def test_more_clients_than_examples_names_the_setting() -> None:
         partition_iid(3, 0, 0)
 
 
-def test_an_empty_client_names_the_settings_and_the_fix() -> None:
+def test_too_few_examples_for_the_least_of_each_client_names_the_settings() -> None:
     with pytest.raises(
-        ValueError, match=r"alpha=0.01, num_clients=9: client \d gets 0 of 20 .* raise alpha, lower num_"
+        ValueError, match="min_examples_per_client=8: 3 clients need 24 examples, and there are 20; lower it to 6"
     ):
-        partition_dirichlet([0, 1] * 10, 9, 0.01, 0)
-    with pytest.raises(ValueError, match="fewer than 8"):
         partition_dirichlet([0, 1] * 10, 3, 1.0, 0, min_examples=8)
+    with pytest.raises(ValueError, match="min_examples_per_client=-1: must be at least 0"):
+        partition_dirichlet([0, 1] * 10, 3, 1.0, 0, min_examples=-1)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e308, float("nan"), float("inf")])
 def test_alpha_must_be_positive(alpha: float) -> None:
     with pytest.raises(ValueError, match="alpha="):
         partition_dirichlet([0, 1], 2, alpha, 0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.data.partition.contract import Examples, Partitioner
-from hosfl_lightning.data.partition.shares import by_shares, check_clients
+from hosfl_lightning.data.partition.shares import by_shares, check_clients, check_least
 from hosfl_lightning.data.partition.shuffles import Use, shuffled
 
 #: Beyond it NumPy's sum of k gamma variates overflows.
@@ -37,6 +37,7 @@ class Dirichlet(Partitioner):
 
     def __init__(self, alpha: float = 0.5, min_examples_per_client: int = 1) -> None:
         check_alpha(alpha)
+        check_least(min_examples_per_client)
         self.alpha, self.min_examples_per_client = alpha, min_examples_per_client
 
     @override

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from hosfl_lightning.data.partition.contract import Examples, Partitioner
 from hosfl_lightning.data.partition.dirichlet import check_alpha
-from hosfl_lightning.data.partition.shares import MOST_REDRAWS, by_shares, check_clients
+from hosfl_lightning.data.partition.shares import MOST_REDRAWS, by_shares, check_clients, check_least
 from hosfl_lightning.data.partition.shuffles import Use, shuffled
 
 
@@ -46,6 +46,7 @@ class QuantitySkew(Partitioner):
         self.alpha = 0.5 if alpha is None else alpha
         self.power, self.min_examples_per_client = power, min_examples_per_client
         check_alpha(self.alpha)
+        check_least(min_examples_per_client)
 
     @override
     def __call__(self, examples: Examples, seed: int) -> list[Tensor]:

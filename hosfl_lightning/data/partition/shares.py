@@ -23,8 +23,7 @@ def check_clients(n: int, k: int, least: int = 1) -> None:
     """
     if k < 1:
         raise ValueError(f"num_clients={k}: there must be at least one client")
-    if least < 0:
-        raise ValueError(f"min_examples_per_client={least}: must be at least 0")
+    check_least(least)
     if least and k > n:
         raise ValueError(f"num_clients={k} is more than the {n} examples: lower num_clients to {n} or fewer")
     if k * least > n:
@@ -32,6 +31,12 @@ def check_clients(n: int, k: int, least: int = 1) -> None:
             f"min_examples_per_client={least}: {k} clients need {k * least} examples, and there are {n}; lower it to "
             f"{n // k} or fewer, or lower num_clients"
         )
+
+
+def check_least(least: int) -> None:
+    """Refuse a number of examples below 0."""
+    if least < 0:
+        raise ValueError(f"min_examples_per_client={least}: must be at least 0")
 
 
 def by_shares(
