@@ -51,7 +51,7 @@ def see_data(job: Job) -> list[str]:
     except SystemExit as end:
         raise ComparisonError(f"recipe: {end.__cause__ or end}") from None
     except recipe.USER_ERRORS as error:
-        raise ComparisonError(f"recipe: {error}") from None
+        raise ComparisonError(f"recipe: {recipe.readable(str(error))}") from None
     return said.getvalue().splitlines()
 
 
@@ -72,8 +72,8 @@ class Unknown:
 
 def _built(config: Any) -> FederatedDataModule:
     parser = recipe.Parser(prog="hosfl compare")
-    parser.add_subclass_arguments(FederatedDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": config})).data
+    parser.add_subclass_arguments(FederatedDataModule, "data", required=True)
+    return parser.instantiate(parser.parse_object({"data": config})).data
 
 
 def _tokenizer(model: Any) -> Any:

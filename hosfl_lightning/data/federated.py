@@ -86,7 +86,8 @@ class FederatedDataModule(L.LightningDataModule):
     @property
     def holders(self) -> list[int]:
         """Ascending ids of the clients that hold an example: only they are sampled."""
-        return [client for client, examples in enumerate(self.clients) if len(examples)]
+        empty = {client for client, examples in enumerate(self.clients) if not len(examples)}
+        return [client for client in range(self.num_clients) if client not in empty]
 
     @property
     def client_names(self) -> list[str]:
