@@ -82,6 +82,7 @@ class TestExamples:
     @pytest.mark.parametrize("path", [p for p in PAGES if any(RUNNABLE in c for c in python_of(p))], ids=name)
     def test_run_one_after_the_other(self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning calls what jsonargparse renamed
         names: dict[str, object] = {"__name__": "docs"}
         for code in python_of(path):
             if code.startswith(RUNNABLE):
