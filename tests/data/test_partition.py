@@ -22,6 +22,10 @@ def test_iid_gives_every_example_to_one_client_in_equal_shares(n: int, k: int, s
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
+def test_iid_deals_as_it_always_did() -> None:
+    assert [part.tolist() for part in partition_iid(10, 3, 5)] == [[1, 3, 5, 7], [4, 6, 8], [0, 2, 9]]
+
+
 def test_iid_is_random_and_fixed_by_the_seed() -> None:
     first, again, other = partition_iid(100, 4, 3), partition_iid(100, 4, 3), partition_iid(100, 4, 4)
     assert all(torch.equal(a, b) for a, b in zip(first, again))

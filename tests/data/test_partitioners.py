@@ -350,7 +350,7 @@ class TestSettings:
             ValueError, match=f"{next(iter(setting))}=.*, and partitioner=Dirichlet is given; leave one"
         ):
             spelled(Dirichlet(), "iid", **setting)
-        with pytest.raises(ValueError, match=r"partition=by_file: .* partitioner=IID is given"):
+        with pytest.raises(ValueError, match=r"partition=by_file: .* partitioner=IID is given; .* \(partition=iid\)"):
             spelled(IID(), "by_file")
 
     def test_what_is_no_partitioner_is_refused(self) -> None:

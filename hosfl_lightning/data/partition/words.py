@@ -37,7 +37,8 @@ def spelled(partitioner: Partitioner | None, partition: str, **settings: Any) ->
     given |= {key: value for key, value in settings.items() if value != DEFAULTS[key]}
     if given:
         shown = ", ".join(f"{key}={value}" for key, value in given.items())
+        usual = ", ".join(f"{key}={'iid' if key == 'partition' else DEFAULTS[key]}" for key in given)
         raise ValueError(
-            f"{shown}: it is for partitions by word, and partitioner={name} is given; leave one of them out"
+            f"{shown}: is for a partition by word, and partitioner={name} is given; leave it out ({usual})"
         )
     return partitioner
