@@ -347,7 +347,7 @@ class TestSettings:
     @pytest.mark.parametrize("setting", [{"alpha": 0.1}, {"field": "a"}, {"min_examples_per_client": 0}])
     def test_both_ways_at_once_are_refused(self, setting: dict[str, Any]) -> None:
         with pytest.raises(
-            ValueError, match=f"{next(iter(setting))}=.*, and partitioner=Dirichlet is given; leave one"
+            ValueError, match=f"{next(iter(setting))}=.*, and partitioner=Dirichlet is given; leave it out"
         ):
             spelled(Dirichlet(), "iid", **setting)
         with pytest.raises(ValueError, match=r"partition=by_file: .* partitioner=IID is given; .* \(partition=iid\)"):
