@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hosfl_lightning.data import IID, ByField, ByFile, Dirichlet, Examples, Partitioner, QuantitySkew, Shards
 from hosfl_lightning.data.partition import deal, partition_dirichlet, spelled
-from hosfl_lightning.data.partition.shares import MOST_REDRAWS
+from hosfl_lightning.data.partition.shares import MOST_REDRAWS, by_shares
 from hosfl_lightning.rng import Domain, permutation
 
 N, CLASSES = 240, 6
@@ -191,6 +191,25 @@ class TestDirichlet:
     def test_small_alpha_gives_fewer_classes(self) -> None:
         held = [sum(classes_held(Dirichlet(alpha=a), seed) for seed in range(5)) for a in (0.05, 0.5, 5.0)]
         assert held[0] * 1.3 < held[1] * 1.15 < held[2]
+
+
+class TestMoving:
+    """`by_shares` with shares that are written down."""
+
+    def test_of_draws_that_will_not_do_the_one_that_lacks_fewest_is_taken(self) -> None:
+        drawn = iter([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [1.0, 0, 0, 0]])
+        found = by_shares([range(8)], lambda: [np.array(next(drawn))], range(8), 1, "", redraws=2)
+        assert [len(part) for part in found] == [3, 3, 1, 1]
+
+    def test_the_largest_client_gives(self) -> None:
+        shares = np.array([0.3, 0.5, 0.2, 0, 0])
+        found = by_shares([range(10)], lambda: [shares], range(10), 1, "", redraws=0)
+        assert [len(part) for part in found] == [3, 3, 2, 1, 1]
+
+    def test_what_it_gives_is_its_last_in_random_order_and_not_of_the_last_class(self) -> None:
+        all_to_one = [np.array([1.0, 0])] * 2
+        found = by_shares([[0, 1], [2, 3]], lambda: all_to_one, [2, 3, 0, 1], 1, "", redraws=0)
+        assert [part.tolist() for part in found] == [[0, 2, 3], [1]]
 
 
 class TestShards:
