@@ -76,5 +76,5 @@ def check_part(part: Any, kind: type, setting: str) -> None:
         )
 
 
-def _subclasses(kind: type) -> list[Any]:
+def _subclasses(kind: Any) -> list[Any]:
     return [one for sub in kind.__subclasses__() for one in (sub, *_subclasses(sub))]
