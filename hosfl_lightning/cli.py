@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from hosfl_lightning.rendering import fail, process
+
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
 
@@ -36,14 +38,13 @@ def _certs(args: list[str]) -> None:
     except (ValueError, ImportError) as error:
         if os.environ.get("HOSFL_TRACEBACK"):
             raise
-        print(f"hosfl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        fail(str(error))
 
 
 def _run(args: list[str]) -> None:
     import wandb
 
-    from hosfl_lightning.recipe import USER_ERRORS, command, fail, process
+    from hosfl_lightning.recipe import USER_ERRORS, command
 
     try:
         if args[:1] and args[0] in COMPARISONS:

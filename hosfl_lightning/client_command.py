@@ -9,7 +9,8 @@ from jsonargparse import Namespace
 
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.recipe import Parser, fail
+from hosfl_lightning.recipe import Parser
+from hosfl_lightning.rendering import fail
 
 #: Settings of the command that `join` does not have, or has in another form.
 BESIDE = ("config", "imports", "model", "data")
