@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from torch import Tensor, nn
 
-from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli, join
 from hosfl_lightning.aggregation import AggregationRule, WeightedMean, aggregated
 from hosfl_lightning.algorithms import ZOFL, Algorithm, ClientKind, MixedHOSFL
 from hosfl_lightning.callbacks import HybridOrder, ZerothOrderTraining
@@ -31,6 +32,7 @@ from hosfl_lightning.wire import Codec, Codecs
 from hosfl_lightning.wire.codec import codec_of
 from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp, same_bits
 from tests.random_tokens import RandomTokens
+from tests.recipe_runs import ROOT, command_line
 
 HERE = __name__
 MakeModel = Callable[..., SplitCausalLM]
@@ -315,12 +317,19 @@ class TestCodecs:
         with pytest.raises(PartError, match=r"a codec 'int8' is in hosfl_lightning.wire.codecs already"):
             type("Own", (Codec,), {"name": "int8", "encode": None, "decode": None})
 
-    def test_a_client_that_lacks_it_cannot_take_part(self, make_model: MakeModel, data: RandomTokens) -> None:
+    def test_a_client_that_lacks_it_or_another_part_cannot_join(
+        self, make_model: MakeModel, data: RandomTokens
+    ) -> None:
         model, method = make_model(), HOSFL()
         terms = method.terms(model, 0, Codecs(), 3)
         terms = replace(terms, codecs={**terms.codecs, "multiplier": "theirs"})
+        fabric = Fabric(accelerator="cpu", devices=1)
         with pytest.raises(TermsError, match=r"in the codec 'theirs', which is not known here, only fp32.*--imports"):
-            Endpoint.of(model, Minibatches(data, model), terms, Fabric(accelerator="cpu", devices=1))
+            Endpoint.of(model, Minibatches(data, model), terms, fabric)
+        for change in ({"settings": {**terms.settings, "estimator": "Theirs"}}, {"rule": {"name": "Theirs"}}):
+            lacking = replace(terms, codecs=method.terms(model, 0, Codecs(), 3).codecs, **change)
+            with pytest.raises(TermsError, match=r"'Theirs' is known here, only .*import its class"):
+                Endpoint.of(model, Minibatches(data, model), lacking, fabric)
 
 
 class Mean(SplitCausalLM):
@@ -427,3 +436,22 @@ def test_told_of_a_tuple_is_a_list() -> None:
 
     assert told(Pair()) == {"estimator": "Pair", "estimator.factor": 1.0, "estimator.sides": [1, 2]}
     assert estimator_of(told(Pair())) == Pair()
+
+
+def test_a_client_imports_what_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def joined(*_: Any, **__: Any) -> str:
+        return " ".join(sorted(name for name in sys.modules if name == "their_parts"))
+
+    (tmp_path / "their_parts.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(join, "join", wraps(join.join)(joined))
+    recipe = ROOT / "examples" / "remote" / "client.yaml"
+    with command_line():
+        for imports, said in (([], ""), (["--imports=[their_parts]"], "their_parts")):
+            cli.main(["join", "--server=127.0.0.1:1", "--insecure", f"--config={recipe}", *imports])
+            assert capsys.readouterr().out == f"{said}\n"
+        with pytest.raises(SystemExit):
+            cli.main(["join", "--server=127.0.0.1:1", "--insecure", f"--config={recipe}", "--imports=[nowhere]"])
+    assert capsys.readouterr().err == "hosfl: error: No module named 'nowhere'\n"

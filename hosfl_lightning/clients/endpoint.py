@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of
+from hosfl_lightning.parts import PartError
 from hosfl_lightning.split.run import run
 from hosfl_lightning.wire import (
     Codec,
@@ -81,7 +82,10 @@ class Endpoint(ABC):
                 f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
                 f"{', '.join(Codec.known)}; import its class (hosfl join: --imports)"
             )
-        self.client: Any = self.make_client(half)
+        try:
+            self.client: Any = self.make_client(half)
+        except PartError as error:  # a rule or an estimator that is not known here
+            raise TermsError(str(error)) from error
         self.checks = True
         #: Its validation data, where it has some: the batch of a number.
         self.held_out: ClientData | None = None

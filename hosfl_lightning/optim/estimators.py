@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import override
 
 from hosfl_lightning.parts import PartError, by_name, check_part, from_path
+from hosfl_lightning.rendering import nearest
 
 Objective = Callable[[], Tensor]
 
@@ -203,10 +203,9 @@ def chosen(estimator: Estimator | str, names: Iterable[str]) -> Estimator | str:
     if isinstance(estimator, str) and estimator in names:
         return estimator
     if isinstance(estimator, str) and "." not in estimator:
-        near = get_close_matches(estimator, names, n=1)
         raise ValueError(
             f"estimator must be one of {', '.join(names)}, or the class path of an Estimator of your own, got "
-            f"{estimator!r}" + (f"; did you mean {near[0]}?" if near else "")
+            f"{estimator!r}{nearest(estimator, names)}"
         )
     own = from_path(estimator, "estimator") if isinstance(estimator, str) else estimator
     check_part(own, Estimator, "estimator")
