@@ -455,3 +455,13 @@ def test_a_client_imports_what_it_is_told_to(
         with pytest.raises(SystemExit):
             cli.main(["join", "--server=127.0.0.1:1", "--insecure", f"--config={recipe}", "--imports=[nowhere]"])
     assert capsys.readouterr().err == "hosfl: error: No module named 'nowhere'\n"
+
+
+def test_parts_may_lie_where_the_command_is_started_and_hide_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["certs", "inti"])
+    assert sys.path[-1] == str(tmp_path)

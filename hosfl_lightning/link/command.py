@@ -44,8 +44,8 @@ class _Parser(argparse.ArgumentParser):
 
     def names(self) -> list[str]:
         """Of all options, those of its commands among them."""
-        actions = [one for one in self._actions if isinstance(one.choices, dict)]
-        below = [parser for action in actions for parser in action.choices.values()]
+        chosen = [action.choices for action in self._actions]
+        below = [parser for choices in chosen if isinstance(choices, dict) for parser in choices.values()]
         own = [option for action in self._actions for option in action.option_strings]
         return [*own, *(name for parser in below for name in parser.names())]
 
