@@ -19,10 +19,8 @@ def main(args: list[str] | None = None) -> None:
     Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
     """
     args = sys.argv[1:] if args is None else args
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(
-            here
-        )  # as python -m does: parts of one's own lie beside the recipe; last, so that they hide none
+    # As python -m does, for parts of one's own; last, so that they hide nothing.
+    sys.path += [here for here in [os.getcwd()] if here not in sys.path]
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
     (_certs if args[:1] == ["certs"] else _run)(args)
 
