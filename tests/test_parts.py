@@ -180,17 +180,16 @@ class TestEstimators:
         assert same_bits(central.client_half, own.client_half)
         assert not same_bits(central.client_half, longer.client_half)
 
-    def test_in_a_plain_trainer(self) -> None:
-        modules = []
-        for callback in (
-            hybrid(estimator=Scaled()), hybrid(estimator="central"),
-            ZerothOrderTraining(estimator=Scaled()), ZerothOrderTraining(),
-        ):  # fmt: skip
-            modules.append(mlp())
-            fit(modules[-1], callback)
+    @pytest.mark.parametrize("kind", [hybrid, ZerothOrderTraining])
+    def test_in_a_plain_trainer(self, kind: Any) -> None:
+        def trained(estimator: Any) -> nn.Module:
+            module, callback = mlp(), kind(estimator=estimator)
+            fit(module, callback)
             assert callback.state_dict()["estimator"] in ("Scaled", "central")
-        assert same_bits(*modules[:2])
-        assert same_bits(*modules[2:])
+            return module
+
+        assert same_bits(trained("central"), trained(Scaled()))
+        assert not same_bits(trained("central"), trained(Scaled(2.0)))
 
 
 class TestAggregation:
