@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+from hosfl_lightning.rendering import fail, process
+
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
 
@@ -17,6 +19,8 @@ def main(args: list[str] | None = None) -> None:
     Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
     """
     args = sys.argv[1:] if args is None else args
+    # As python -m does, for parts of one's own; last, so that they hide nothing.
+    sys.path += [here for here in [os.getcwd()] if here not in sys.path]
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
     (_certs if args[:1] == ["certs"] else _run)(args)
 
@@ -32,14 +36,13 @@ def _certs(args: list[str]) -> None:
     except (ValueError, ImportError) as error:
         if os.environ.get("HOSFL_TRACEBACK"):
             raise
-        print(f"hosfl: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+        fail(str(error))
 
 
 def _run(args: list[str]) -> None:
     import wandb
 
-    from hosfl_lightning.recipe import USER_ERRORS, command, fail, process
+    from hosfl_lightning.recipe import USER_ERRORS, command
 
     try:
         if args[:1] and args[0] in COMPARISONS:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from jsonargparse import Namespace
 
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.recipe import Parser, fail
+from hosfl_lightning.recipe import Parser
+from hosfl_lightning.rendering import fail
 
+#: Settings of the command that `join` does not have, or has in another form.
+BESIDE = ("config", "imports", "model", "data")
 DESCRIPTION = """\
 Take part in a run that hosfl serve offers on another machine. The recipe has two keys, `model` and `data`: the
 server's model, cut and adapters, and the data of this machine, of which z and the labels travel. Whatever is cut or
@@ -25,15 +29,21 @@ def main(args: list[str]) -> None:
 
     parser = _parser(prog="hosfl join", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")
+    parser.add_argument(
+        "--imports", type=list[str], default=[], metavar="[MODULE,...]",
+        help="Modules of the run's own parts (estimators, update rules, codecs, endpoints), which messages name.",
+    )  # fmt: skip
     parser.add_function_arguments(join, skip={"model", "data", "backoff", "limits", "notify"})
     given = parser.parse_args(args)
+    for module in given.imports:
+        import_module(module)
 
     def model(part: str) -> Any:
         chosen = given.model.clone()
         chosen.init_args.part = part
         return _made("model", chosen)
 
-    own = {name: value for name, value in vars(given).items() if name not in ("config", "model", "data")}
+    own = {name: value for name, value in vars(given).items() if name not in BESIDE}
     try:
         said = join(model=model, data=_made("data", given.data), **own)
     except (TurnedAwayError, ServerGoneError, TermsError) as error:

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from hosfl_lightning.algorithms import HOSFL, Algorithm
+from hosfl_lightning.algorithms.base import check_method
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Processes, RankProcesses
@@ -118,6 +119,7 @@ class Orchestrator(TrainerFace):
     ) -> None:
         super().__init__()
         self.algorithm = algorithm if algorithm is not None else HOSFL()
+        check_method(self.algorithm)
         self.settings = RunSettings(
             max_rounds, clients_per_round, simulation, list(controls or []), seed, val_check_interval,
             log_every_n_steps, devices, num_nodes, codec or Codecs(), availability or Always(), catch_up or CatchUp(),

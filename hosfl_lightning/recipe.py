@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from hosfl_lightning.algorithms import TooFewClientsError
@@ -20,6 +18,7 @@ from hosfl_lightning.files import write_whole
 from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
+from hosfl_lightning.rendering import fail, nearest
 from hosfl_lightning.run.hooks import HookError
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
@@ -37,6 +36,8 @@ USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClie
 class Parser(LightningArgumentParser):
     """Takes the Orchestrator where LightningCLI expects a Trainer, and ends a bad setting with one line."""
 
+    _subcommands_action: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # argparse would take --trainer.max_round for max_rounds.
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -52,8 +53,45 @@ class Parser(LightningArgumentParser):
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
     @override
+    def validate(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; a name that is not known comes with the nearest that is."""
+        try:
+            return super().validate(*args, **kwargs)
+        except KeyError as error:
+            [message] = error.args
+            parser = getattr(error, "subcommand_parser", None) or self
+            found = re.match(r"(?:Subcommand|Group) '(.+)' does not accept option '(.+)'|Option '(.+)' is not", message)
+            if found is None:
+                raise
+            name, names = found[2] or found[3], parser.names()
+            if message.startswith("Group"):
+                names = [one.removeprefix(f"{found[1]}.") for one in names if one.startswith(f"{found[1]}.")]
+            hint = nearest(name, names) or (f"; there are {', '.join(names)}" if len(names) < 20 else "")
+            error.args = (message + hint,)
+            raise
+
+    def names(self) -> list[str]:
+        """Of all options, without dashes."""
+        given = [option for action in self._actions for option in action.option_strings]
+        names = [one.removeprefix("--") for one in given if one.startswith("--") and not one.endswith((".help", "+"))]
+        return [one for one in names if one not in ("help", "print_config", "print_shtab")]
+
+    @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(message)
+        fail(self.as_typed(message))
+
+    def as_typed(self, message: str) -> str:
+        """With options as they stand on a command line, and the nearest to one that is not known."""
+        head, colon, rest = message.partition(": ")
+        if head == "the following arguments are required" and self.exit_on_error:
+            typed = (re.sub(rf"^({'|'.join(SUBCOMMANDS)})\.", "", name) for name in rest.split(", "))
+            return head + colon + ", ".join(f"--{name}" for name in typed)
+        if head != "unrecognized arguments":
+            return message
+        chosen = self._subcommands_action.choices.values() if self._subcommands_action else [self]
+        names = [f"--{name}" for parser in chosen for name in parser.names()]
+        given = [one.partition("=")[0] for one in rest.split() if one.startswith("--")]
+        return message + next(filter(None, (nearest(one, names) for one in given)), "")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -133,37 +171,3 @@ def command(args: list[str], kind: type[HOSFLCommand] | None = None) -> HOSFLCom
         seed_everything_default=False,
         args=args,
     )
-
-
-def process() -> int:
-    """Which of the processes of a run this is; the first is 0."""
-    return getattr(rank_zero_only, "rank", 0)
-
-
-def fail(message: str) -> NoReturn:
-    """One line on standard error, exit code 2."""
-    where = f" in process {process()}" if process() else ""
-    line = readable(message)
-    print(f"hosfl: error{where}: {line}", file=sys.stderr)
-    raise SystemExit(2) from ValueError(line)
-
-
-def readable(message: str) -> str:
-    """The line of a parser's report that says what is wrong.
-
-    For an optional setting jsonargparse lists why the value is neither the type nor None, level by level, and dumps the
-    value; the reason is the one entry that speaks of neither.
-    """
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    reasons: list[str] = []
-    for line in lines:
-        if line.startswith("- "):
-            reasons.append(line.removeprefix("- "))
-        elif reasons and reasons[-1].endswith(":"):  # "Problem with given class_path": what it was stands below
-            reasons[-1] += f" {line}"
-    reasons = [r for r in reasons if "NoneType" not in r and not r.startswith("Does not validate")]
-    if not reasons:
-        return " ".join(lines)
-    key = re.match(r'Parser key "([^"]+)":', lines[0])
-    given = next((line for line in lines if line.startswith("Given value: ") and "Namespace" not in line), "")
-    return " ".join(filter(None, [f"{key[1]}:" if key else "", "; ".join(dict.fromkeys(reasons)), given]))

@@ -18,6 +18,7 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from hosfl_lightning.run.folder import make_loggers
 from tests.recipe_runs import OVERLAYS, QUICKSTART, header_commands, hosfl, load, small
 from tests.small_run import SmallRun
 
@@ -150,3 +151,10 @@ def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
 def measured(row: dict[str, float]) -> dict[str, float]:
     """Without W&B's own values, and times."""
     return {name: value for name, value in row.items() if not name.startswith(("_", "time/"))}
+
+
+def test_wandb_is_told_nothing_that_it_warns_of(tmp_path: Path) -> None:
+    """Lightning passes ``anonymous`` whether or not it was asked for."""
+    for given, kept in ((None, False), (True, True)):
+        [_, logger] = make_loggers(WandbLogger(offline=True, save_dir=tmp_path, anonymous=given), str(tmp_path))
+        assert ("anonymous" in logger._wandb_init) == kept  # type: ignore[attr-defined]

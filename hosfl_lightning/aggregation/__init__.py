@@ -1,6 +1,13 @@
 """Step 5 of a round: who is heard, by which rule the answers become one, and the record that applies it."""
 
-from hosfl_lightning.aggregation.rules import AggregationRule, Median, NormClippedMean, TrimmedMean, WeightedMean
+from hosfl_lightning.aggregation.rules import (
+    AggregationRule,
+    Median,
+    NormClippedMean,
+    TrimmedMean,
+    WeightedMean,
+    aggregated,
+)
 from hosfl_lightning.aggregation.screening import LIMIT, screen
 from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine, prescribe, recorded
 from hosfl_lightning.aggregation.weights import weighted_mean, weights
@@ -14,6 +21,7 @@ __all__ = [
     "TrimmedMean",
     "UpdateError",
     "WeightedMean",
+    "aggregated",
     "apply_update",
     "combine",
     "prescribe",

@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.aggregation.weights import check_coefficients, weighted_mean
+from hosfl_lightning.parts import PartError
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class AggregationRule(ABC):
 
     Every rule sums in float64 in an order of its own, so a result is the same for any number of threads. A client of
     weight 0 does not matter. All clients must answer along the same directions, where a coefficient means the same for
-    each of them.
+    each of them. A subclass is a dataclass: its fields are its settings. What it returns is checked in every round.
     """
 
     @abstractmethod
@@ -39,6 +40,28 @@ class AggregationRule(ABC):
             ValueError: Shapes that do not fit, or a client whose coefficients are not finite in float32.
             TypeError: Coefficients of another dtype.
         """
+
+
+def aggregated(rule: AggregationRule, coefficients: Tensor, weights: Sequence[float]) -> Tensor:
+    """``rule(coefficients, weights)``, as the contract of a rule says.
+
+    Raises:
+        PartError: It returns something else.
+    """
+    mean = rule(coefficients, weights)
+    shape, is_tensor = coefficients.shape[1:], isinstance(mean, Tensor)
+    if not is_tensor or mean.shape != shape or mean.dtype != torch.float32:
+        given = f"{tuple(mean.shape)} {mean.dtype}" if is_tensor else type(mean).__name__
+        raise PartError(
+            f"aggregation {type(rule).__name__} returned {given}; of coefficients {tuple(coefficients.shape)}, a row a "
+            f"client, an AggregationRule makes one row, {tuple(shape)} torch.float32"
+        )
+    if not mean.isfinite().all():
+        raise PartError(
+            f"aggregation {type(rule).__name__} returned what is not finite, of coefficients that are; an "
+            "AggregationRule returns finite float32 (divide by no weight or spread that may be 0)"
+        )
+    return mean
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean
+from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean, aggregated
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.optim import ZerothOrder, basis_of
 from hosfl_lightning.wire import LIMIT, ProjectedGradients, Update, decode
@@ -59,7 +59,7 @@ def combine(
     return Update(
         round=answers[0].round,
         basis=answers[0].basis,
-        coefficients=rule(torch.stack([answer.coefficients for answer in answers]), w),
+        coefficients=aggregated(rule, torch.stack([answer.coefficients for answer in answers]), w),
         rule=optimizer.prescription,
         step=optimizer.steps + 1,
         participants=[answer.client for answer in answers],

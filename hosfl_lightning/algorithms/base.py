@@ -15,9 +15,11 @@ from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.optim import SGD, Basis, UpdateRule
+from hosfl_lightning.optim import SGD, Basis, UpdateRule, check_rule
+from hosfl_lightning.parts import PartError, check_part
 from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import Codecs, Terms, manifest
+from hosfl_lightning.wire import Codecs, FieldError, Terms, manifest
+from hosfl_lightning.wire.checks import check_settings
 
 
 class Algorithm(ABC):
@@ -63,6 +65,8 @@ class Algorithm(ABC):
         self.client_optimizer = client_optimizer if client_optimizer is not None else SGD()
         self.make_scheduler = client_scheduler
         self.aggregation = aggregation if aggregation is not None else MEAN
+        check_rule(self.client_optimizer, "trainer.algorithm.client_optimizer")
+        check_part(self.aggregation, AggregationRule, "trainer.algorithm.aggregation")
 
     @property
     def name(self) -> str:
@@ -189,6 +193,28 @@ class Algorithm(ABC):
         """Continue from `state_dict`."""
         if self.client_schedule is not None:
             self.client_schedule.load_state_dict(state["client_schedule"])
+
+
+def check_method(algorithm: Any) -> None:
+    """Refuse what is no method, or does not say what a run asks of it.
+
+    Raises:
+        PartError: Names the class and the contract.
+    """
+    kind = algorithm if isinstance(algorithm, type) else type(algorithm)
+    what = f"trainer.algorithm: {kind.__name__}"
+    if not isinstance(algorithm, Algorithm):
+        raise PartError(f"{what} is no hosfl_lightning.algorithms.Algorithm; give an instance of a subclass")
+    if not hasattr(algorithm, "aggregation"):
+        raise PartError(f"{what}.__init__ must call super().__init__(**kwargs), which takes what every method has")
+    if not issubclass(getattr(kind, "endpoint", None) or type, Endpoint):
+        raise PartError(f"{what}.endpoint must be what its clients run, a subclass of hosfl_lightning.clients.Endpoint")
+    for name in ("settings", "client_settings"):
+        given = getattr(algorithm, name)()
+        try:
+            check_settings(what, name, given)
+        except FieldError as error:
+            raise PartError(f"{error}; it is saved, compared and sent as it is") from error
 
 
 def plain(value: Any) -> Any:

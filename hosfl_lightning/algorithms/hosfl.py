@@ -14,7 +14,7 @@ from hosfl_lightning.algorithms.shared_scalars import SharedScalars
 from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.optim import Basis, Compression, UpdateRule
+from hosfl_lightning.optim import Basis, Compression, Estimator, UpdateRule
 from hosfl_lightning.split.side import of_side
 
 
@@ -34,7 +34,8 @@ class HOSFL(SharedScalars, SplitRound):
         probes: ``P``, directions a round; the client runs ``P + 1`` forwards (``2P + 1`` when central).
         mu: ``μ``, smoothing length.
         estimator: ``forward`` (the paper's), ``central``, ``jvp`` (dual numbers: exact along each direction, with
-            two of each activation), or ``local`` (the side adapter's exact gradient).
+            two of each activation), ``local`` (the side adapter's exact gradient), or an
+            `hosfl_lightning.optim.Estimator` of your own by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         first_order_optimizer: Rule of the first-order control, tuned on its own; None: the client's.
         compression: What travels of a gradient that ``estimator: local`` knows: ``Uncompressed``, ``RandomProjections``
@@ -61,7 +62,7 @@ class HOSFL(SharedScalars, SplitRound):
         self,
         probes: int = 2,
         mu: float = 1e-3,
-        estimator: str = "forward",
+        estimator: Estimator | str = "forward",
         distribution: str = "rademacher",
         *,
         first_order_optimizer: UpdateRule | None = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.aggregation import aggregated
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.algorithms.client_loss import untold_loss
@@ -166,7 +167,7 @@ class LocalTraining(Algorithm):
         """`merge` of vectors; one without a loss term behind it does not count."""
         counted = [(vector, n) for vector, n in zip(after, num_terms) if n]
         changes = torch.stack([vector - before for vector, _ in counted])
-        return before + self.aggregation(changes, weights([n for _, n in counted]))
+        return before + aggregated(self.aggregation, changes, weights([n for _, n in counted]))
 
 
 class LocalSplitTraining(LocalTraining):

@@ -15,7 +15,8 @@ from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.clients.mixed_endpoint import MixedEndpoint, basis_of_kind
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.optim import Basis, Dense
+from hosfl_lightning.optim import Basis, Dense, Estimator
+from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.server import Call, Outcome, Server, TooFewClientsError
@@ -78,7 +79,8 @@ class MixedHOSFL(SplitRound):
     Args:
         clients: The kinds; their numbers and shares cover every client once.
         mu: ``μ``, smoothing length of those that probe.
-        estimator: Of those that probe: ``forward`` or ``central``.
+        estimator: Of those that probe: ``forward``, ``central``, or an `hosfl_lightning.optim.Estimator` by its class
+            path.
         distribution: Of their directions: ``rademacher`` or ``gauss16``.
         checkpointing: Those that backpropagate keep each layer's input instead of its graph and run it twice.
 
@@ -95,13 +97,13 @@ class MixedHOSFL(SplitRound):
         clients: list[ClientKind],
         *,
         mu: float = 1e-3,
-        estimator: str = "forward",
+        estimator: Estimator | str = "forward",
         distribution: str = "rademacher",
         checkpointing: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.clients, self.mu, self.estimator, self.distribution = clients, mu, estimator, distribution
+        self.clients, self.mu, self.distribution = clients, mu, distribution
         self.checkpointing = checkpointing
         if not any(kind.kind != "frozen" for kind in clients):
             raise ValueError("trainer.algorithm: all clients are frozen; take Frozen, or let some of them train")
@@ -111,9 +113,10 @@ class MixedHOSFL(SplitRound):
                 "forward_only client's estimate is from a gradient in every coordinate; take WeightedMean or "
                 "NormClippedMean"
             )
+        self.estimator = check_probe_settings(1, mu, estimator, distribution)
         for kind in clients:
             if kind.probes is not None:
-                check_probe_settings(kind.probes, mu, estimator, distribution)
+                check_probe_settings(kind.probes, mu, self.estimator, distribution)
 
     @override
     def check(self, module: SplitModule) -> None:
@@ -145,7 +148,7 @@ class MixedHOSFL(SplitRound):
             "kinds": ["local" if one.kind == "side" else one.kind for one in self.ordered],
             "probes_of": [one.probes or 0 for one in self.ordered],
             "probes": max(one.probes or 1 for one in self.ordered),
-            "mu": self.mu, "estimator": self.estimator, "distribution": self.distribution,
+            "mu": self.mu, **told(self.estimator), "distribution": self.distribution,
             "taps": "recompute", "checkpointing": self.checkpointing,
         }  # fmt: skip
 
@@ -209,9 +212,8 @@ class MixedHOSFL(SplitRound):
     @override
     def settings(self) -> dict[str, Any]:
         """The kinds as well."""
-        names = ("mu", "estimator", "distribution")
         kinds = {f"clients.{i}.{k}": v for i, one in enumerate(self.clients) for k, v in asdict(one).items()}
-        return {**super().settings(), **kinds, **{name: getattr(self, name) for name in names}}
+        return {**super().settings(), **kinds, "mu": self.mu, **told(self.estimator), "distribution": self.distribution}
 
 
 def deal(kinds: Sequence[ClientKind], clients: int, seed: int) -> list[int]:

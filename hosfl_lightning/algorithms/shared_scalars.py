@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from hosfl_lightning.algorithms.base import Algorithm
-from hosfl_lightning.optim import Basis, SharedDirections
+from hosfl_lightning.optim import Basis, Estimator, SharedDirections
+from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server import Server
 
@@ -19,7 +20,7 @@ class SharedScalars(Algorithm):
     Args:
         probes: ``P``, directions a round.
         mu: ``μ``, smoothing length.
-        estimator: ``forward`` or ``central``.
+        estimator: ``forward`` or ``central``, or an `hosfl_lightning.optim.Estimator` by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
 
     Raises:
@@ -30,10 +31,10 @@ class SharedScalars(Algorithm):
     estimators: ClassVar[tuple[str, ...]] = ("forward", "central")
     tells = frozenset({"update"})
 
-    def __init__(self, probes: int, mu: float, estimator: str, distribution: str, **kwargs: Any) -> None:
+    def __init__(self, probes: int, mu: float, estimator: Estimator | str, distribution: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.probes, self.mu, self.estimator, self.distribution = probes, mu, estimator, distribution
-        check_probe_settings(probes, mu, estimator, distribution, self.estimators)
+        self.probes, self.mu, self.distribution = probes, mu, distribution
+        self.estimator = check_probe_settings(probes, mu, estimator, distribution, self.estimators)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -41,8 +42,8 @@ class SharedScalars(Algorithm):
         return {**super().settings(), **self.client_settings_of_probes()}
 
     def client_settings_of_probes(self) -> dict[str, Any]:
-        """``probes, mu, estimator, distribution``."""
-        return {name: getattr(self, name) for name in ("probes", "mu", "estimator", "distribution")}
+        """``probes, mu, estimator, distribution``, and the settings of an estimator of somebody's own."""
+        return {"probes": self.probes, "mu": self.mu, **told(self.estimator), "distribution": self.distribution}
 
     @override
     def client_settings(self) -> dict[str, Any]:

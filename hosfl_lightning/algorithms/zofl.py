@@ -12,7 +12,7 @@ from hosfl_lightning.algorithms.client_loss import told_loss, untold_loss
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
 from hosfl_lightning.clients.walk_endpoint import WalkEndpoint
 from hosfl_lightning.fleet.base import Fleet
-from hosfl_lightning.optim import Basis, SharedDirections, check_linear
+from hosfl_lightning.optim import Basis, Estimator, SharedDirections, check_linear
 from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.wire import ProjectedGradients
 
@@ -40,7 +40,7 @@ class ZOFL(SharedScalars):
     Args:
         probes: ``P``, directions a local step.
         mu: ``μ``, smoothing length.
-        estimator: ``forward`` (the paper's) or ``central``.
+        estimator: ``forward`` (the paper's), ``central``, or an `hosfl_lightning.optim.Estimator` by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         local_steps: ``E``, minibatches and steps of a client in a round.
 
@@ -59,7 +59,7 @@ class ZOFL(SharedScalars):
         self,
         probes: int = 2,
         mu: float = 1e-3,
-        estimator: str = "forward",
+        estimator: Estimator | str = "forward",
         distribution: str = "rademacher",
         *,
         local_steps: int = 1,

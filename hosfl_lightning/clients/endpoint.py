@@ -11,9 +11,20 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from hosfl_lightning.clients.cohort import Cohort
-from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, rule_of
+from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of
+from hosfl_lightning.parts import PartError
 from hosfl_lightning.split.run import run
-from hosfl_lightning.wire import HeldOutRequest, Message, RoundEnd, SmashedData, StepRequest, Terms, Update, manifest
+from hosfl_lightning.wire import (
+    Codec,
+    HeldOutRequest,
+    Message,
+    RoundEnd,
+    SmashedData,
+    StepRequest,
+    Terms,
+    Update,
+    manifest,
+)
 from hosfl_lightning.wire.terms import difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
@@ -66,7 +77,15 @@ class Endpoint(ABC):
                 f"the model trains other tensors at a client than the run, the first is {differ}; use the server's "
                 "cut, adapters and dtype"
             )
-        self.client: Any = self.make_client(half)
+        if unknown := sorted({*terms.codecs.values()} - Codec.known.keys()):
+            raise TermsError(
+                f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
+                f"{', '.join(Codec.known)}; import its class (hosfl join: --imports)"
+            )
+        try:
+            self.client: Any = self.make_client(half)
+        except PartError as error:  # a rule or an estimator that is not known here
+            raise TermsError(str(error)) from error
         self.checks = True
         #: Its validation data, where it has some: the batch of a number.
         self.held_out: ClientData | None = None
@@ -83,7 +102,8 @@ class Endpoint(ABC):
         kind = Endpoint.known.get(terms.endpoint)
         if kind is None:
             raise TermsError(
-                f"the run's clients are a {terms.endpoint!r}, which is not known here; import its module first"
+                f"the run's clients are a {terms.endpoint!r}, which is not known here; import its module first (hosfl "
+                "join: --imports)"
             )
         return kind(model, data, terms, fabric)
 
@@ -155,7 +175,7 @@ class Endpoint(ABC):
         settings = self.terms.settings
         return ZerothOrder(
             self.trained.items(), self.rule, module=module, probes=settings["probes"], mu=settings["mu"],
-            estimator=estimator or settings["estimator"], distribution=settings["distribution"], seed=self.terms.seed,
+            estimator=estimator or estimator_of(settings), distribution=settings["distribution"], seed=self.terms.seed,
         )  # fmt: skip
 
     def smashed(self, cohort: Cohort, z: Tensor, request: StepRequest | Any, step: int = 0) -> list[SmashedData]:

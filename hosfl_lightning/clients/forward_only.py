@@ -67,7 +67,7 @@ class ForwardOnlyClient(SplitClient):
         ``t₊ + t₋`` over that of ``max(|t₊|, |t₋|)``, for the changes ``t±`` of the Lagrangian term at ``θ ± μu``; zero
         where ``f_c`` is linear. A single direction may lie almost across the gradient and would cry wolf.
         """
-        if self.optimizer.estimator == "jvp":  # which has no μ
+        if not self.optimizer.estimator.smoothed:
             return
         mu, everything = self.optimizer.mu, [slice(0, len(z))]
         basis = self.optimizer.basis(round, probes=4)
@@ -91,7 +91,7 @@ class ForwardOnlyClient(SplitClient):
                 "measure rounding; raise mu, or run the client half in a wider dtype",
                 stacklevel=2,
             )
-        elif disagreement > 0.25 and self.optimizer.estimator != "central":  # which cancels the curvature
+        elif disagreement > 0.25 and not self.optimizer.estimator.symmetric:
             warnings.warn(
                 f"the two sides of a probe disagree by {disagreement:.0%} at mu={mu:g}: rounding (raise mu) or "
                 "curvature (lower mu), or set estimator: central",

@@ -71,4 +71,4 @@ class WalkEndpoint(Endpoint):
             return seen[-1]
 
         values = self.client.optimizer.project(objective, basis=basis)
-        return values, seen[0] if self.client.optimizer.estimator == "forward" else torch.stack(seen).mean()
+        return values, seen[0] if self.client.optimizer.estimator.begins_at_base else torch.stack(seen).mean()

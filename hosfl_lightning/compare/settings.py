@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from jsonargparse.typing import Path_fr
 
+from hosfl_lightning.rendering import nearest
+
 #: Keys by which a grid may name the two learning rates.
 SHORT = {
     "client_lr": "trainer.algorithm.init_args.client_optimizer.init_args.lr",
@@ -161,7 +163,8 @@ class Comparison:
         """
         for name in self.only or ():
             if name not in self.methods:
-                raise ComparisonError(f"only: {name!r} is not one of {', '.join(self.methods)}")
+                known = ", ".join(self.methods)
+                raise ComparisonError(f"only: {name!r} is not one of {known}{nearest(name, self.methods)}")
         if self.first_order is not None and self.first_order not in self.methods:
             raise ComparisonError(f"first_order: {self.first_order!r} is not one of {', '.join(self.methods)}")
         self.methods = {name: self.methods[name] for name in self.only or self.methods}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.certificates import common_name
 from hosfl_lightning.link.errors import CertificateError
 from hosfl_lightning.link.revoked import parse_serial
+from hosfl_lightning.rendering import nearest
 
 DESCRIPTION = """\
 Certificates for runs with clients on other machines: server and clients show each other one, and talk to nobody
@@ -35,9 +37,27 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     @override
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Remembers them: what is missing may be there under another name."""
+        self.given = [str(one).partition("=")[0] for one in args or []]
+        return super().parse_known_args(args, namespace)
+
+    def names(self) -> list[str]:
+        """Of all options, those of its commands among them."""
+        chosen = [action.choices for action in self._actions]
+        below = [parser for choices in chosen if isinstance(choices, dict) for parser in choices.values()]
+        own = [option for action in self._actions for option in action.option_strings]
+        return [*own, *(name for parser in below for name in parser.names())]
+
+    @override
     def error(self, message: str) -> NoReturn:
         """One line, which the command line ends with."""
-        raise CertificateError(f"{self.prog}: {message}")
+        names = self.names()
+        unknown = [one for one in self.given if one.startswith("--") and one not in names]
+        hint = f" (got {unknown[0]}{nearest(unknown[0], names)})" if unknown and "required" in message else ""
+        if message.startswith("unrecognized"):
+            hint = "".join(nearest(one, names) for one in re.findall(r"--[\w-]+", message)[:1])
+        raise CertificateError(f"{self.prog}: {message}{hint}")
 
 
 def main(args: list[str]) -> None:

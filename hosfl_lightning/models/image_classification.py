@@ -107,6 +107,11 @@ class SplitImageClassifier(SplitClassifier):
         else:
             with seeded(seed):
                 whole = network()
+            if not isinstance(whole, nn.Module):
+                raise PretrainedError(
+                    f"model.init_args.network: it made a {type(whole).__name__}; it is a class or function of an "
+                    "nn.Sequential, from images (B, channels, H, W) to logits (B, num_labels)"
+                )
             if dtype != "auto":
                 whole.to(getattr(torch, dtype))
             self.pretrained = type(whole).__name__

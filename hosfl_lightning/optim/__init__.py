@@ -6,14 +6,20 @@ from hosfl_lightning.optim.compression import Compression, RandomProjections, Ra
 from hosfl_lightning.optim.coordinates import Coordinates
 from hosfl_lightning.optim.estimators import (
     ESTIMATORS,
+    CentralDifference,
+    Estimator,
     EstimatorError,
+    ForwardDerivative,
+    ForwardDifference,
+    Probes,
     central_difference,
+    estimator_of,
     forward_derivative,
     forward_difference,
 )
 from hosfl_lightning.optim.local_walk import LocalWalk, check_linear
 from hosfl_lightning.optim.moments import Moments
-from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule, rule_of
+from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule, check_rule, rule_of
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
 __all__ = [
@@ -21,12 +27,17 @@ __all__ = [
     "SGD",
     "AdamW",
     "Basis",
+    "CentralDifference",
     "Compression",
     "Coordinates",
     "Dense",
+    "Estimator",
     "EstimatorError",
+    "ForwardDerivative",
+    "ForwardDifference",
     "LocalWalk",
     "Moments",
+    "Probes",
     "RandomProjections",
     "RandomSubset",
     "SharedDirections",
@@ -36,6 +47,8 @@ __all__ = [
     "basis_of",
     "central_difference",
     "check_linear",
+    "check_rule",
+    "estimator_of",
     "forward_derivative",
     "forward_difference",
     "rule_of",

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import override
+
+from hosfl_lightning.parts import PartError, by_name, check_part, from_path
+from hosfl_lightning.rendering import nearest
 
 Objective = Callable[[], Tensor]
 
@@ -35,7 +41,35 @@ class Probes:
     dual: Callable[[int], AbstractContextManager[None]]
 
 
-Estimator = Callable[[Objective, Probes, Tensor | None], Tensor]
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """``v_p``, about ``⟨∇f, u_p⟩`` for ``p = 1..P``, from evaluations of ``f`` alone.
+
+    A subclass is a dataclass: its fields, plain values, are its settings. A recipe names it by its class path, messages
+    by its name: a client on another machine must have imported the same class. What a call returns is checked.
+    """
+
+    #: Whether it moves by ``probes.shifted``, and the result depends on ``μ``.
+    smoothed: ClassVar[bool] = True
+    #: Whether the curvature along ``u_p`` cancels, so that nobody is warned of a long ``μ``.
+    symmetric: ClassVar[bool] = False
+    #: Whether it moves by ``probes.dual``, which needs the module that the objective runs.
+    dual: ClassVar[bool] = False
+    #: Whether its first evaluation is ``f(θ)``, where it is not given ``base``.
+    begins_at_base: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
+        """Measure.
+
+        Args:
+            objective: ``f`` at the current parameters: a scalar or one value a client, ``(K,)``.
+            probes: The directions and ``μ``.
+            base: ``f(θ)``, when the caller has it.
+
+        Returns:
+            ``(P,)`` or ``(P, K)``, float64, on the objective's device.
+        """
 
 
 def forward_difference(objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
@@ -117,6 +151,114 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@dataclass(frozen=True)
+class ForwardDifference(Estimator):
+    """`forward_difference`: ``forward``."""
+
+    begins_at_base = True
+
+    @override
+    def __call__(self, objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
+        return forward_difference(objective, probes, base)
+
+
+@dataclass(frozen=True)
+class CentralDifference(Estimator):
+    """`central_difference`: ``central``."""
+
+    symmetric = True
+
+    @override
+    def __call__(self, objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
+        return central_difference(objective, probes, base)
+
+
+@dataclass(frozen=True)
+class ForwardDerivative(Estimator):
+    """`forward_derivative`: ``jvp``."""
+
+    smoothed, dual = False, True
+
+    @override
+    def __call__(self, objective: Objective, probes: Probes, base: Tensor | None = None) -> Tensor:
+        return forward_derivative(objective, probes, base)
+
+
 ESTIMATORS: dict[str, Estimator] = {
-    "forward": forward_difference, "central": central_difference, "jvp": forward_derivative,
+    "forward": ForwardDifference(), "central": CentralDifference(), "jvp": ForwardDerivative(),
 }  # fmt: skip
+
+
+def chosen(estimator: Estimator | str, names: Iterable[str]) -> Estimator | str:
+    """An estimator as a user gives it: a shipped one by its name, one of their own as an instance.
+
+    Args:
+        estimator: A name, a class path, or an instance.
+        names: Those that the caller can serve; one of somebody's own needs dual numbers only where ``jvp`` is served.
+
+    Raises:
+        ValueError: Another name, or what is no estimator here.
+    """
+    names = tuple(names)
+    if isinstance(estimator, str) and estimator in names:
+        return estimator
+    if isinstance(estimator, str) and "." not in estimator:
+        raise ValueError(
+            f"estimator must be one of {', '.join(names)}, or the class path of an Estimator of your own, got "
+            f"{estimator!r}{nearest(estimator, names)}"
+        )
+    own = from_path(estimator, "estimator") if isinstance(estimator, str) else estimator
+    check_part(own, Estimator, "estimator")
+    name = next((name for name, one in ESTIMATORS.items() if one == own), None)
+    if name is None and type(own).__name__ in (*ESTIMATORS, "local"):
+        raise PartError(f"estimator: {type(own).__name__} is the name of one that ships; rename the class")
+    if (name or "jvp" if own.dual else name or names[0]) not in names:
+        raise ValueError(f"estimator must be one of {', '.join(names)}, or of your own without dual numbers, got "
+                         f"{name or type(own).__name__}")  # fmt: skip
+    return name or own
+
+
+def told(estimator: Estimator | str) -> dict[str, Any]:
+    """What a message or a checkpoint says of what `chosen` gave: a name, and plain values below it."""
+    if isinstance(estimator, str):
+        return {"estimator": estimator}
+    own = {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(estimator).items()}
+    return {"estimator": type(estimator).__name__, **{f"estimator.{k}": v for k, v in own.items()}}
+
+
+def estimator_of(settings: Mapping[str, Any]) -> Estimator:
+    """The estimator that ``settings`` tell of, among others.
+
+    Raises:
+        PartError: It is somebody's own, and its class is not known here, or takes other settings.
+    """
+    name = settings["estimator"]
+    if name in ESTIMATORS:
+        return ESTIMATORS[name]
+    own = {k.removeprefix("estimator."): v for k, v in settings.items() if k.startswith("estimator.")}
+    return by_name(Estimator, "estimator", {"name": name, **own})
+
+
+def measured(estimator: Estimator, objective: Objective, probes: Probes, base: Tensor | None) -> Tensor:
+    """What the estimator returns, as its contract says.
+
+    Raises:
+        PartError: It returns something else.
+    """
+    seen: list[torch.Size] = [] if base is None else [base.shape]
+
+    def watched() -> Tensor:
+        value = objective()
+        seen[:] = [value.shape]
+        return value
+
+    values = estimator(watched, probes, base)
+    wanted = (probes.count, *(seen[0] if seen else ()))
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or values.shape != wanted or values.dtype != torch.float64:
+        given = f"{tuple(values.shape)} {values.dtype}" if is_tensor else type(values).__name__
+        raise PartError(
+            f"estimator {type(estimator).__name__} returned {given}; an Estimator returns one float64 a direction, "
+            f"{wanted} torch.float64 (average nothing, stack one value a probe, .double())"
+        )
+    return values

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
+
+from hosfl_lightning.parts import PartError, by_name, check_part
 
 
 @dataclass(frozen=True)
@@ -107,22 +110,38 @@ class AdamW(UpdateRule):
         param.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
 
 
+def check_rule(rule: Any, setting: str) -> None:
+    """Refuse what is no update rule, or does something else to a chunk of zeros than to update it in place.
+
+    Raises:
+        PartError: Names the class and the contract.
+    """
+    check_part(rule, UpdateRule, setting)
+    if type(rule) in (SGD, AdamW):
+        return
+    what = f"{setting}: {type(rule).__name__}"
+    group = rule.hyper_parameters()
+    if not all(isinstance(group.get(name), int | float) for name in ("lr", "weight_decay")):
+        raise PartError(f"{what}.hyper_parameters must have the numbers lr and weight_decay, got {group!r:.120}")
+    slots = rule.slots(group)
+    if not isinstance(slots, tuple | list) or not all(isinstance(slot, str) for slot in slots):
+        raise PartError(f"{what}.slots must return the names of its state tensors, a tuple of str, got {slots!r:.80}")
+    param, state = torch.zeros(3), {slot: torch.zeros(3) for slot in slots}
+    chunk, held = param[:2], {slot: one[:2] for slot, one in state.items()}
+    for step in (1, 2, 3):
+        returned = rule.update_(chunk, torch.full((2,), 0.5), dict(held), step, dict(group))
+        if returned is not None:
+            raise PartError(f"{what}.update_ must change its chunk in place and return nothing, got {type(returned)}")
+    if group["lr"] and not chunk.any():
+        raise PartError(f"{what}.update_ left its chunk as it was; it must change param in place (param.add_(...))")
+    if param[2] or not torch.stack([param, *state.values()]).isfinite().all():
+        raise PartError(f"{what}.update_ must be elementwise and finite; of zeros it made {chunk.tolist()}")
+
+
 def rule_of(description: Mapping[str, Any]) -> UpdateRule:
     """The rule of a `ZerothOrder.prescription`: of this package, or of a class that was imported before.
 
     Raises:
         ValueError: An unknown name, or settings that the rule does not take.
     """
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in description.items() if k != "name"}
-    known: dict[Any, Any] = {kind.__name__: kind for kind in _subclasses(UpdateRule)}
-    name = description.get("name")
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(f"no update rule {name!r} is known here, only {', '.join(sorted(known))}; import its class")
-    try:
-        return known[name](**settings)
-    except TypeError as error:
-        raise ValueError(f"update rule {name}: {error}") from error
-
-
-def _subclasses(kind: Any) -> list[Any]:
-    return [one for sub in kind.__subclasses__() for one in (sub, *_subclasses(sub))]
+    return by_name(UpdateRule, "update rule", description)

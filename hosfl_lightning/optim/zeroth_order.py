@@ -12,10 +12,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.optim.basis import Basis, SharedDirections
-from hosfl_lightning.optim.estimators import ESTIMATORS, EstimatorError, Probes
+from hosfl_lightning.optim.estimators import (
+    ESTIMATORS,
+    Estimator,
+    EstimatorError,
+    Probes,
+    chosen,
+    measured,
+)
 from hosfl_lightning.optim.probing import dual_layerwise, perturbed_in_place, perturbed_layerwise
 from hosfl_lightning.optim.randomness import SameRandomness
-from hosfl_lightning.optim.rules import SGD, UpdateRule
+from hosfl_lightning.optim.rules import SGD, UpdateRule, check_rule
 from hosfl_lightning.rng import DISTRIBUTIONS, round_coefficient
 
 
@@ -50,8 +57,8 @@ class ZerothOrder(torch.optim.Optimizer):
             beside a copy of their bits.
         probes: ``P``, directions a step.
         mu: ``μ``, smoothing length; rounded once to what the distribution multiplies exactly.
-        estimator: ``forward`` (``P + 1`` evaluations, the paper's), ``central`` (``2P``) or ``jvp`` (``P`` with dual
-            numbers, exact, ``μ`` unused; needs ``module``).
+        estimator: ``forward`` (``P + 1`` evaluations, the paper's), ``central`` (``2P``), ``jvp`` (``P`` with dual
+            numbers, exact, ``μ`` unused; needs ``module``), or an `Estimator` of one's own.
         distribution: ``rademacher`` or ``gauss16``.
         seed: 64-bit seed of the directions.
         first_tensor: Number of the first tensor in the directions; the server's follow the client's.
@@ -71,17 +78,21 @@ class ZerothOrder(torch.optim.Optimizer):
         module: nn.Module | None = None,
         probes: int = 2,
         mu: float = 1e-3,
-        estimator: str = "forward",
+        estimator: Estimator | str = "forward",
         distribution: str = "rademacher",
         seed: int = 0,
         first_tensor: int = 0,
     ) -> None:
-        check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
-        if estimator == "jvp" and module is None:
-            raise EstimatorError("estimator: jvp puts dual numbers in the place of parameters: pass module=, whose "
-                                 "forward the objective runs, or take central")  # fmt: skip
+        estimator = check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
+        self.estimator = ESTIMATORS[estimator] if isinstance(estimator, str) else estimator
+        if self.estimator.dual and module is None:
+            raise EstimatorError(
+                f"estimator: {estimator} puts dual numbers in the place of parameters: pass module=, whose forward the "
+                "objective runs, or take central"
+            )
         self.rule = rule if rule is not None else SGD()
-        self.module, self.estimator, self.first_tensor = module, estimator, first_tensor
+        check_rule(self.rule, "rule")
+        self.module, self.first_tensor = module, first_tensor
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
         #: Numbers of the tensors that probes move; None: all of them. The gradient of the others is known.
@@ -145,7 +156,7 @@ class ZerothOrder(torch.optim.Optimizer):
     @property
     def smoothing(self) -> float | None:
         """`mu` of the coefficients that are measured; None: there are none, or exact ones."""
-        return None if self.estimator == "jvp" or self.probed == set() else self.mu
+        return self.mu if self.estimator.smoothed and self.probed != set() else None
 
     def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
         """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
@@ -215,7 +226,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
-        return ESTIMATORS[self.estimator](objective, probes, base)
+        return measured(self.estimator, objective, probes, base)
 
     @override
     @torch.no_grad()
@@ -251,9 +262,16 @@ class ZerothOrder(torch.optim.Optimizer):
 
 
 def check_probe_settings(
-    probes: int, mu: float, estimator: str, distribution: str, estimators: Iterable[str] = ("forward", "central")
-) -> None:
+    probes: int,
+    mu: float,
+    estimator: Estimator | str,
+    distribution: str,
+    estimators: Iterable[str] = ("forward", "central"),
+) -> Estimator | str:
     """Refuse what no step could use; ``estimators`` are those that the caller can serve.
+
+    Returns:
+        The estimator: one that ships by its name, one of somebody's own as an instance.
 
     Raises:
         ValueError: Names the setting and what it may be.
@@ -262,5 +280,4 @@ def check_probe_settings(
     fp32 = torch.finfo(torch.float32)
     if not fp32.tiny <= mu <= fp32.max:
         raise ValueError(f"mu must be > 0 and finite in fp32, got {mu}")
-    if estimator not in estimators:
-        raise ValueError(f"estimator must be one of {', '.join(estimators)}, got {estimator!r}")
+    return chosen(estimator, estimators)

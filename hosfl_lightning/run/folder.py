@@ -92,6 +92,10 @@ def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> 
         return []
     given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
     given.sort(key=lambda one: not isinstance(one, StockCSVLogger))
+    for one in given:
+        # What Lightning passes where nothing is asked for, and W&B warns of.
+        if isinstance(one, WandbLogger) and one._wandb_init.get("anonymous", "") is None:
+            del one._wandb_init["anonymous"]
     return given if given and isinstance(given[0], StockCSVLogger) else [CSVLogger(root, name=""), *given]
 
 

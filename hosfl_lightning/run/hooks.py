@@ -18,6 +18,7 @@ from hosfl_lightning.callbacks import (
     RoundProgressBar,
 )
 from hosfl_lightning.callbacks.round_callback import RoundCallback
+from hosfl_lightning.parts import PartError
 
 #: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
 FIRED = frozenset(
@@ -64,6 +65,11 @@ def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointi
         ValueError: Two of a kind, one that the method has no step for, or one that would save the middle of a round.
     """
     for callback in given:
+        if not isinstance(callback, Callback):
+            name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            raise PartError(
+                f"trainer.callbacks: {name} is no lightning.pytorch.Callback, made; give an instance of one"
+            )
         needs = callback.needs if isinstance(callback, RoundCallback) else None
         if needs is not None and needs not in algorithm.tells:
             raise ValueError(

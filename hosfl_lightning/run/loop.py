@@ -15,6 +15,7 @@ from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.held_out import validate_on_clients, validate_only_on_clients
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.server import Call, Outcome, TooFewClientsError
+from hosfl_lightning.server.contract import sound
 from hosfl_lightning.wire import RoundEnd
 
 #: How often a round is tried before the run stops.
@@ -121,7 +122,7 @@ class RoundLoop:
         fleet.assemble(call.clients)
         try:
             server.require(len(call.clients))
-            outcome = trainer.algorithm.server_round(server, fleet, call)
+            outcome = sound(trainer.algorithm.name, trainer.algorithm.server_round(server, fleet, call))
         except TooFewClientsError as error:
             fleet.tell(RoundEnd(call.round, [], call.attempt), call.clients)
             for callback in trainer.callbacks:

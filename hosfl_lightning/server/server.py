@@ -18,6 +18,7 @@ from hosfl_lightning.models.pretrained import seeded
 from hosfl_lightning.optim import Basis, ZerothOrder
 from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.server.call import Call
+from hosfl_lightning.server.contract import counted, reached, scalar_loss
 from hosfl_lightning.server.inbox import Inbox
 from hosfl_lightning.server.replica import Replica
 from hosfl_lightning.server.watching import RoundWatcher
@@ -109,14 +110,14 @@ class Server:
         Raises:
             TooFewClientsError: Too few clients have a loss term in it.
         """
-        inbox = Inbox.of(self.fitting(messages), self.module.count, None if self.joint else self.fleet.own)
+        inbox = Inbox.of(self.fitting(messages), self._count, None if self.joint else self.fleet.own)
         self.require(self.fleet.processes.count(inbox.heard))
         return inbox
 
     def admit_one(self, message: SmashedData) -> Inbox | None:
         """The same of one client alone; None: it is refused."""
         fitting = self.fitting([message])
-        return Inbox.of(fitting, self.module.count) if fitting else None
+        return Inbox.of(fitting, self._count) if fitting else None
 
     def fitting(self, messages: Sequence[SmashedData]) -> list[SmashedData]:
         """Those that the half and its loss can take; the clients of the others are refused."""
@@ -201,7 +202,9 @@ class Server:
         """``ℓ_k(f_s(z_k; θ_s), y_k)``, 0-d fp64: a forward alone, without dropout."""
         z, labels, mask = message.unpack()
         with self.fabric.autocast():
-            return loss_of(self.module.training_step(self._batch(z, labels, mask), message.round)).double()
+            return scalar_loss(
+                self.module, self.module.training_step(self._batch(z, labels, mask), message.round), graph=False
+            ).double()
 
     def step(self) -> None:
         """One optimizer step on what `backward` has left."""
@@ -237,13 +240,15 @@ class Server:
         named = f"{self.seed}/{first.round}/{first.step}/{first.client}"
         seed = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
         with self.module.dropout_active(), seeded(seed, z.device), torch.enable_grad(), self.fabric.autocast():
-            loss = loss_of(self.module.training_step(batch, first.round)) * share
+            loss = scalar_loss(self.module, self.module.training_step(batch, first.round)) * share
         self.fire("on_before_backward", loss=loss)
         self.fabric.backward(loss)
         self.fire("on_after_backward")
-        assert z.grad is not None
-        rows = z.grad.split([len(part) for part in masks])
+        rows = reached(self.module, z.grad).split([len(part) for part in masks])
         return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
+
+    def _count(self, labels: Tensor) -> int:
+        return counted(self.module, labels)
 
     def _batch(self, z: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
         batch = {"z": z, "attention_mask": mask.long(), "labels": labels}

@@ -1,6 +1,7 @@
 """What crosses the cut: the messages, their bytes, and the errors of a bad one."""
 
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
+from hosfl_lightning.wire.codec import Codec
 from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
@@ -39,6 +40,7 @@ __all__ = [
     "Bye",
     "CatchUpRequest",
     "ChecksumError",
+    "Codec",
     "Codecs",
     "Coded",
     "CodedGradient",

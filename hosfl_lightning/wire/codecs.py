@@ -29,30 +29,142 @@ References: D. Alistarh et al., "QSGD" (NeurIPS 2017), for stochastic rounding w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hosfl_lightning.rng import Stream, uniform16
 from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
+from hosfl_lightning.wire.codec import Codec, codec_of
 from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
 
-_FORMS = {
-    "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8, "int4": torch.uint8, "ternary": torch.uint8
-}  # fmt: skip
-_LARGEST = {"int8": 127, "int4": 7}
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
-_COLUMNS = {"int4": 2, "ternary": 5}
-"""Of one byte."""
-CODECS = ("fp32", *_FORMS)
-TOKEN_CODECS = tuple(codec for codec in CODECS if codec != "ternary")
+
+
+class FP32(Codec):
+    """x in the dtype that it has."""
+
+    name = "fp32"
+    form = torch.float32
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        return x, None
+
+    @override
+    def decode(self, values: Tensor, scale: Tensor | None, width: int) -> Tensor:
+        return values
+
+
+class BF16(Codec):
+    """x to nearest."""
+
+    name = "bf16"
+    form = torch.bfloat16
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        return x.to(torch.bfloat16), None
+
+    @override
+    def decode(self, values: Tensor, scale: Tensor | None, width: int) -> Tensor:
+        return values.float()
+
+
+class Scaled(Codec):
+    """A scale a row."""
+
+    @override
+    def scales(self, rows: int) -> int | None:
+        return rows
+
+    @override
+    def decode(self, values: Tensor, scale: Tensor | None, width: int) -> Tensor:
+        assert scale is not None
+        return self.unpack(values, width).float().mul_(scale.float()[:, None])
+
+    def unpack(self, values: Tensor, width: int) -> Tensor:
+        """(n, width), of one number each."""
+        return values
+
+
+class FP16(Scaled):
+    """x/s to nearest, one s."""
+
+    name = "fp16"
+    form = torch.float16
+
+    @override
+    def scales(self, rows: int) -> int | None:
+        return 1
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        scale = _power_of_two(x)
+        return (x / scale.float()).half(), scale
+
+
+class Int8(Scaled):
+    """Stochastic rounding to -127..127."""
+
+    name = "int8"
+    form = torch.int8
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        return _round(x, uniform(), 127)
+
+
+class Int4(Scaled):
+    """Stochastic rounding to -7..7, two a byte."""
+
+    name = "int4"
+
+    @override
+    def columns(self, width: int) -> int:
+        return -(-width // 2)
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        values, scale = _round(x, uniform(), 7)
+        return _pack_nibbles(values), scale
+
+    @override
+    def unpack(self, values: Tensor, width: int) -> Tensor:
+        return _unpack_nibbles(values, width)
+
+
+class Ternary(Scaled):
+    """-1, 0 or 1, five a byte."""
+
+    name = "ternary"
+    biased = True
+
+    @override
+    def columns(self, width: int) -> int:
+        return -(-width // 5)
+
+    @override
+    def encode(self, x: Tensor, uniform: Callable[[], Tensor]) -> tuple[Tensor, Tensor | None]:
+        values, scale = _signs(x)
+        return _pack_trits(values), scale
+
+    @override
+    def unpack(self, values: Tensor, width: int) -> Tensor:
+        return _unpack_trits(values, width)
+
+
+CODECS = tuple(Codec.known)
+TOKEN_CODECS = tuple(name for name, codec in Codec.known.items() if not codec.biased)
 """Those that z and λ may travel in."""
 
 
 @dataclass(frozen=True)
 class Codecs:
-    """In what z, λ and the coefficients of a client's gradient travel.
+    """In what z, λ and the coefficients of a client's gradient travel: each a name, or the class path of a `Codec`.
 
     Attributes:
         smashed_data: Of z, one of `TOKEN_CODECS`.
@@ -70,10 +182,14 @@ class Codecs:
     gradient: str = "fp32"
 
     def __post_init__(self) -> None:
-        for name, codec in vars(self).items():
-            allowed = CODECS if name == "gradient" else TOKEN_CODECS
-            if codec not in allowed:
-                raise ValueError(f"trainer.codec.{name} must be one of {', '.join(allowed)}, got {codec!r}")
+        for name, given in vars(self).items():
+            codec = codec_of(given, f"trainer.codec.{name}")
+            if codec.biased and name != "gradient":
+                raise ValueError(
+                    f"trainer.codec.{name} must be one of {', '.join(TOKEN_CODECS)}, got {given!r}: that is off in the "
+                    "mean, and for a gradient alone"
+                )
+            object.__setattr__(self, name, codec.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,33 +225,23 @@ class Coded:
         Raises:
             FieldError: An unknown codec, or ``x`` of another shape or dtype.
         """
-        if codec not in CODECS:
-            raise FieldError(f"codec must be one of {', '.join(CODECS)}, got {codec!r}")
+        if codec not in Codec.known:
+            raise FieldError(f"codec must be one of {', '.join(Codec.known)}, got {codec!r}")
         check_tensor(codec, "the tensor to be coded", x, 2, FLOATS)
         x = x.detach()
-        values, scale = x, None
-        if codec == "bf16":
-            values = x.to(torch.bfloat16)
-        elif codec == "fp16":
-            scale = _power_of_two(x.float())
-            values = (x.float() / scale.float()).half()
-        elif codec in _LARGEST:
-            r = uniform16(stream, tensor, x.numel(), x.device).view(x.shape)
-            values, scale = _round(x.float(), r, _LARGEST[codec])
-            values = _pack_nibbles(values) if codec == "int4" else values
-        elif codec == "ternary":
-            values, scale = _signs(x.float())
-            values = _pack_trits(values)
+        if codec == "fp32":
+            return cls(codec, str(x.dtype).removeprefix("torch."), x.shape[1], x)
+        wide = x if codec == "bf16" else x.float()  # which needs no copy of more bits
+        values, scale = Codec.known[codec].encode(
+            wide, lambda: uniform16(stream, tensor, x.numel(), x.device).view(x.shape)
+        )
         return cls(codec, str(x.dtype).removeprefix("torch."), x.shape[1], values, scale)
 
     def restore(self) -> Tensor:
         """x as the receiver knows it: (n, h) in ``dtype``, finite where values and scale are."""
         if self.codec == "fp32":
             return self.values
-        unpack = {"int4": _unpack_nibbles, "ternary": _unpack_trits}.get(self.codec)
-        x = (unpack(self.values, self.width) if unpack else self.values).float()
-        if self.scale is not None:
-            x.mul_(self.scale.float()[:, None])
+        x = Codec.known[self.codec].decode(self.values, self.scale, self.width)
         dtype = _DTYPES[self.dtype]
         # A scale that was rounded up may lead past the largest number of the dtype.
         largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
@@ -152,16 +258,18 @@ class Coded:
     def check(self, kind: str, name: str) -> None:
         """Raises FieldError unless everything is as stated above."""
         check_strings(kind, **{f"{name}.codec": self.codec, f"{name}.dtype": self.dtype})
-        if self.codec not in CODECS:
-            raise FieldError(f"{kind}: {name}.codec must be one of {', '.join(CODECS)}, got {self.codec!r:.80}")
+        if self.codec not in Codec.known:
+            raise FieldError(f"{kind}: {name}.codec must be one of {', '.join(Codec.known)}, got {self.codec!r:.80}")
         if self.dtype not in _DTYPES:
             raise DtypeError(f"{kind}: {name}.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.80}")
         check_counts(kind, **{f"{name}.width": self.width})
-        check_tensor(kind, f"{name}.values", self.values, 2, (_FORMS.get(self.codec, _DTYPES[self.dtype]),))
-        columns = -(-self.width // _COLUMNS.get(self.codec, 1))
+        codec = Codec.known[self.codec]
+        form = _DTYPES[self.dtype] if self.codec == "fp32" else codec.form
+        check_tensor(kind, f"{name}.values", self.values, 2, (form,))
+        columns = codec.columns(self.width)
         if not self.width or self.values.shape[1] != columns:
             raise ShapeError(f"{kind}: {name}.values must have {columns} > 0 columns, got {[*self.values.shape]}")
-        scales = {"fp16": 1, **dict.fromkeys(("int8", "int4", "ternary"), len(self.values))}.get(self.codec)
+        scales = codec.scales(len(self.values))
         if scales is None:
             if self.scale is not None:
                 raise FieldError(f"{kind}: {name} has a scale, but {self.codec} knows none")

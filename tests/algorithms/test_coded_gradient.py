@@ -36,12 +36,13 @@ from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet import Channel
 from hosfl_lightning.optim import SGD, Dense, ZerothOrder
 from hosfl_lightning.optim.compression import RandomSubset, Uncompressed
+from hosfl_lightning.parts import PartError
 from hosfl_lightning.run.checkpoint import CheckpointError
 from hosfl_lightning.server import RoundWatcher
 from hosfl_lightning.server.catch_up import CatchUp
 from hosfl_lightning.server.server import uncoded
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from hosfl_lightning.wire import Codecs, CodedGradient, FieldError, ProjectedGradients, Update, encode
+from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, Update, encode
 from tests.algorithms.auxiliary import WithHead
 from tests.algorithms.two_layers import Crossing, Points, TwoLayers, orchestrator
 from tests.random_tokens import RandomTokens
@@ -152,7 +153,7 @@ class TestRound:
         """In one process as well: what runs here would stop on the first client that is elsewhere."""
         method = Given(gradients())
         method.client_settings = lambda: {"gradients": gradients()}  # type: ignore[method-assign]
-        with pytest.raises(FieldError, match=r"terms: settings\.gradients must be a plain value"):
+        with pytest.raises(PartError, match=r"Given: client_settings\.gradients must be a plain value"):
             orchestrator(method, tmp_path).fit(TwoLayers(), Points())
 
     @pytest.mark.parametrize("codec", ["bf16", "fp16", "int8", "int4"])

@@ -215,7 +215,7 @@ def test_after_a_step_autocast_casts_again_and_with_a_graph() -> None:
         ({"mu": 1e-60}, "mu must be > 0"),
         ({"mu": float("inf")}, "finite"),
         ({"mu": float("nan")}, "finite"),
-        ({"estimator": "backward"}, "estimator must be one of forward, central, jvp, got 'backward'"),
+        ({"estimator": "backward"}, "estimator must be one of forward, central, jvp, or .* got 'backward'"),
         ({"distribution": "cauchy"}, "distribution must be one of rademacher, gauss16, got 'cauchy'"),
         ({"seed": -1}, "seed must be"),
         ({"seed": 2**64}, "seed must be"),

@@ -23,7 +23,8 @@ from hosfl_lightning.callbacks.drop_in.silence import replaced
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Anchor
-from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.wire import ProjectedGradients
 
@@ -74,9 +75,9 @@ class HybridOrder(Callback):
             registered before the cut. All that is trained below the cut must be in it.
         probes: ``P``, forwards of the lower part a batch (``2P`` when central); unused when local.
         mu: ``μ``, smoothing length; unused when local.
-        estimator: ``forward``, ``central``, or ``local``: the exact gradient of a side adapter, which is all that is
-            trained below the cut (`hosfl_lightning.split.side.attach_side`), by one more forward. Ranks then exchange
-            that gradient.
+        estimator: ``forward``, ``central``, an `hosfl_lightning.optim.Estimator` (or its class path), or ``local``:
+            the exact gradient of a side adapter, which is all that is trained below the cut
+            (`hosfl_lightning.split.side.attach_side`), by one more forward. Ranks then exchange that gradient.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         seed: Of the directions; step ``t`` of the run uses those of round ``t``.
         verify: On the first batch compare θ_c's gradient by the module's own backprop with that from λ.
@@ -98,18 +99,19 @@ class HybridOrder(Callback):
         client: str | list[str] | None = None,
         probes: int = 2,
         mu: float = 1e-3,
-        estimator: str = "forward",
+        estimator: Estimator | str = "forward",
         distribution: str = "rademacher",
         seed: int = 0,
         verify: bool = True,
     ) -> None:
-        check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
+        estimator = check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
         self.cut, self.client, self.verify = cut, [client] if isinstance(client, str) else client, verify
         self.rule, self.local = rule if rule is not None else SGD(), estimator == "local"
         self.settings: dict[str, Any] = {
             "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
+        self.told = {**self.settings, **told(estimator)}
         self.working: Callable[[], AbstractContextManager[Any]] = nullcontext
         self._undo = ExitStack()
         self._client: ReplayedClient | None = None
@@ -148,7 +150,7 @@ class HybridOrder(Callback):
         self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
-        own = {**self._client.identity, **self.settings}
+        own = {**self._client.identity, **self.told}
         resume("HybridOrder", self._client.optimizer, self.rule, self._restored, own)
         self._restored = {}
         self._checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
@@ -262,7 +264,7 @@ class HybridOrder(Callback):
         """The optimizer below the cut; its step is the number of the directions."""
         if self._client is None:
             return {}
-        return {**self._client.identity, **self.settings, "optimizer": self._client.optimizer.state_dict()}
+        return {**self._client.identity, **self.told, "optimizer": self._client.optimizer.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.drop_in.repeat_check import check_repeats
 from hosfl_lightning.callbacks.drop_in.resumed import resume
 from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
-from hosfl_lightning.optim import SGD, SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
+from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.randomness import SameRandomness
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server.server import loss_of
@@ -61,7 +62,7 @@ class ZerothOrderTraining(Callback):
         rule: Update rule of all parameters. Default: `SGD`.
         probes: ``P``; a batch takes ``2P + 1`` forwards (``P + 1`` when forward).
         mu: ``μ``, smoothing length.
-        estimator: ``central`` or ``forward``.
+        estimator: ``central``, ``forward``, or an `hosfl_lightning.optim.Estimator`, also by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         seed: Of the directions; step ``t`` of the run uses those of round ``t``.
 
@@ -77,16 +78,17 @@ class ZerothOrderTraining(Callback):
         rule: UpdateRule | None = None,
         probes: int = 1,
         mu: float = 1e-3,
-        estimator: str = "central",
+        estimator: Estimator | str = "central",
         distribution: str = "rademacher",
         seed: int = 0,
     ) -> None:
-        check_probe_settings(probes, mu, estimator, distribution)
+        estimator = check_probe_settings(probes, mu, estimator, distribution)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
         self.rule = rule if rule is not None else SGD()
         self.settings: dict[str, Any] = {
             "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
+        self.told = {**self.settings, **told(estimator)}
         self._undo = ExitStack()
         self._optimizer: ZerothOrder | None = None
         self._restored: dict[str, Any] = {}
@@ -213,7 +215,7 @@ class ZerothOrderTraining(Callback):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return {"rule": type(self.rule).__name__, **self.settings}
+        return {"rule": type(self.rule).__name__, **self.told}
 
     @override
     def state_dict(self) -> dict[str, Any]:
