@@ -8,6 +8,7 @@ from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.hub_images import HubImageData
 from hosfl_lightning.data.image_folder import ImageFolderData
 from hosfl_lightning.data.images import ImageData, ImageExample
+from hosfl_lightning.data.instructions import InstructionData
 from hosfl_lightning.data.partition import partition_by_field, partition_dirichlet, partition_iid
 from hosfl_lightning.data.text import TextData
 from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
@@ -23,6 +24,7 @@ __all__ = [
     "ImageData",
     "ImageExample",
     "ImageFolderData",
+    "InstructionData",
     "TextData",
     "collate",
     "language_blocks",
