@@ -15,6 +15,7 @@ from hosfl_lightning.clients.connection import Backoff, Connection
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.contract import DataContractError, check_clients, check_examples, check_held_out
 from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.link.loopback import check_address, check_plain
@@ -139,6 +140,7 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
         data.tokenizer, data.tokenizer_of = module.tokenizer(), module.pretrained
     data.prepare_data()
     data.setup("fit")
+    check_clients(data)
     number: Any = terms.client
     own = index if index is not None else 0 if data.num_clients == 1 else number
     if not 0 <= own < data.num_clients:
@@ -146,5 +148,10 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
             f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the "
             "number of the one that is this machine's"
         )
-    module.check_examples(data.clients[own], "this client")
+    check_held_out(data)
+    for examples, owner in ((data.clients[own], "this client"), (data.validation_set, "validation")):
+        check_examples(data, examples, owner)
+        module.check_examples(examples, owner)
+    if not len(data.clients[own]):
+        raise DataContractError(f"{type(data).__name__}: client {own}, which is this one, has no examples")
     return Minibatches(data, module, own)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
@@ -14,6 +13,7 @@ from hosfl_lightning.data.chat import OWN, ChatTemplate, Message, read_messages
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.instruction_encoding import DROPPED, ChatEncoder, PairEncoder
+from hosfl_lightning.data.notice import say
 from hosfl_lightning.data.partition import fixed_subset, partition_by_field, partition_iid
 from hosfl_lightning.data.readers import Row, read_hub, read_rows
 from hosfl_lightning.data.tokenization import Example
@@ -180,7 +180,7 @@ class InstructionData(FederatedDataModule):
             raise ValueError(f"max_length={self.max_length}: too short for any response of {split}; raise it")
         if shortened.total():
             told = ", ".join(f"{count} {what}" for what, count in sorted(shortened.items()) if count)
-            _say(f"{split}: of {len(rows)} examples, longer than max_length={self.max_length}: {told}")
+            say(f"{split}: of {len(rows)} examples, longer than max_length={self.max_length}: {told}")
         found = [(row, example) for row, example in zip(rows, encoded) if example is not None]
         return [row for row, _ in found], [example for _, example in found]
 
@@ -203,8 +203,3 @@ class InstructionData(FederatedDataModule):
 
     def _response(self, row: Row) -> str:
         return row.text(self.response_field, "response_field")
-
-
-@rank_zero_only
-def _say(line: str) -> None:
-    print(line, flush=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import AutoModelForCausalLM
 
+from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.models.checks import check_token_labels
 from hosfl_lightning.wire import SmashedData
 
 IGNORE = -100
@@ -30,6 +34,12 @@ class SplitCausalLM(SplitModule):
     def count(self, labels: Tensor) -> int:
         """Next tokens that are labelled."""
         return int((labels[:, 1:] != IGNORE).sum())
+
+    def check_examples(self, examples: Sequence[Example], owner: str) -> None:
+        """Token ids, lengths and labels that the model can take."""
+        super().check_examples(examples, owner)
+        held = self.client_half if self.part == "client" else self.whole
+        check_token_labels(examples, owner, held.config.get_text_config().vocab_size, IGNORE)
 
     def objection(self, message: SmashedData) -> str | None:
         """z has the cut's width, and the labels are tokens, one a position, or -100."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
@@ -31,12 +32,17 @@ class SplitClassifier(SplitModule):
         return labels.numel()
 
     def check_labels(self, examples: Sequence[Any], owner: str) -> None:
-        """Refuse labels beyond ``num_labels``.
+        """Refuse labels beyond ``num_labels``, and several for one example.
 
         Raises:
             ValueError: Names whose they are.
         """
-        wrong = [e.labels for e in examples if not 0 <= int(e.labels) < self.num_labels]
+        if any(not isinstance(e.labels, int) and torch.as_tensor(e.labels).ndim for e in examples):
+            raise ValueError(
+                f"data of {owner}: several labels an example, and {type(self).__name__} has one class for each; take "
+                "ClassificationData without a prompt, or SplitCausalLM"
+            )
+        wrong = [int(e.labels) for e in examples if not 0 <= int(e.labels) < self.num_labels]
         if wrong:
             raise ValueError(
                 f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
