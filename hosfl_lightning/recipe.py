@@ -113,13 +113,8 @@ class HOSFLCommand(LightningCLI):
         if not trainer.is_global_zero:
             return
         path = Path(trainer.log_dir) / "predictions.jsonl"
-        path.write_text(
-            "".join(
-                f"{json.dumps(plain(one), allow_nan=False)}\n"
-                for batch in trainer.predictions
-                for one in batch.tolist()
-            )
-        )
+        rows = [plain(one) for batch in trainer.predictions for one in batch.tolist()]
+        path.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
         print(f"predictions written to {path}")
 
 

@@ -167,7 +167,7 @@ class SplitModule(L.LightningModule, ABC):
 
     def build_metrics(self) -> dict[str, Metric]:
         """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
-        return {"loss": MeanMetric()}
+        return {"loss": MeanMetric(nan_strategy="disable")}  # by default it leaves NaN out of the mean
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Take one evaluation batch into the metrics."""

@@ -54,7 +54,7 @@ class SplitCausalLM(SplitModule):
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``token_accuracy``."""
-        return {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+        return {**super().build_metrics(), "token_accuracy": MeanMetric()}
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Weighted by the number of labelled tokens."""

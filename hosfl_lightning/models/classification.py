@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from hosfl_lightning.models.base import Metrics, SplitModule
@@ -61,7 +61,7 @@ class SplitClassifier(SplitModule):
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``accuracy``."""
-        return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
+        return {**super().build_metrics(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """One batch."""

@@ -96,7 +96,7 @@ def batch(data: FederatedDataModule, model: SplitModule, given: Any) -> Tensor:
         ValueError: It is not.
     """
     check_batch(data, given)
-    prepared, wanted = model.prepare(given), (*model.client_half.inputs, "attention_mask")
+    prepared, wanted = model.prepare(given), dict.fromkeys([*model.client_half.inputs, "attention_mask"])
     missing = [name for name in wanted if name not in prepared]
     if missing:
         raise DataContractError(
