@@ -7,6 +7,8 @@ exchanges the ``os`` of this module.
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -42,6 +44,21 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any], 
             os.unlink(temporary)
         raise
     sync(path.parent)
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = None) -> None:
+    """`write_whole` of JSON, which has no word for NaN and infinity: null stands for them."""
+    text = json.dumps(plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
+    write_whole(path, lambda file: file.write(text.encode() + b"\n"))
+
+
+def plain(value: Any) -> Any:
+    """With None for every float that is no finite number, in dicts and lists as well."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_folder(path: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:

@@ -15,6 +15,7 @@ from hosfl_lightning.clients.connection import Backoff, Connection
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.contract import check_clients, check_examples, check_held_out
 from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.link.loopback import check_address, check_plain
@@ -139,6 +140,7 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
         data.tokenizer, data.tokenizer_of = module.tokenizer(), module.pretrained
     data.prepare_data()
     data.setup("fit")
+    check_clients(data)
     number: Any = terms.client
     own = index if index is not None else 0 if data.num_clients == 1 else number
     if not 0 <= own < data.num_clients:
@@ -148,5 +150,8 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
         )
     if own not in data.holders:
         raise ValueError(f"data: client {own}, which is this machine's, holds no example, so it has no part in the run")
-    module.check_examples(data.clients[own], "this client")
+    check_held_out(data)
+    for examples, owner in ((data.clients[own], "this client"), (data.validation_set, "validation")):
+        check_examples(data, examples, owner)
+        module.check_examples(examples, owner)
     return Minibatches(data, module, own)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import plain, write_whole
 from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
@@ -151,7 +151,8 @@ class HOSFLCommand(LightningCLI):
         if not trainer.is_global_zero:
             return
         path = Path(trainer.log_dir) / "predictions.jsonl"
-        path.write_text("".join(f"{json.dumps(one)}\n" for batch in trainer.predictions for one in batch.tolist()))
+        rows = [plain(one) for batch in trainer.predictions for one in batch.tolist()]
+        path.write_text("".join(f"{json.dumps(row, allow_nan=False)}\n" for row in rows))
         print(f"predictions written to {path}")
 
 

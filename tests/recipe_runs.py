@@ -178,6 +178,8 @@ def small_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {"folder": idx_files(folder / "images"), "max_validation_examples": 8}
     if kind == "HubImageData":
         return {"max_validation_examples": 8}
+    if kind == "InstructionData":
+        return {"train": chat_file(folder / "chats.jsonl")}
     names = [word.strip() for word in init_args.get("label_words", map(str, range(77)))]
     labels = folder / "labels.json"
     labels.write_text(json.dumps(names))
@@ -188,6 +190,14 @@ def small_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
 def text_file(path: Path) -> Path:
     """About 4,000 characters of English numbers."""
     path.write_text("".join(f"{i} and {i * i} make {i + i * i}.\n" for i in range(160)))
+    return path
+
+
+def chat_file(path: Path) -> Path:
+    """60 short conversations of two turns each."""
+    turns = [("user", "what is {0}?"), ("assistant", "{0}"), ("user", "and twice?"), ("assistant", "{1}")]
+    chats = [[{"role": role, "content": said.format(i, 2 * i)} for role, said in turns] for i in range(60)]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
     return path
 
 

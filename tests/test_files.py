@@ -231,3 +231,10 @@ def test_nobody_else_syncs_replaces_or_cuts_files() -> None:
     ]
     assert found
     assert [call for call in found if not call.startswith("files.py")] == []
+
+
+def test_json_has_null_where_a_number_is_none(tmp_path: Path) -> None:
+    value = {"a": [1.5, float("nan"), (float("-inf"), None)], "b": {"c": float("inf"), "d": "NaN", "e": True}}
+    files.write_json(tmp_path / "a.json", value)
+    content = (tmp_path / "a.json").read_text()
+    assert content == '{"a": [1.5, null, [null, null]], "b": {"c": null, "d": "NaN", "e": true}}\n'

@@ -6,7 +6,6 @@ import json
 import shlex
 from dataclasses import dataclass, fields
 from importlib import import_module
-from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from hosfl_lightning.compare.settings import (
     flat,
 )
 from hosfl_lightning.compare.table import markdown
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import write_json, write_whole
 
 #: Settings that have settings.
 PARTS: dict[str, type] = {"budget": Limits, "tuning": Tuning, "target": Target, "wandb": Publish}
@@ -100,23 +99,13 @@ def report(settings: Report, command: str) -> dict[str, Any]:
 
 def write(results: dict[str, Any], out: Path, wandb: Publish | None) -> None:
     """``results.json``, ``table.md`` and the pictures, then W&B."""
-    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False)
-    write_whole(out / "results.json", lambda file: file.write(text.encode() + b"\n"))
+    write_json(out / "results.json", results, indent=2)
     write_whole(out / "table.md", lambda file: file.write(markdown(results).encode()))
     pictures = draw(results, out)
     if wandb is not None:
         publish(results, pictures, wandb, out)
     print(markdown(results))
     print(f"results.json, table.md, {', '.join(path.name for path in pictures.values())} in {out}")
-
-
-def plain(value: Any) -> Any:
-    """For JSON, which has no word for a number that is none: null."""
-    if isinstance(value, dict):
-        return {name: plain(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [plain(one) for one in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _group(runner: Runner, name: str, point: int | None) -> Group:

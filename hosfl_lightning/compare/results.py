@@ -107,10 +107,11 @@ def _finite(group: Group) -> Group:
     """A run that ended with a loss that is no number has failed, however far it came."""
     runs, failed = {}, dict(group.failed)
     for seed, run in group.runs.items():
-        if isfinite(run.validation["loss"]) and isfinite((run.test or run.validation)["loss"]):
-            runs[seed] = run
+        bad = [one["loss"] for one in (run.validation, run.test or run.validation) if not isfinite(one["loss"])]
+        if bad:
+            failed[seed] = f"its loss is {bad[0]}"
         else:
-            failed[seed] = f"its loss is {run.validation['loss']}"
+            runs[seed] = run
     return Group(group.name, runs, failed, group.details)
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
-from math import inf, isfinite
+from math import inf
 from multiprocessing import Pipe, get_context
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from hosfl_lightning.compare.configs import Job, schedule, write_config
 from hosfl_lightning.compare.preflight import see_data
 from hosfl_lightning.compare.settings import Comparison, ComparisonError
 from hosfl_lightning.compare.worker import Rehearsal
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import write_json
 
 T = TypeVar("T")
 #: Not part of what a comparison is; which methods `only` left is in them.
@@ -91,8 +91,8 @@ class Runner:
         if not (job.folder / CONDITIONS).is_file():
             return None
         summary = json.loads((job.folder / "summary.json").read_text())
-        value = summary["metrics_last"][self.comparison.tuning.metric]
-        return value if isfinite(value) else None
+        value: float | None = summary["metrics_last"][self.comparison.tuning.metric]  # null: it was no number
+        return value
 
     # ---- before the first run
 
@@ -141,7 +141,7 @@ class Runner:
         self.check(rehearsals)
         _see_equal(jobs[0] for (jobs,) in tasks.values())
         content = {"settings": self._settings(), "rehearsals": {name: asdict(one) for name, one in rehearsals.items()}}
-        write_whole(self.out / "comparison.json", lambda file: file.write(json.dumps(content, indent=2).encode()))
+        write_json(self.out / "comparison.json", content, indent=2)
         shutil.rmtree(root)
         return rehearsals
 

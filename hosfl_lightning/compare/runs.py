@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -50,22 +51,22 @@ class Run:
     @cached_property
     def test(self) -> dict[str, float] | None:
         """Test metrics without their prefix; None if the test set was not touched."""
-        return None if self._tested is None else _bare(self._tested, "test/")
+        return None if self._tested is None else _metrics(self._tested, "test/")
 
     @cached_property
     def put_back(self) -> dict[str, float]:
         """The same with the client half put back to its start; none where it never left it, or was not tested so."""
-        return _bare(self._tested or {}, PUT_BACK)
+        return _metrics(self._tested or {}, PUT_BACK)
 
     @cached_property
-    def _tested(self) -> dict[str, float] | None:
+    def _tested(self) -> dict[str, float | None] | None:
         path = self.folder / TEST
         return json.loads(path.read_text()) if path.is_file() else None
 
     @cached_property
     def validation(self) -> dict[str, float]:
         """Validation metrics at the end, without their prefix."""
-        return _bare(self.summary["metrics_last"], "val/")
+        return _metrics(self.summary["metrics_last"], "val/")
 
     @cached_property
     def curve(self) -> list[dict[str, float]]:
@@ -142,6 +143,11 @@ class Group:
 
 def _ratio(total: float | None, parts: int | None) -> float | None:
     return total / parts if total is not None and parts else None
+
+
+def _metrics(metrics: dict[str, float | None], prefix: str) -> dict[str, float]:
+    """NaN where JSON has null: what was no finite number."""
+    return {name: math.nan if value is None else value for name, value in _bare(metrics, prefix).items()}
 
 
 def _bare(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:

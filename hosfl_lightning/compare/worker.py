@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import shutil
 import signal
@@ -24,7 +23,7 @@ from hosfl_lightning.callbacks import Budget
 from hosfl_lightning.compare.conditions import CONDITIONS, conditions
 from hosfl_lightning.compare.configs import Job
 from hosfl_lightning.compare.settings import ComparisonError
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import write_json
 from hosfl_lightning.run.folder import IDENTITY
 from hosfl_lightning.wire import WireError
 
@@ -189,4 +188,4 @@ def print_into(path: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, lambda file: file.write(json.dumps(content).encode() + b"\n"))
+    write_json(path, content)

@@ -8,6 +8,7 @@ from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.hub_images import HubImageData
 from hosfl_lightning.data.image_folder import ImageFolderData
 from hosfl_lightning.data.images import ImageData, ImageExample
+from hosfl_lightning.data.instructions import InstructionData
 from hosfl_lightning.data.partition import (
     IID,
     ByField,
@@ -40,6 +41,7 @@ __all__ = [
     "ImageData",
     "ImageExample",
     "ImageFolderData",
+    "InstructionData",
     "Partitioner",
     "QuantitySkew",
     "Shards",

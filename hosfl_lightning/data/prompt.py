@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from hosfl_lightning.data.tokenization import IGNORE_INDEX, Example
+from hosfl_lightning.data.tokenization import IGNORE_INDEX, Example, leading_special_tokens
 
 _SLOT = "{text}"
 
@@ -45,7 +45,7 @@ class PromptEncoder:
         self.label_words = list(label_words)
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self._start = _leading_special_tokens(tokenizer)
+        self._start = leading_special_tokens(tokenizer)
         self._longest = max(self.label_words, key=lambda word: len(self._encode([""], [word])[0]))
         if self._length("") >= max_length:
             raise ValueError(f"max_length={max_length} leaves no space for text beside the prompt and its label word")
@@ -86,9 +86,3 @@ class PromptEncoder:
         full = [self.prompt.replace(_SLOT, text) + word for text, word in zip(texts, words)]
         encoded = self.tokenizer(full, add_special_tokens=False, return_attention_mask=False, verbose=False)
         return [[*self._start, *ids] for ids in encoded["input_ids"]]
-
-
-def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    return next(full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain)

@@ -54,6 +54,13 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("tokenizer: it has neither a pad nor an eos token to pad with; set tokenizer.pad_token")
 
 
+def leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before every text (bos), maybe nothing."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return next(full[:i] for i in range(len(full)) if full[i : i + len(plain)] == plain)
+
+
 def token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """The documents' tokens in one row with eos between them (none at the end), int64, shape (T,).
 

@@ -167,7 +167,7 @@ class SplitModule(L.LightningModule, ABC):
 
     def build_metrics(self) -> dict[str, Metric]:
         """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
-        return {"loss": MeanMetric()}
+        return {"loss": MeanMetric(nan_strategy="disable")}  # by default it leaves NaN out of the mean
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Take one evaluation batch into the metrics."""
@@ -275,7 +275,7 @@ class SplitModule(L.LightningModule, ABC):
         return self.loss(self.server_half(batch["z"], batch["attention_mask"]), batch["labels"])
 
     def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """Both halves on raw data; the batch's loss."""
+        """Both halves on raw data; the batch's loss, None where nothing in it is labelled."""
         return self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
@@ -325,10 +325,13 @@ class SplitModule(L.LightningModule, ABC):
             )
         export_adapter(self.whole, directory, resolve(self.pretrained))
 
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor:
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor | None:
+        """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""
         batch = self.prepare(batch)
         logits = self.logits(batch)
         labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
+        if not self.count(labels):
+            return None
         self.update_metrics(self._metrics(stage), logits, labels)
         return self.loss(logits, labels)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from transformers import AutoModelForCausalLM
 
+from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.models.checks import check_token_labels
 from hosfl_lightning.wire import SmashedData
 
 IGNORE = -100
@@ -31,6 +35,12 @@ class SplitCausalLM(SplitModule):
         """Next tokens that are labelled."""
         return int((labels[:, 1:] != IGNORE).sum())
 
+    def check_examples(self, examples: Sequence[Example], owner: str) -> None:
+        """Token ids, lengths and labels that the model can take."""
+        super().check_examples(examples, owner)
+        held = self.client_half if self.part == "client" else self.whole
+        check_token_labels(examples, owner, held.config.get_text_config().vocab_size, IGNORE)
+
     def objection(self, message: SmashedData) -> str | None:
         """z has the cut's width, and the labels are tokens, one a position, or -100."""
         size = self.server_half.config.get_text_config().vocab_size
@@ -44,7 +54,7 @@ class SplitCausalLM(SplitModule):
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``token_accuracy``."""
-        return {"loss": MeanMetric(), "token_accuracy": MeanMetric()}
+        return {**super().build_metrics(), "token_accuracy": MeanMetric()}
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Weighted by the number of labelled tokens."""

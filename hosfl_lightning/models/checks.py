@@ -22,10 +22,16 @@ def check_tokens(examples: Sequence[Example], owner: str, config: Any, pretraine
     Raises:
         ValueError: Names whose they are.
     """
-    largest = max((int(torch.as_tensor(e.input_ids).max()) for e in examples), default=0)
-    if largest >= config.vocab_size:
+    if any(not hasattr(example, "input_ids") for example in examples):
         raise ValueError(
-            f"data of {owner}: token id {largest}, but {pretrained!r} embeds {config.vocab_size} tokens; "
+            f"data of {owner}: an example has no input_ids; give text data, or override check_examples in the model's "
+            "class"
+        )
+    rows = [torch.as_tensor(e.input_ids) for e in examples if len(e.input_ids)]
+    wrong = next((int(i) for row in rows for i in row.aminmax() if not 0 <= i < config.vocab_size), None)
+    if wrong is not None:
+        raise ValueError(
+            f"data of {owner}: token id {wrong}, but {pretrained!r} embeds {config.vocab_size} tokens; "
             "set data.init_args.tokenizer to the model's own (null)"
         )
     positions = getattr(config, "max_position_embeddings", None)
@@ -35,6 +41,26 @@ def check_tokens(examples: Sequence[Example], owner: str, config: Any, pretraine
             f"data of {owner}: a row of {longest} tokens, but {pretrained!r} has {positions} positions; "
             "lower the data's sequence_length or max_length"
         )
+
+
+def check_token_labels(examples: Sequence[Example], owner: str, vocab_size: int, ignored: int) -> None:
+    """Refuse labels that are no tokens, and one label for a whole row.
+
+    Raises:
+        ValueError: Names whose they are.
+    """
+    for labels in (torch.as_tensor(e.labels) for e in examples if hasattr(e, "labels")):
+        if labels.ndim != 1:
+            raise ValueError(
+                f"data of {owner}: one label an example, and a causal LM has one a token; take "
+                "SplitSequenceClassifier, or a prompt and label_words"
+            )
+        wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
+        if len(wrong):
+            raise ValueError(
+                f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
+                "tokens; set data.init_args.tokenizer to the model's own (null)"
+            )
 
 
 def check_state(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

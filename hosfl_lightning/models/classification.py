@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 from hosfl_lightning.models.base import Metrics, SplitModule
@@ -31,12 +32,17 @@ class SplitClassifier(SplitModule):
         return labels.numel()
 
     def check_labels(self, examples: Sequence[Any], owner: str) -> None:
-        """Refuse labels beyond ``num_labels``.
+        """Refuse labels beyond ``num_labels``, and several for one example.
 
         Raises:
             ValueError: Names whose they are.
         """
-        wrong = [e.labels for e in examples if not 0 <= int(e.labels) < self.num_labels]
+        if any(not isinstance(e.labels, int) and torch.as_tensor(e.labels).ndim for e in examples):
+            raise ValueError(
+                f"data of {owner}: several labels an example, and {type(self).__name__} has one class for each; take "
+                "ClassificationData without a prompt, or SplitCausalLM"
+            )
+        wrong = [int(e.labels) for e in examples if not 0 <= int(e.labels) < self.num_labels]
         if wrong:
             raise ValueError(
                 f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
@@ -55,7 +61,7 @@ class SplitClassifier(SplitModule):
 
     def build_metrics(self) -> dict[str, Metric]:
         """``loss`` and ``accuracy``."""
-        return {"loss": MeanMetric(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
+        return {**super().build_metrics(), "accuracy": MulticlassAccuracy(self.num_labels, average="micro")}
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """One batch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from hashlib import sha256
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from hosfl_lightning.aggregation import apply_update, recorded
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.clients.catch_up import same_state
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import write_json, write_whole
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.run import checkpoint as checkpoints
@@ -112,7 +111,7 @@ def write_client(
         "differs_from": [name for name, equal in same.items() if not equal],
     }
     write_whole(out / f"client_{holds}.safetensors", lambda file: file.write(blob))
-    write_whole(out / "replay.json", lambda file: file.write(json.dumps(report, indent=2).encode() + b"\n"))
+    write_json(out / "replay.json", report, indent=2)
     return report
 
 

@@ -12,6 +12,7 @@ from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
+from hosfl_lightning.run.data_check import check_data
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
 from hosfl_lightning.run.nodes import meet
@@ -34,6 +35,8 @@ def session(
     meet(trainer)
     checkpoint = checkpoints.load(ckpt_path) if ckpt_path else None
     check_model(model)
+    if not isinstance(data, FederatedDataModule):
+        raise TypeError(f"datamodule must be a hosfl_lightning.data.FederatedDataModule, got {type(data).__name__}")
     check_hooks(trainer.callbacks, model, data)
     trainer.lightning_module, trainer.datamodule, trainer.ckpt_path = model, data, ckpt_path
     trainer.enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
@@ -83,12 +86,9 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
     data.prepare_data()
     data.setup(fn.value)
+    check_data(data, model, fn, None if trainer.serving is None else trainer.serving.validate)
     if fn is TrainerFn.FITTING:
         trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
-        for name, examples in zip(data.client_names, data.clients):
-            model.check_examples(examples, f"client {name!r}")
-    model.check_examples(data.validation_set, "validation")
-    model.check_examples(data.test_set, "test")
 
 
 def _finish(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
-from hosfl_lightning.files import write_whole
+from hosfl_lightning.files import plain, write_json
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.result import RunResult
 
@@ -26,22 +25,24 @@ def gap_closed(method: RunResult, frozen: RunResult, first_order: RunResult) -> 
     r"""``(frozen − method) / (frozen − first-order)`` in validation loss: fraction of the first-order gap recovered.
 
     None where there is no gap to recover: where the paired difference of the two controls is not above twice its
-    standard error over the validation batches. One run says nothing about other seeds.
+    standard error over the validation batches. None as well where a loss is no finite number. One run says nothing
+    about other seeds.
     """
     pairs = zip(frozen.last.batch_losses, first_order.last.batch_losses, strict=True)
     differences = [a - b for a, b in pairs]
     gap = frozen.last.loss - first_order.last.loss
+    if not all(map(math.isfinite, [*differences, gap, method.last.loss])):
+        return None
     if len(differences) < 2 or gap <= 2 * stdev(differences) / math.sqrt(len(differences)):
         return None
     return (frozen.last.loss - method.last.loss) / gap
 
 
 def write_summary(trainer: TrainerFace, result: RunResult, controls: dict[str, RunResult]) -> dict[str, Any]:
-    """Write ``summary.json`` into the run folder and return it."""
-    summary = summarize(trainer, result, controls)
+    """Write ``summary.json`` into the run folder and return it; what is no finite number is None."""
+    summary = plain(summarize(trainer, result, controls))
     if trainer.is_global_zero:
-        folder = Path(trainer.log_dir)
-        write_whole(folder / "summary.json", lambda file: file.write(json.dumps(summary, indent=2).encode() + b"\n"))
+        write_json(Path(trainer.log_dir) / "summary.json", summary, indent=2)
     return summary
 
 

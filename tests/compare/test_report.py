@@ -227,6 +227,21 @@ def test_gap_closed_names_its_split(compared: Compared, tmp_path: Path, split: s
     assert (gap["split"], gap["value"]) == (split, pytest.approx(0.5))
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_null_is_a_loss_that_is_no_number(compared: Compared, tmp_path: Path, split: str) -> None:
+    """As a run that diverged in its last round leaves it."""
+    run, sound = (Path(shutil.copytree(one, tmp_path / str(i))) for i, one in enumerate(chosen(compared)[:2]))
+    summary = json.loads((run / "summary.json").read_text())
+    if split == "validation":
+        summary["metrics_last"] = dict.fromkeys(summary["metrics_last"])
+    else:
+        (run / "test.json").write_text(json.dumps({"test/loss": None, "test/perplexity": None}))
+    (run / "summary.json").write_text(json.dumps(summary))
+    methods = reckon(report.group([str(run), str(sound)]), None, "min", None, "")["methods"]
+    failed = [reason for row in methods.values() for reason in row["failed"].values()]
+    assert failed == ["its loss is nan"]
+
+
 def test_what_is_no_run_is_refused(compared: Compared, tmp_path: Path) -> None:
     with pytest.raises(ComparisonError, match=r"is not the folder of a finished run: there is no summary\.json"):
         report.group([str(tmp_path)])

@@ -1,0 +1,114 @@
+"""The user's data against its contract and the model, before a run folder is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.contract import (
+    DataContractError,
+    check_batch,
+    check_clients,
+    check_examples,
+    check_held_out,
+)
+from hosfl_lightning.data.notice import say
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.padding import drop_unpredictable
+
+
+def check_data(data: FederatedDataModule, model: SplitModule, fn: TrainerFn, elsewhere: str | None = None) -> None:
+    """Refuse data that a round or an evaluation would fail on, or make nothing of.
+
+    Args:
+        data: Set up.
+        model: That is to be trained or evaluated.
+        fn: What is going to be done.
+        elsewhere: Of a server whose clients are on other machines, where it validates (``server``, ``clients``,
+            ``both``); None: the clients' data is here.
+
+    Raises:
+        ValueError: Names the class, or the setting to change.
+    """
+    fitting = fn is TrainerFn.FITTING
+    if fitting:
+        check_clients(data)
+        for name, examples in zip(data.client_names, data.clients):
+            check_one(data, model, examples, f"client {name!r}")
+        if elsewhere is None:
+            check_training(data, model)
+    check_held_out(data)
+    for examples, what in ((data.validation_set, "validation"), (data.test_set, "test")):
+        check_one(data, model, examples, what)
+    if (fitting and elsewhere != "clients") or fn is TrainerFn.VALIDATING:
+        check_labelled(data, model, data.val_dataloader(), "validation")
+    if (fitting and len(data.test_set)) or fn is TrainerFn.TESTING:
+        check_labelled(data, model, data.test_dataloader(), "test")
+
+
+def check_one(data: FederatedDataModule, model: SplitModule, examples: Any, owner: str) -> None:
+    """The examples of a client or a held-out set, each by itself."""
+    check_examples(data, examples, owner)
+    model.check_examples(examples, owner)
+
+
+def check_training(data: FederatedDataModule, model: SplitModule) -> None:
+    """The first batch of a client, and whether the clients have anything to learn from.
+
+    Raises:
+        ValueError: The batch lacks something, or no client has a loss term.
+    """
+    client = next((k for k, examples in enumerate(data.clients) if len(examples)), 0)
+    batch(data, model, data.client_batch(client, 0))
+    held = {n: e for n, e in zip(data.client_names, data.clients) if len(e) and all(hasattr(x, "labels") for x in e)}
+    without = [name for name, examples in held.items() if not any(_terms(model, x) for x in examples)]
+    if without and len(without) == sum(len(examples) > 0 for examples in data.clients):
+        raise DataContractError(
+            f"{type(data).__name__}: no client has a labelled example, so there is nothing to learn (-100 is no label, "
+            "and a first token is predicted by nothing)"
+        )
+    if without:
+        say(f"{len(without)} of {len(data.clients)} clients have nothing labelled and never count: {_some(without)}")
+
+
+def check_labelled(data: FederatedDataModule, model: SplitModule, batches: Iterable[Any], what: str) -> None:
+    """Refuse held-out data whose loss would be a mean over nothing.
+
+    Raises:
+        ValueError: No batch has a loss term.
+    """
+    if not any(model.count(batch(data, model, one)) for one in batches):
+        raise DataContractError(
+            f"{type(data).__name__}: the {what} set has nothing labelled, so it has no loss (-100 is no label, and a "
+            "first token is predicted by nothing)"
+        )
+
+
+def batch(data: FederatedDataModule, model: SplitModule, given: Any) -> Tensor:
+    """The labels that count of a batch, which is as the model's client half takes it.
+
+    Raises:
+        ValueError: It is not.
+    """
+    check_batch(data, given)
+    prepared, wanted = model.prepare(given), dict.fromkeys([*model.client_half.inputs, "attention_mask"])
+    missing = [name for name in wanted if name not in prepared]
+    if missing:
+        raise DataContractError(
+            f"{type(data).__name__}.collate must return {', '.join(missing)}, which {type(model).__name__} takes; it "
+            f"returns {', '.join(given)}"
+        )
+    return drop_unpredictable(prepared["labels"], prepared["attention_mask"])
+
+
+def _terms(model: SplitModule, example: Any) -> int:
+    return model.count(torch.as_tensor(example.labels)[None])
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
