@@ -1,7 +1,8 @@
-"""Text classification from JSON-lines, CSV or the hub, with a classifier head or with a prompt and label words."""
+"""Text classification from files or the hub, with a classifier head or with a prompt and label words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -10,10 +11,11 @@ from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
 from hosfl_lightning.data.federated import FederatedDataModule
-from hosfl_lightning.data.labels import LabelSet, infer_labels, read_label_names
+from hosfl_lightning.data.labels import LabelSet, check_from_zero, infer_labels, read_label_names
 from hosfl_lightning.data.partition import fixed_subset, partition_by_field, partition_dirichlet, partition_iid
 from hosfl_lightning.data.prompt import PromptEncoder
-from hosfl_lightning.data.readers import Row, read_hub, read_rows
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.rows import OnMissing, Row
 from hosfl_lightning.data.tokenization import Example
 
 
@@ -24,16 +26,24 @@ class ClassificationData(FederatedDataModule):
     text in it and the class's word behind it, and only the word's tokens are labelled (`PromptEncoder`).
 
     Args:
-        train: Training file (.jsonl, .csv, also with .gz), or with `hub` the name of the split.
+        train: Training examples: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, each also with .gz), a
+            folder of such files or of `save_to_disk`, a glob, or a list of these; with `hub` the name of the split.
         validation: The same for validation. None: `validation_fraction` of the training examples, the same for every
             seed.
         test: The same for the test set. None: no test set.
         hub: Name of a dataset for `datasets.load_dataset`; needs the extra `hub`. None: files.
         hub_config: Its configuration, if it has several.
         text_field: The field with the text.
-        label_field: The field with the label: a class index or a class name.
-        labels: JSON file with the list of class names. None: the hub's names, else found in the training set.
+        label_field: The field with the label: a class index or a class name. A whole number is the same label however
+            a file writes it: 1, 1.0, "1" (see `LabelSet`).
+        labels: File with the class names, one a line, or in JSON a list or `id2label`, such as the `labels.json` of a
+            run. None: the names that the data set knows, else found in the training set: integers from 0 on as they
+            are, names in sorted order.
         num_labels: Number of classes. None: as many as names or label words, else found in the training set.
+        encoding: Of text, JSON and CSV files.
+        delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
+        on_missing: What becomes of records whose text or label (or `field`) is absent, null, NaN or empty: `error`
+            refuses the first, `skip` leaves them out and says how many.
         num_clients: Number of clients; by field it may be left out.
         partition: `iid` deals at random; `dirichlet` skews the labels (`alpha`); `field` makes a client of each value
             of `field`.
@@ -62,9 +72,9 @@ class ClassificationData(FederatedDataModule):
 
     def __init__(
         self,
-        train: str,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         hub: str | None = None,
         hub_config: str | None = None,
         text_field: str = "text",
@@ -87,6 +97,9 @@ class ClassificationData(FederatedDataModule):
         eval_batch_size: int = 32,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        on_missing: OnMissing = "error",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(1, num_labels=num_labels, num_clients=num_clients, max_length=max_length)
@@ -102,8 +115,7 @@ class ClassificationData(FederatedDataModule):
             raise ValueError("prompt and label_words go together: give both, or neither for a classifier")
         self.sources = {"train": train, "validation": validation, "test": test}
         self.limits = {"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples}
-        self.hub = hub
-        self.hub_config = hub_config
+        self.reader = Reader(encoding, delimiter, on_missing, hub, hub_config)
         self.text_field = text_field
         self.label_field = label_field
         self.labels = labels
@@ -118,7 +130,13 @@ class ClassificationData(FederatedDataModule):
         self.max_length = max_length
         self.validation_fraction = validation_fraction
         self.label_set = LabelSet(0)
-        self._hub_names: list[str] | None = None
+        self._known_names: list[str] | None = None
+
+    @property
+    @override
+    def label_names(self) -> Sequence[str] | None:
+        """The names of the classes by index, known after `setup`; None where labels are integers."""
+        return self.label_set.names
 
     @override
     def setup(self, stage: str) -> None:
@@ -133,6 +151,7 @@ class ClassificationData(FederatedDataModule):
             return
         train, validation, test = (self._rows(split) for split in ("train", "validation", "test"))
         self.label_set = self._find_labels(train)
+        train, validation, test = map(self._limited, (train, validation, test), ("train", "validation", "test"))
         if self.sources["validation"] is None:
             train, validation = self._hold_out(train)
         examples = self._encode(train)
@@ -145,21 +164,35 @@ class ClassificationData(FederatedDataModule):
         source = self.sources[split]
         if source is None:
             return []
-        if self.hub is None:
-            rows = read_rows(source, split)
-        else:
-            rows, names = read_hub(self.hub, self.hub_config, source)
-            self._hub_names = names.get(self.label_field, self._hub_names)
+        rows, names = self.reader.rows(source, split, self._needs)
+        if split == "train":
+            self._known_names = names.get(self.label_field)
+        return rows
+
+    def _limited(self, rows: list[Row], split: str) -> list[Row]:
         return [rows[i] for i in fixed_subset(len(rows), self.limits[split])]
+
+    def _needs(self, row: Row) -> None:
+        """What every example must have."""
+        row.text(self.text_field, "text_field")
+        row.field(self.label_field, "label_field")
+        if self.partition == "field":
+            row.field(str(self.field), "field")
 
     def _find_labels(self, train: list[Row]) -> LabelSet:
         """The classes, from the first of: names, the number given, the label words, the training set."""
-        names = read_label_names(self.labels) if self.labels is not None else self._hub_names
+        names = read_label_names(self.labels) if self.labels is not None else self._known_names
         words = None if self.label_words is None else len(self.label_words)
-        count = self.num_labels or words
-        found = LabelSet(count) if count else infer_labels(train, self.label_field)
         if names is not None:
             found = LabelSet(len(names), names)
+        elif words is not None:  # they are by index, and the order of names is not for us to guess
+            found = LabelSet(words)
+        else:
+            found = infer_labels(train, self.label_field)
+            if found.names is None and self.num_labels is not None:
+                found = LabelSet(self.num_labels)
+            elif found.names is None:
+                check_from_zero(train, self.label_field)
         for setting, number in (("num_labels", self.num_labels), ("label_words", words)):
             if number not in (None, found.count):
                 raise ValueError(f"{setting}: {number} classes, but there are {found.count}")
@@ -171,7 +204,7 @@ class ClassificationData(FederatedDataModule):
         chosen = set(fixed_subset(len(train), max(1, round(len(train) * self.validation_fraction))))
         held_out = [row for index, row in enumerate(train) if index in chosen]
         kept = [row for index, row in enumerate(train) if index not in chosen]
-        return kept, [held_out[i] for i in fixed_subset(len(held_out), self.limits["validation"])]
+        return kept, self._limited(held_out, "validation")
 
     def _parts(self, train: list[Row]) -> list[Tensor]:
         if self.partition == "field":

@@ -91,6 +91,11 @@ class FederatedDataModule(L.LightningDataModule):
     def client_names(self, names: Sequence[str]) -> None:
         self._names = list(names)
 
+    @property
+    def label_names(self) -> Sequence[str] | None:
+        """The names of the classes by index, known after `setup`; None where there are none."""
+        return None
+
     def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself, loaded once if only its name was given."""
         self.tokenizer = load_tokenizer(self.tokenizer)

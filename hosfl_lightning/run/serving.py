@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -87,6 +87,11 @@ class ServedData(FederatedDataModule):
         self.tokenizer, self.tokenizer_of = own.tokenizer, own.tokenizer_of
         self.clients = [[] for _ in names]
         self.client_names = names
+
+    @property
+    @override
+    def label_names(self) -> Sequence[str] | None:
+        return self.own.label_names
 
     @override
     def prepare_data(self) -> None:

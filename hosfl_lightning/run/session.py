@@ -83,6 +83,8 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
     data.prepare_data()
     data.setup(fn.value)
+    if data.label_names is not None:
+        model.name_labels(data.label_names)
     if fn is TrainerFn.FITTING:
         trainer.settings.sample_size(data.num_clients)
         for name, examples in zip(data.client_names, data.clients):
