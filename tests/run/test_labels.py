@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitSequenceClassifier
 from hosfl_lightning.data import ClassificationData
+from hosfl_lightning.join import _own_data
 from hosfl_lightning.run.checkpoint import CheckpointError
 from hosfl_lightning.split import Lora, LoraHalf
 from tests.recipe_runs import tiny_pretrained
@@ -106,6 +108,19 @@ def test_the_model_has_as_many_classes(root: Path) -> None:
     message = r"model.init_args.num_labels is 4, and the data has 3 classes \(3, 1, none\): set it to that number, or"
     with pytest.raises(ValueError, match=message):
         trainer(root).fit(model(root, num_labels=4), data(root))
+
+
+def test_a_client_elsewhere_that_knows_fewer_names_is_refused(root: Path, tmp_path: Path) -> None:
+    """Its own records have two of the three, whose indices would be other ones."""
+    lines = [json.dumps({"text": f"text {i}", "label": NAMES[1 + i % 2]}) for i in range(8)]
+    (tmp_path / "own.jsonl").write_text("\n".join(lines))
+    own, terms = str(tmp_path / "own.jsonl"), SimpleNamespace(client=0)
+    device = model(root, part="client")
+    with pytest.raises(ValueError, match=r"num_labels is 3, and the data has 2 classes \(1, none\): .* file with all"):
+        _own_data(terms, device, ClassificationData(own, validation=own, num_clients=1), None)  # type: ignore[arg-type]
+    named = ClassificationData(own, validation=own, num_clients=1, labels=str(root / "labels.txt"))
+    _own_data(terms, device, named, None)  # type: ignore[arg-type]
+    assert {example.labels for example in named.clients[0]} == {1, 2}
 
 
 def test_integers_have_no_names(root: Path, tmp_path: Path) -> None:
