@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,7 +53,7 @@ def _numbered(reader: Iterator[list[str]], name: str) -> Iterator[tuple[str, lis
 
 
 def _checked(names: list[str], name: str) -> list[str]:
-    twice = [one for one in names if names.count(one) > 1]
+    twice = [one for one, count in Counter(names).items() if one and count > 1]  # spreadsheets leave empty columns
     if twice:
         raise ValueError(f"{name}: the header names the column {twice[0]!r} twice")
     other = [sign for sign in "\t;|" if len(names) == 1 and sign in names[0]]

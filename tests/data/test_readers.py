@@ -81,6 +81,9 @@ class TestFormats:
         assert fields(write("a.csv", f"text\n{'x' * 200_000}\n")) == [{"text": "x" * 200_000}]
         assert csv.field_size_limit() == before
 
+    def test_empty_columns_of_a_spreadsheet(self, write: Write) -> None:
+        assert fields(write("a.csv", "text,label,,\nx,1,,\n")) == [{"text": "x", "label": "1", "": ""}]
+
     @pytest.mark.parametrize("delimiter", [";", "|", "\t", "\\t"])
     def test_delimiters(self, write: Write, delimiter: str) -> None:
         sign = "\t" if delimiter == "\\t" else delimiter
