@@ -9,6 +9,8 @@ from hosfl_lightning.data.hub_images import HubImageData
 from hosfl_lightning.data.image_folder import ImageFolderData
 from hosfl_lightning.data.images import ImageData, ImageExample
 from hosfl_lightning.data.partition import partition_by_field, partition_dirichlet, partition_iid
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.rows import Row
 from hosfl_lightning.data.text import TextData
 from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
 
@@ -23,6 +25,8 @@ __all__ = [
     "ImageData",
     "ImageExample",
     "ImageFolderData",
+    "Reader",
+    "Row",
     "TextData",
     "collate",
     "language_blocks",
