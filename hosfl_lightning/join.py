@@ -141,6 +141,8 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
     data.prepare_data()
     data.setup("fit")
     check_clients(data)
+    if data.label_names is not None:
+        module.name_labels(data.label_names)
     number: Any = terms.client
     own = index if index is not None else 0 if data.num_clients == 1 else number
     if not 0 <= own < data.num_clients:

@@ -150,9 +150,9 @@ BAD_TEXT: dict[str, list[str]] = {
     "--ckpt_path=EMPTY": ["ckpt_path", "not a whole"],
 }
 BAD_CLASSES: dict[str, list[str]] = {
-    "--data.init_args.train=LABEL_99": ["line 2", "label 99", "0..76"],
+    "--data.init_args.train=LABEL_99": ["line 2", "label 99", "77 in all"],
     "--data.init_args.validation=/nowhere/v.jsonl": ["validation", "/nowhere/v.jsonl"],
-    "--model.init_args.num_labels=3": ["model.init_args.num_labels", "0..2"],
+    "--model.init_args.num_labels=3": ["model.init_args.num_labels", "77 classes"],
 }
 
 

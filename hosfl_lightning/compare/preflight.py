@@ -16,6 +16,7 @@ from hosfl_lightning.compare.worker import print_into
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.pretrained import load_tokenizer
+from hosfl_lightning.rendering import readable
 from hosfl_lightning.run.settings import RunSettings
 
 
@@ -51,7 +52,7 @@ def see_data(job: Job) -> list[str]:
     except SystemExit as end:
         raise ComparisonError(f"recipe: {end.__cause__ or end}") from None
     except recipe.USER_ERRORS as error:
-        raise ComparisonError(f"recipe: {recipe.readable(str(error))}") from None
+        raise ComparisonError(f"recipe: {readable(str(error))}") from None
     return said.getvalue().splitlines()
 
 

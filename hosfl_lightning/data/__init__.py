@@ -22,6 +22,8 @@ from hosfl_lightning.data.partition import (
     partition_dirichlet,
     partition_iid,
 )
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.rows import Row
 from hosfl_lightning.data.text import TextData
 from hosfl_lightning.data.tokenization import Example, collate, language_blocks, token_stream
 
@@ -44,6 +46,8 @@ __all__ = [
     "InstructionData",
     "Partitioner",
     "QuantitySkew",
+    "Reader",
+    "Row",
     "Shards",
     "TextData",
     "collate",

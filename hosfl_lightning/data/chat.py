@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from hosfl_lightning.data.readers import Row
 from hosfl_lightning.data.responses import Part
+from hosfl_lightning.data.rows import Row
 
 Message = dict[str, Any]
 

@@ -1,38 +1,48 @@
-"""Text classification from JSON-lines, CSV or the hub, with a classifier head or with a prompt and label words."""
+"""Text classification from files or the hub, with a classifier head or with a prompt and label words."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
-from hosfl_lightning.data.federated import FederatedDataModule
-from hosfl_lightning.data.labels import LabelSet, infer_labels, read_label_names
-from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
+from hosfl_lightning.data.labels import LabelSet, check_from_zero, infer_labels, read_label_names
+from hosfl_lightning.data.partition import Partitioner, spelled
 from hosfl_lightning.data.prompt import PromptEncoder
-from hosfl_lightning.data.readers import Row, read_hub, read_rows
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.records import RecordData
+from hosfl_lightning.data.rows import OnMissing, Row
 from hosfl_lightning.data.tokenization import Example
 
 
-class ClassificationData(FederatedDataModule):
+class ClassificationData(RecordData):
     """Labelled texts dealt to clients, for a classifier (labels (B,)) or, with a prompt, for a causal LM.
 
     With `prompt` and `label_words` the task becomes language modelling as in MeZO: the example is the prompt with the
     text in it and the class's word behind it, and only the word's tokens are labelled (`PromptEncoder`).
 
     Args:
-        train: Training file (.jsonl, .csv, also with .gz), or with `hub` the name of the split.
+        train: Training examples: a file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, each also with .gz), a
+            folder of such files or of `save_to_disk`, a glob, or a list of these; with `hub` the name of the split.
         validation: The same for validation. None: `validation_fraction` of the training examples, the same for every
             seed.
         test: The same for the test set. None: no test set.
         hub: Name of a dataset for `datasets.load_dataset`; needs the extra `hub`. None: files.
         hub_config: Its configuration, if it has several.
         text_field: The field with the text.
-        label_field: The field with the label: a class index or a class name.
-        labels: JSON file with the list of class names. None: the hub's names, else found in the training set.
+        label_field: The field with the label: a class index or a class name. A whole number is the same label however
+            a file writes it: 1, 1.0, "1" (see `LabelSet`).
+        labels: File with the class names, one a line, or in JSON a list or `id2label`, such as the `labels.json` of a
+            run. None: the names that the data set knows, else found in the training set: integers from 0 on as they
+            are, names in sorted order.
         num_labels: Number of classes. None: as many as names or label words, else found in the training set.
+        encoding: Of text, JSON and CSV files.
+        delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
+        on_missing: What becomes of records whose text or label (or `field`) is absent, null, NaN or empty: `error`
+            refuses the first, `skip` leaves them out and says how many.
         num_clients: Number of clients; by field it may be left out.
         partition: `iid` deals at random; `dirichlet` skews the labels (`alpha`); `field` makes a client of each value
             of `field`.
@@ -64,9 +74,9 @@ class ClassificationData(FederatedDataModule):
 
     def __init__(
         self,
-        train: str,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         hub: str | None = None,
         hub_config: str | None = None,
         text_field: str = "text",
@@ -90,8 +100,10 @@ class ClassificationData(FederatedDataModule):
         eval_batch_size: int = 32,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        on_missing: OnMissing = "error",
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(1, num_labels=num_labels, num_clients=num_clients, max_length=max_length)
         check_at_least(0, min_examples_per_client=min_examples_per_client)
         check_at_least(1, max_train_examples=max_train_examples)
@@ -104,23 +116,30 @@ class ClassificationData(FederatedDataModule):
             raise ValueError(f"num_clients: partition={partition} needs the number of clients")
         if (prompt is None) != (label_words is None):
             raise ValueError("prompt and label_words go together: give both, or neither for a classifier")
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.limits = {"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples}
-        self.hub = hub
-        self.hub_config = hub_config
+        settings = {"alpha": alpha, "field": field, "min_examples_per_client": min_examples_per_client}
+        super().__init__(
+            sources={"train": train, "validation": validation, "test": test},
+            limits={"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples},
+            reader=Reader(encoding, delimiter, on_missing, hub, hub_config),
+            validation_fraction=validation_fraction,
+            num_clients=num_clients,
+            partitioner=spelled(partitioner, partition, **settings),
+            batch_size=batch_size, eval_batch_size=eval_batch_size, tokenizer=tokenizer, seed=seed,
+        )  # fmt: skip
         self.text_field = text_field
         self.label_field = label_field
         self.labels = labels
         self.num_labels = num_labels
-        self.requested_clients = num_clients
-        settings = {"alpha": alpha, "field": field, "min_examples_per_client": min_examples_per_client}
-        self.partitioner = spelled(partitioner, partition, **settings)
         self.prompt = prompt
         self.label_words = label_words
         self.max_length = max_length
-        self.validation_fraction = validation_fraction
         self.label_set = LabelSet(0)
-        self._hub_names: list[str] | None = None
+
+    @property
+    @override
+    def label_names(self) -> Sequence[str] | None:
+        """The names of the classes by index, known after `setup`; None where labels are integers."""
+        return self.label_set.names
 
     @override
     def setup(self, stage: str) -> None:
@@ -133,52 +152,39 @@ class ClassificationData(FederatedDataModule):
         """
         if self.clients:
             return
-        train, validation, test = (self._rows(split) for split in ("train", "validation", "test"))
-        self.label_set = self._find_labels(train)
-        if self.sources["validation"] is None:
-            train, validation = self._hold_out(train)
-        examples = self._encode(train)
+        (train, known), (validation, _), (test, _) = (self.read(split) for split in ("train", "validation", "test"))
+        self.label_set = self._find_labels(train, known.get(self.label_field))
+        train, validation, test = map(self.limited, (train, validation, test), ("train", "validation", "test"))
+        train, validation = self.hold_out(train, validation)
         self.validation_set = self._encode(validation)
         self.test_set = self._encode(test)
-        self.deal(
-            examples,
-            self.partitioner,
-            num_clients=self.requested_clients,
-            labels=[self.label_set.index(row, self.label_field) for row in train],
-            field=lambda name: [row.field(name, "field") for row in train],
-        )
+        labels = [self.label_set.index(row, self.label_field) for row in train]
+        self.deal_rows(self._encode(train), train, labels)
 
-    def _rows(self, split: str) -> list[Row]:
-        source = self.sources[split]
-        if source is None:
-            return []
-        if self.hub is None:
-            rows = read_rows(source, split)
-        else:
-            rows, names = read_hub(self.hub, self.hub_config, source)
-            self._hub_names = names.get(self.label_field, self._hub_names)
-        return [rows[i] for i in fixed_subset(len(rows), self.limits[split])]
+    @override
+    def needs(self, row: Row) -> None:
+        row.text(self.text_field, "text_field")
+        row.field(self.label_field, "label_field")
+        super().needs(row)
 
-    def _find_labels(self, train: list[Row]) -> LabelSet:
+    def _find_labels(self, train: list[Row], known: list[str] | None) -> LabelSet:
         """The classes, from the first of: names, the number given, the label words, the training set."""
-        names = read_label_names(self.labels) if self.labels is not None else self._hub_names
+        names = read_label_names(self.labels) if self.labels is not None else known
         words = None if self.label_words is None else len(self.label_words)
-        count = self.num_labels or words
-        found = LabelSet(count) if count else infer_labels(train, self.label_field)
         if names is not None:
             found = LabelSet(len(names), names)
+        elif words is not None:  # they are by index, and the order of names is not for us to guess
+            found = LabelSet(words)
+        else:
+            found = infer_labels(train, self.label_field)
+            if found.names is None and self.num_labels is not None:
+                found = LabelSet(self.num_labels)
+            elif found.names is None:
+                check_from_zero(train, self.label_field)
         for setting, number in (("num_labels", self.num_labels), ("label_words", words)):
             if number not in (None, found.count):
                 raise ValueError(f"{setting}: {number} classes, but there are {found.count}")
         return found
-
-    def _hold_out(self, train: list[Row]) -> tuple[list[Row], list[Row]]:
-        if len(train) < 2:
-            raise ValueError("train: one example only, none can be held out; give validation a file of its own")
-        chosen = set(fixed_subset(len(train), max(1, round(len(train) * self.validation_fraction))))
-        held_out = [row for index, row in enumerate(train) if index in chosen]
-        kept = [row for index, row in enumerate(train) if index not in chosen]
-        return kept, [held_out[i] for i in fixed_subset(len(held_out), self.limits["validation"])]
 
     def _encode(self, rows: list[Row]) -> list[Example]:
         tokenizer = self.resolve_tokenizer()

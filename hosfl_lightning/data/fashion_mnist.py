@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.data.decoding import read_bytes
 from hosfl_lightning.data.images import ImageData, ImageExample
 from hosfl_lightning.data.labels import LabelSet
-from hosfl_lightning.data.readers import read_bytes
 
 _PREFIXES = {"train": "train", "test": "t10k"}
 _UNSIGNED_BYTE = 8

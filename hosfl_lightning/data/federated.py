@@ -98,6 +98,11 @@ class FederatedDataModule(L.LightningDataModule):
     def client_names(self, names: Sequence[str]) -> None:
         self._names = list(names)
 
+    @property
+    def label_names(self) -> Sequence[str] | None:
+        """The names of the classes by index, known after `setup`; None where there are none."""
+        return None
+
     def deal(self, examples: Sequence[Any], partitioner: Partitioner, **known: Any) -> None:
         """Give the training examples to the clients: sets `clients`, and `client_names` if the partitioner has names.
 

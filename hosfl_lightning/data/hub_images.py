@@ -11,7 +11,8 @@ from typing_extensions import override
 from hosfl_lightning.data.images import ImageData, ImageExample
 from hosfl_lightning.data.labels import LabelSet, infer_labels
 from hosfl_lightning.data.pixels import to_pixels
-from hosfl_lightning.data.readers import Row, open_hub
+from hosfl_lightning.data.rows import Row
+from hosfl_lightning.data.tables import open_hub
 
 
 class HubImageData(ImageData):

@@ -107,6 +107,12 @@ class ImageData(FederatedDataModule):
             raise ValueError(f"std={std}: must be above 0")
         self.label_set = LabelSet(0)
 
+    @property
+    @override
+    def label_names(self) -> Sequence[str] | None:
+        """The names of the classes by index, known after `setup`; None where labels are integers."""
+        return self.label_set.names
+
     def read(self, split: str) -> list[ImageExample]:
         """The images of `train` (asked for first, and then sets `label_set`), `validation` or `test`; [] if none."""
         raise NotImplementedError(f"{type(self).__name__}.read must return the images of a split")

@@ -5,23 +5,23 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.chat import OWN, ChatTemplate, Message, read_messages
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
-from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.instruction_encoding import DROPPED, ChatEncoder, PairEncoder
 from hosfl_lightning.data.notice import say
-from hosfl_lightning.data.partition import fixed_subset, partition_by_field, partition_iid
-from hosfl_lightning.data.readers import Row, read_hub, read_rows
+from hosfl_lightning.data.partition import Partitioner, spelled
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.records import RecordData
+from hosfl_lightning.data.rows import OnMissing, Row
 from hosfl_lightning.data.tokenization import Example
 
 _SLOT = re.compile(r"\{([^{}]+)\}")
 
 
-class InstructionData(FederatedDataModule):
+class InstructionData(RecordData):
     r"""Instructions and chats dealt to clients, for a causal LM; the loss is on the responses.
 
     A record is a prompt and a response, or a conversation: a list of messages with `role` and `content`. Every turn of
@@ -49,6 +49,7 @@ class InstructionData(FederatedDataModule):
         num_clients: Number of clients; by field it may be left out.
         partition: `iid` deals at random; `field` makes a client of each value of `field`.
         field: The field that `partition: field` goes by.
+        partitioner: In place of the two before: an object that says which client holds which examples.
         max_length: Most tokens of an example. A longer one loses the beginning of its prompt, a conversation its oldest
             turns before; the end of a response only where nothing else is left. How many did is printed.
         max_train_examples: Use only so many training examples, the same for every seed.
@@ -59,6 +60,9 @@ class InstructionData(FederatedDataModule):
         eval_batch_size: Examples per batch of the held-out loaders.
         tokenizer: Name, folder or tokenizer; None: the model's own.
         seed: Fixes the partition and every client's order.
+        encoding: Of text files.
+        delimiter: Between the columns of a CSV; None: a comma, of a .tsv a tab.
+        on_missing: `error`, or `skip` records without what is needed, which are counted and printed.
 
     Example::
 
@@ -67,9 +71,9 @@ class InstructionData(FederatedDataModule):
 
     def __init__(
         self,
-        train: str,
-        validation: str | None = None,
-        test: str | None = None,
+        train: str | list[str],
+        validation: str | list[str] | None = None,
+        test: str | list[str] | None = None,
         hub: str | None = None,
         hub_config: str | None = None,
         prompt_field: str = "prompt",
@@ -81,6 +85,7 @@ class InstructionData(FederatedDataModule):
         num_clients: int | None = None,
         partition: Literal["iid", "field"] = "iid",
         field: str | None = None,
+        partitioner: Partitioner | None = None,
         max_length: int = 512,
         max_train_examples: int | None = None,
         max_validation_examples: int | None = None,
@@ -90,8 +95,10 @@ class InstructionData(FederatedDataModule):
         eval_batch_size: int = 32,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        on_missing: OnMissing = "error",
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(2, max_length=max_length)
         check_at_least(1, num_clients=num_clients, max_train_examples=max_train_examples)
         check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
@@ -100,27 +107,28 @@ class InstructionData(FederatedDataModule):
         check_choice(("response", "all"), train_on=train_on)
         if partition == "field" and field is None:
             raise ValueError("field: partition=field needs the name of the field to go by")
-        if partition == "iid" and num_clients is None:
+        if partition == "iid" and num_clients is None and partitioner is None:
             raise ValueError("num_clients: partition=iid needs the number of clients")
         if prompt_template is not None and not _SLOT.search(prompt_template):
             raise ValueError(f"prompt_template={prompt_template!r} must name a field of the record, such as {{prompt}}")
         if prompt_template is not None and messages_field is not None:
             raise ValueError("prompt_template is for pairs, and there is a messages_field: set chat_template instead")
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.limits = {"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples}
-        self.hub = hub
-        self.hub_config = hub_config
+        super().__init__(
+            sources={"train": train, "validation": validation, "test": test},
+            limits={"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples},
+            reader=Reader(encoding, delimiter, on_missing, hub, hub_config),
+            validation_fraction=validation_fraction,
+            num_clients=num_clients,
+            partitioner=spelled(partitioner, partition, field=field),
+            batch_size=batch_size, eval_batch_size=eval_batch_size, tokenizer=tokenizer, seed=seed,
+        )  # fmt: skip
         self.prompt_field = prompt_field
         self.response_field = response_field
         self.prompt_template = prompt_template
         self.messages_field = messages_field
         self.chat_template = OWN if chat_template is None and messages_field is not None else chat_template
         self.train_on = train_on
-        self.requested_clients = num_clients
-        self.partition = partition
-        self.field = field
         self.max_length = max_length
-        self.validation_fraction = validation_fraction
 
     @override
     def setup(self, stage: str) -> None:
@@ -133,37 +141,21 @@ class InstructionData(FederatedDataModule):
         """
         if self.clients:
             return
-        train, validation, test = (self._rows(split) for split in ("train", "validation", "test"))
-        if self.sources["validation"] is None:
-            train, validation = self._hold_out(train)
+        found = {split: self.limited(self.read(split)[0], split) for split in ("train", "validation", "test")}
+        train, validation = self.hold_out(found["train"], found["validation"])
         train, examples = self._encode("train", train)
         _, self.validation_set = self._encode("validation", validation)
-        _, self.test_set = self._encode("test", test)
-        self.clients = [[examples[i] for i in part.tolist()] for part in self._parts(train)]
+        _, self.test_set = self._encode("test", found["test"])
+        self.deal_rows(examples, train)
 
-    def _rows(self, split: str) -> list[Row]:
-        source = self.sources[split]
-        if source is None:
-            return []
-        rows = read_rows(source, split) if self.hub is None else read_hub(self.hub, self.hub_config, source)[0]
-        return [rows[i] for i in fixed_subset(len(rows), self.limits[split])]
-
-    def _hold_out(self, train: list[Row]) -> tuple[list[Row], list[Row]]:
-        if len(train) < 2:
-            raise ValueError("train: one example only, none can be held out; give validation a file of its own")
-        chosen = set(fixed_subset(len(train), max(1, round(len(train) * self.validation_fraction))))
-        held_out = [row for index, row in enumerate(train) if index in chosen]
-        kept = [row for index, row in enumerate(train) if index not in chosen]
-        return kept, [held_out[i] for i in fixed_subset(len(held_out), self.limits["validation"])]
-
-    def _parts(self, train: list[Row]) -> list[Tensor]:
-        if self.partition == "iid":
-            return partition_iid(len(train), self.requested_clients or 0, self.seed)
-        groups = partition_by_field([row.field(str(self.field), "field") for row in train])
-        if self.requested_clients not in (None, len(groups)):
-            raise ValueError(f"num_clients={self.requested_clients}: field {self.field!r} has {len(groups)} values")
-        self.client_names = list(groups)
-        return list(groups.values())
+    @override
+    def needs(self, row: Row) -> None:
+        if self.messages_field is not None:
+            row.field(self.messages_field, "messages_field")
+        else:
+            self._prompt(row)
+            self._response(row)
+        super().needs(row)
 
     def _encode(self, split: str, rows: list[Row]) -> tuple[list[Row], list[Example]]:
         """The examples, and the rows that they are of: those of which no response would be left are not among them."""
@@ -197,7 +189,8 @@ class InstructionData(FederatedDataModule):
             return row.text(self.prompt_field, "prompt_field")
 
         def filled(slot: re.Match[str]) -> str:
-            return str(row.field(slot[1], "prompt_template"))
+            value = row.fields[slot[1]] if slot[1] in row.fields else row.field(slot[1], "prompt_template")
+            return "" if value is None else str(value)
 
         return _SLOT.sub(filled, self.prompt_template)
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hosfl_lightning.data.readers import Row
+from hosfl_lightning.data.decoding import read_text
+from hosfl_lightning.data.rows import Row
+
+#: In the run folder and beside an exported adapter.
+LABELS = "labels.json"
+_WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
 
 
 @dataclass(frozen=True)
 class LabelSet:
     """The classes of a task.
+
+    A label that reads as a whole number is that number, however a file writes it: 1, 1.0, "1" and "01" are one label.
+    Where there are names it is first looked for among them. Where none of the names is a number, or there are no names,
+    it is the index of the class.
 
     Attributes:
         count: Number of classes; valid indices are 0..count - 1.
@@ -24,63 +35,102 @@ class LabelSet:
     names: Sequence[str] | None = None
 
     def index(self, row: Row, label_field: str) -> int:
-        """The class index of a row: a name's position, or the integer itself (also spelled as text, as in a CSV).
+        """The class index of a row.
 
         Raises:
             ValueError: If the field is missing, the integer is out of range or the name unknown, with the row's place.
         """
         value = row.field(label_field, "label_field")
-        if self.names is not None and value in self.names:
-            return list(self.names).index(value)
-        number = _integer(value)
-        if number is None:
+        text = label_text(value)
+        if text in self._indices:
+            return self._indices[text]
+        numbered = any(_WHOLE.fullmatch(name) for name in self._indices if name is not None)
+        if text is None or numbered or not _WHOLE.fullmatch(text):
             known = "there are no names, set labels" if self.names is None else f"the names are {_some(self.names)}"
-            raise ValueError(f"{row.where}: label {value!r} is neither an integer nor a known name; {known}")
-        if not 0 <= number < self.count:
+            what = "not a known name" if numbered else "neither an integer nor a known name"
+            raise ValueError(f"{row.where}: label {value!r} is {what}; {known}")
+        if not 0 <= int(text) < self.count:
             raise ValueError(
-                f"{row.where}: label {number} is out of range, the {self.count} classes are 0..{self.count - 1}"
+                f"{row.where}: label {text} is out of range, the {self.count} classes are 0..{self.count - 1}"
             )
-        return number
+        return int(text)
+
+    @cached_property
+    def _indices(self) -> dict[str | None, int]:
+        return {label_text(name): index for index, name in enumerate(self.names or ())}
+
+
+def label_text(value: Any) -> str | None:
+    """A label as a name that does not depend on the type in which a file holds it; None: it can be no label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        return None
+    text = value.strip()
+    return str(int(text.split(".")[0])) if _WHOLE.fullmatch(text) else text
 
 
 def read_label_names(path: str) -> list[str]:
-    """Read a JSON file with the list of class names, by index.
+    """Read the class names by index: one a line, or in a JSON file a list, or a model's configuration with `id2label`.
 
     Raises:
         FileNotFoundError: If the path is not a file.
-        ValueError: If it holds anything but a list of distinct strings.
+        ValueError: If it holds anything but distinct names.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"labels: there is no file {path!r}")
+    text = read_text(path, "labels")
+    if Path(path).suffix.lower() != ".json":
+        return _distinct([line.strip() for line in text.splitlines() if line.strip()], path)
     try:
-        names = json.loads(Path(path).read_text("utf-8"))
-    except ValueError as error:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"labels: {path!r} is not valid JSON ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
-        raise ValueError(f"labels: {path!r} must hold a JSON list of distinct class names")
-    return names
+    if isinstance(names, dict) and isinstance(names.get("id2label"), dict):
+        by_index = names["id2label"]
+        names = [by_index.get(str(index)) for index in range(len(by_index))]
+    return _distinct(names, path)
+
+
+def write_label_names(names: Sequence[str]) -> bytes:
+    """A JSON list, which `read_label_names` reads."""
+    return (json.dumps(list(names), ensure_ascii=False, indent=1) + "\n").encode()
 
 
 def infer_labels(rows: Sequence[Row], label_field: str) -> LabelSet:
-    """The classes of a training set: 0..largest if every label is an integer >= 0, else its names in sorted order."""
-    values = [row.field(label_field, "label_field") for row in rows]
-    numbers = [_integer(value) for value in values]
-    if all(number is not None for number in numbers):
-        return LabelSet(max(number for number in numbers if number is not None) + 1)
-    for row, value in zip(rows, values):
-        if not isinstance(value, str):
-            raise ValueError(f"{row.where}: label {value!r} is not a name, as the other labels are")
-    names = sorted(set(values))
-    return LabelSet(len(names), names)
+    """The classes of a training set: 0..largest if every label is an integer, else its names in sorted order."""
+    texts = [label_text(row.field(label_field, "label_field")) for row in rows]
+    for row, text in zip(rows, texts):
+        if text is None:
+            value = row.fields[label_field]
+            raise ValueError(f"{row.where}: label {value!r} is neither an integer nor a name; write 0, 1, ... or names")
+    known = sorted({text for text in texts if text is not None})
+    if all(_WHOLE.fullmatch(text) for text in known):
+        return LabelSet(max(map(int, known)) + 1)
+    return LabelSet(len(known), known)
 
 
-def _integer(value: Any) -> int | None:
-    if isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            return None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def check_from_zero(rows: Sequence[Row], label_field: str) -> None:
+    """Refuse integers of which 0 is not the smallest: they may be names (one to five stars), or count from 1.
+
+    Raises:
+        ValueError: With the place of one.
+    """
+    numbers = [int(text) for row in rows if (text := label_text(row.fields[label_field])) and _WHOLE.fullmatch(text)]
+    if len(numbers) == len(rows) and min(numbers) != 0:
+        where, smallest = rows[numbers.index(min(numbers))].where, min(numbers)
+        index = f", or set num_labels: {max(numbers) + 1} if class 0 has no example" if smallest > 0 else ""
+        raise ValueError(
+            f"{where}: label {smallest} is the smallest, but without names classes count from 0; list the names "
+            f"in a file for labels{index}"
+        )
+
+
+def _distinct(names: Any, path: str) -> list[str]:
+    texts = [label_text(name) for name in names] if isinstance(names, list) else [None]
+    if None in texts or "" in texts or len(set(texts)) < len(texts) or not texts:
+        raise ValueError(f"labels: {path!r} must hold distinct class names, in JSON as a list or as id2label")
+    return [name.strip() if isinstance(name, str) else str(name) for name in names]
 
 
 def _some(names: Sequence[str]) -> str:

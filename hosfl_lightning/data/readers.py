@@ -1,179 +1,141 @@
-"""Text, JSON-lines, CSV and hub datasets as rows that remember where they stand, for errors with a line number."""
+"""The user's own records and texts, from files of many kinds, folders and the hub."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import importlib
-import io
-import json
-import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
-_ROW_SUFFIXES = (".jsonl", ".csv")
+from hosfl_lightning.data.checks import check_choice
+from hosfl_lightning.data.csv_rows import csv_rows
+from hosfl_lightning.data.decoding import check_encoding, read_text
+from hosfl_lightning.data.json_rows import json_document, json_lines
+from hosfl_lightning.data.rows import OnMissing, Row, complete
+from hosfl_lightning.data.sources import RECORDS, SAVED, TEXTS, Source, find_sources
+from hosfl_lightning.data.tables import ClassNames, open_hub, read_saved, read_table
 
 
-class Row(NamedTuple):
-    """One record of a dataset.
+class Records(NamedTuple):
+    """What a source holds.
 
     Attributes:
-        where: Its place, for messages: `train.jsonl line 7`.
-        fields: Field name to value.
+        rows: The records, class labels by their names.
+        class_names: By field, the names of its classes in order, where the source knows them.
     """
 
-    where: str
-    fields: dict[str, Any]
-
-    def field(self, name: str, setting: str) -> Any:
-        """The value of a field that must be there; `setting` is the argument that named it."""
-        if self.fields.get(name) is None:
-            present = ", ".join(key for key, value in self.fields.items() if value is not None)
-            raise ValueError(f"{self.where}: no field {name!r} ({setting}); the fields here are: {present}")
-        return self.fields[name]
-
-    def text(self, name: str, setting: str) -> str:
-        """The value of a field that must be a non-empty string."""
-        value = self.field(name, setting)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where}: {setting} {name!r} must be a non-empty string, not {value!r}")
-        return value
+    rows: list[Row]
+    class_names: ClassNames
 
 
-def read_rows(path: str, setting: str) -> list[Row]:
-    """Read a `.jsonl` or `.csv` file (`.gz` after either), UTF-8, one record a line.
+class Texts(NamedTuple):
+    """The documents of one file.
+
+    Attributes:
+        path: The file, the folder of a data set, or with a hub the split.
+        documents: A text each.
+    """
+
+    path: str
+    documents: list[str]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How sources are read, the same for every data module.
+
+    A source is a file, a folder, a glob or a list of them; with `hub`, the name of a split or a list of them. Records
+    are in .jsonl, .ndjson, .json, .csv, .tsv, .parquet and .arrow, texts also in .txt, .text, .md, .rst and .py, each
+    also with .gz and in any case; or in a folder of `save_to_disk`. A `.json` file is a list of objects, an object with
+    one key and such a list, or JSON lines.
 
     Args:
-        path: The file. A CSV's first line names its fields.
-        setting: The argument that holds the path, for messages.
-
-    Returns:
-        The records in file order; blank lines are skipped.
-
-    Raises:
-        FileNotFoundError: If the path is not a file.
-        ValueError: If the extension is unknown, the file is empty, not UTF-8 or broken gzip, or a line is malformed.
-    """
-    kind = _kind(path, setting, _ROW_SUFFIXES)
-    source = _read(path, setting)
-    rows = list(_json_rows(source, Path(path).name) if kind == ".jsonl" else _csv_rows(source, Path(path).name))
-    if not rows:
-        raise ValueError(f"{setting}: {path!r} has no records")
-    return rows
-
-
-def read_documents(path: str, text_field: str, setting: str) -> list[str]:
-    """Read a language-modelling set: a plain text file is one document, each record of a `.jsonl`/`.csv` another.
-
-    Args:
-        path: A file ending in .txt, .text, .md, .rst, .py, .jsonl or .csv (`.gz` after any of them).
-        text_field: The field that holds a record's text.
-        setting: The argument that holds the path, for messages.
+        encoding: Of text, JSON and CSV files. With the default, UTF-16 and UTF-32 with a byte order mark are read too.
+        delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
+        on_missing: What becomes of records without a value: `error` refuses the first, `skip` leaves them out.
+        hub: Name of a dataset for `datasets.load_dataset`.
+        hub_config: Its configuration, if it has several.
 
     Raises:
-        FileNotFoundError: If the path is not a file.
-        ValueError: As for `read_rows`, or when a record lacks the field.
+        ValueError: A setting makes no sense.
     """
-    if _kind(path, setting, _TEXT_SUFFIXES + _ROW_SUFFIXES) in _TEXT_SUFFIXES:
-        return [_read(path, setting)]
-    return [row.text(text_field, "text_field") for row in read_rows(path, setting)]
 
+    encoding: str = "utf-8"
+    delimiter: str | None = None
+    on_missing: OnMissing = "error"
+    hub: str | None = None
+    hub_config: str | None = None
 
-def read_hub(name: str, config: str | None, split: str) -> tuple[list[Row], dict[str, list[str]]]:
-    """All records of one split of a Hugging Face dataset; arguments, results and errors are those of `open_hub`."""
-    rows, names = open_hub(name, config, split)
-    return list(rows), names
+    def __post_init__(self) -> None:
+        check_encoding(self.encoding)
+        check_choice(("error", "skip"), on_missing=self.on_missing)
+        if self.delimiter is not None and (len(self._delimiter("")) != 1 or self._delimiter("") in '"\r\n'):
+            raise ValueError(f"delimiter={self.delimiter!r}: must be one character, such as ';' or a tab")
+        if self.hub_config is not None and self.hub is None:
+            raise ValueError(f"hub_config={self.hub_config!r}: it is of a dataset, set hub to its name")
 
+    def rows(self, source: str | Sequence[str], setting: str, needs: Callable[[Row], Any]) -> Records:
+        """All records of a source.
 
-def open_hub(name: str, config: str | None, split: str) -> tuple[Iterator[Row], dict[str, list[str]]]:
-    """Open one split of a Hugging Face dataset with `datasets.load_dataset(name, config, split=split)`.
+        Args:
+            source: As above.
+            setting: The argument that holds it, for messages.
+            needs: Asks a record for what it must have (see `complete`).
 
-    Args:
-        name: Dataset name on the hub, or a local folder.
-        config: Its configuration, if it has several.
-        split: Name of the split.
+        Raises:
+            FileNotFoundError: If there is no such file, or none in a folder or for a glob.
+            ImportError: If it needs the extra `hub`, and that is not installed.
+            ValueError: If a file or a record is bad, or lacks what it must have; the message names file and line.
+        """
+        parts = [self._records(one, setting) for one in self._find(source, setting, RECORDS)]
+        rows = [row for part in parts for row in part.rows]
+        return Records(complete(rows, needs, self.on_missing, setting), parts[0].class_names)
 
-    Returns:
-        The records, one at a time, and the class names of the fields that are class labels.
+    def texts(self, source: str | Sequence[str], text_field: str, setting: str) -> list[Texts]:
+        """The documents of each file: a text file is one, each record of another its field `text_field`.
 
-    Raises:
-        ImportError: If `datasets` is not installed.
-        ValueError: If the dataset cannot be loaded or the split is empty.
-    """
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"hub={name!r} needs the datasets library: pip install 'hosfl_lightning[hub]'", name="datasets"
-        ) from error
-    try:
-        dataset = datasets.load_dataset(name, config, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[:1]
-        raise ValueError(f"hub={name!r}, hub_config={config!r}, split {split!r}: {' '.join(reason)}") from error
-    if not len(dataset):
-        raise ValueError(f"hub={name!r}: split {split!r} has no records")
-    names = {key: list(kind.names) for key, kind in dataset.features.items() if hasattr(kind, "names")}
-    return (Row(f"{name} {split} record {number}", dict(fields)) for number, fields in enumerate(dataset)), names
+        Raises:
+            FileNotFoundError: As for `rows`.
+            ImportError: As for `rows`.
+            ValueError: As for `rows`.
+        """
+        found = []
+        for one in self._find(source, setting, TEXTS + RECORDS):
+            if one.kind in TEXTS:
+                found.append(Texts(one.path, [read_text(one.path, setting, self.encoding)]))
+                continue
+            rows = self._records(one, setting).rows
+            kept = complete(rows, lambda row: row.text(text_field, "text_field"), self.on_missing, one.name)
+            found.append(Texts(one.path, [row.fields[text_field] for row in kept]))
+        return found
 
+    def _find(self, source: str | Sequence[str], setting: str, kinds: Sequence[str]) -> list[Source]:
+        if self.hub is None:
+            return find_sources(source, setting, kinds)
+        splits = [source] if isinstance(source, str) else source
+        return [Source(split, f"{setting} {split}", "") for split in splits]
 
-def read_bytes(path: str, setting: str) -> bytes:
-    """The whole content of a file, unpacked if its name ends in .gz; `setting` is the argument that names it.
+    def _records(self, source: Source, setting: str) -> Records:
+        rows: Any
+        names: ClassNames = {}
+        if self.hub is not None:
+            rows, names = open_hub(self.hub, self.hub_config, source.path)
+        elif source.kind == SAVED:
+            rows, names = read_saved(source, setting)
+        elif source.kind in (".parquet", ".arrow"):
+            rows, names = read_table(source, setting)
+        else:
+            rows = self._parse(read_text(source.path, setting, self.encoding), source)
+        records = Records([row._replace(file=source.path) for row in rows], names)
+        if not records.rows:
+            raise ValueError(f"{setting}: {source.path!r} has no records")
+        return records
 
-    Raises:
-        FileNotFoundError: If the path is not a file.
-        ValueError: If a .gz file is damaged or cut short.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{setting}: there is no file {path!r}")
-    content = Path(path).read_bytes()
-    try:
-        return gzip.decompress(content) if path.endswith(".gz") else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{setting}: {path!r} is not a whole gzip file ({error})") from error
+    def _parse(self, text: str, source: Source) -> Any:
+        if source.kind in (".csv", ".tsv"):
+            return csv_rows(text, source.name, self._delimiter(source.kind))
+        return (json_document if source.kind == ".json" else json_lines)(text, source.name)
 
-
-def _kind(path: str, setting: str, known: tuple[str, ...]) -> str:
-    suffix = Path(path.removesuffix(".gz")).suffix.lower()
-    if suffix not in known:
-        raise ValueError(f"{setting}: unknown extension of {path!r}; known are {', '.join(known)}, each also with .gz")
-    return suffix
-
-
-def _read(path: str, setting: str) -> str:
-    """The whole file as text, line ends as they are."""
-    try:
-        text = read_bytes(path, setting).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{setting}: {path!r} is not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise ValueError(f"{setting}: {path!r} is empty")
-    return text
-
-
-def _json_rows(source: str, name: str) -> Iterator[Row]:
-    for number, line in enumerate(io.StringIO(source, newline=None), start=1):
-        where = f"{name} line {number}"
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: a line must be a JSON object with named fields, not {line.strip()[:40]!r}")
-        yield Row(where, fields)
-
-
-def _csv_rows(source: str, name: str) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(source, newline=""), strict=True)
-    try:
-        for fields in reader:
-            where = f"{name} line {reader.line_num}"
-            if None in fields or None in fields.values():
-                raise ValueError(f"{where}: the header names {len(reader.fieldnames or ())} columns, this line differs")
-            yield Row(where, fields)
-    except csv.Error as error:
-        raise ValueError(f"{name} line {reader.line_num}: not valid CSV ({error})") from error
+    def _delimiter(self, kind: str) -> str:
+        if self.delimiter is None:
+            return "\t" if kind == ".tsv" else ","
+        return "\t" if self.delimiter == "\\t" else self.delimiter  # as a shell or YAML's single quotes pass it

@@ -1,31 +1,37 @@
-"""Language modelling on the user's own text files."""
+"""Language modelling on the user's own texts."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction, check_share
 from hosfl_lightning.data.federated import FederatedDataModule
-from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
-from hosfl_lightning.data.readers import read_documents
+from hosfl_lightning.data.partition import ByFile, Partitioner, fixed_subset, spelled
+from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.rows import OnMissing
 from hosfl_lightning.data.tokenization import Example, language_blocks, token_stream
 
 
 class TextData(FederatedDataModule):
-    """Language modelling on text, JSON-lines or CSV files, cut into blocks of `sequence_length` tokens.
+    """Language modelling on the user's texts, cut into blocks of `sequence_length` tokens.
 
-    A plain text file is one document, each record of a `.jsonl`/`.csv` file another; the documents of a file are
-    joined by eos and what does not fill a block at its end is dropped. Of each file's blocks the last `test_fraction`
-    are the test set, those before them the validation set unless there are `validation_files`, and the rest is for
-    training: learning rates are tuned on other text than the result is told of.
+    A plain text file is one document, each record of another file another; the documents of a file are joined by eos
+    and what does not fill a block at its end is dropped. Of each file's blocks the last `test_fraction` are the test
+    set, those before them the validation set unless there are `validation_files`, and the rest is for training:
+    learning rates are tuned on other text than the result is told of. Files that are too short for that are taken
+    together, unless each is to be a client.
 
     Args:
-        files: Training files: .txt, .text, .md, .rst, .py, .jsonl or .csv, `.gz` after any of them.
-        validation_files: Files for validation. None: the last part of each training file.
-        test_files: Files for the test set. None: `test_fraction` of each training file, if that is not 0.
+        files: Training texts: a file (.txt, .text, .md, .rst, .py, .jsonl, .ndjson, .json, .csv, .tsv, .parquet or
+            .arrow, each also with .gz), a folder of such files or of `save_to_disk`, a glob, or a list of these; with
+            `hub` the names of splits. What a folder or a glob finds is in the order of the paths.
+        validation_files: The same for validation. None: the last part of each training file.
+        test_files: The same for the test set. None: `test_fraction` of each training file, if that is not 0.
         text_field: The field that holds a record's text.
         num_clients: Number of clients; needed for `partition: iid`. By file it may be left out.
         partition: `iid` deals the training blocks to the clients at random; `by_file` makes each file a client.
@@ -40,6 +46,12 @@ class TextData(FederatedDataModule):
         eval_batch_size: Blocks per batch of the held-out loaders.
         tokenizer: Name, folder or tokenizer; None: the model's own.
         seed: Fixes the partition and every client's order of blocks.
+        hub: Name of a dataset for `datasets.load_dataset`; needs the extra `hub`. None: files.
+        hub_config: Its configuration, if it has several.
+        encoding: Of text, JSON and CSV files.
+        delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
+        on_missing: What becomes of records whose text is absent, null or empty: `error` refuses the first, `skip`
+            leaves them out and says how many.
 
     Example::
 
@@ -48,9 +60,9 @@ class TextData(FederatedDataModule):
 
     def __init__(
         self,
-        files: list[str],
-        validation_files: list[str] | None = None,
-        test_files: list[str] | None = None,
+        files: str | list[str],
+        validation_files: str | list[str] | None = None,
+        test_files: str | list[str] | None = None,
         text_field: str = "text",
         num_clients: int | None = None,
         partition: Literal["iid", "by_file"] = "iid",
@@ -64,6 +76,11 @@ class TextData(FederatedDataModule):
         eval_batch_size: int = 32,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        hub: str | None = None,
+        hub_config: str | None = None,
+        encoding: str = "utf-8",
+        delimiter: str | None = None,
+        on_missing: OnMissing = "error",
     ) -> None:
         super().__init__(batch_size, eval_batch_size, tokenizer, seed)
         check_at_least(2, sequence_length=sequence_length)
@@ -76,15 +93,10 @@ class TextData(FederatedDataModule):
             raise ValueError("files: name at least one training file")
         if partition == "iid" and num_clients is None and partitioner is None:
             raise ValueError("num_clients: partition=iid needs the number of clients")
-        if partition == "by_file" and num_clients not in (None, len(files)):
-            raise ValueError(
-                f"num_clients={num_clients}: partition=by_file makes each of the {len(files)} files a client"
-            )
         if test_files and test_fraction:
             raise ValueError(f"test_fraction={test_fraction}: there are test_files; give one of the two")
-        self.files = list(files)
-        self.validation_files = list(validation_files or [])
-        self.test_files = list(test_files or [])
+        self.files, self.validation_files, self.test_files = files, validation_files, test_files
+        self.reader = Reader(encoding, delimiter, on_missing, hub, hub_config)
         self.text_field = text_field
         self.requested_clients = num_clients
         self.partitioner = spelled(partitioner, partition)
@@ -104,39 +116,73 @@ class TextData(FederatedDataModule):
         """
         if self.clients:
             return
-        training = [self._blocks(path, "files") for path in self.files]
-        validation = [block for path in self.validation_files for block in self._blocks(path, "validation_files")]
-        test = [block for path in self.test_files for block in self._blocks(path, "test_files")]
-        for path, blocks in zip(self.files, training):
-            for_validation, for_test = self._hold_out(path, blocks)
+        training = self._pieces(self.files, "files")
+        validation, test = (
+            [block for piece in self._pieces(source, setting) for block in piece.blocks]
+            for source, setting in ((self.validation_files, "validation_files"), (self.test_files, "test_files"))
+        )
+        for piece in training:
+            for_validation, for_test = self._hold_out(piece)
             validation += for_validation
             test += for_test
         self.validation_set = [validation[i] for i in fixed_subset(len(validation), self.max_validation_examples)]
         self.test_set = [test[i] for i in fixed_subset(len(test), self.max_test_examples)]
-        blocks = [block for file in training for block in file]
-        files = [path for path, of_file in zip(self.files, training) for _ in of_file]
+        blocks = [block for piece in training for block in piece.blocks]
+        files = [piece.name for piece in training for _ in piece.blocks]
         self.deal(blocks, self.partitioner, files=files, num_clients=self.requested_clients)
 
-    def _blocks(self, path: str, setting: str) -> list[Example]:
-        stream = token_stream(read_documents(path, self.text_field, setting), self.resolve_tokenizer())
-        blocks = language_blocks(stream, self.sequence_length)
-        if not blocks:
-            raise ValueError(
-                f"{setting}: {path!r} has {len(stream)} tokens, fewer than one block; lower sequence_length from "
-                f"{self.sequence_length} or leave the file out"
-            )
-        return blocks
+    def _pieces(self, source: str | Sequence[str] | None, setting: str) -> list[_Piece]:
+        """Each file's blocks; files too short to be split one by one are one piece, unless each is to be a client."""
+        texts = self.reader.texts(source, self.text_field, setting) if source else []
+        pieces = [_Piece(one.path, self._blocks(one.documents)) for one in texts]
+        shares = self._shares if setting == "files" else ()
+        short = [i for i, piece in enumerate(pieces) if _left(piece.blocks, shares) < 1]
+        if len(short) > 1 and (not isinstance(self.partitioner, ByFile) or setting != "files"):
+            rank_zero_info(f"{setting}: {len(short)} of {len(texts)} files are short and taken together")
+            together = self._blocks([document for i in short for document in texts[i].documents])
+            pieces = [piece for i, piece in enumerate(pieces) if i not in set(short)]
+            pieces.append(_Piece(f"{texts[short[0]].path} and {len(short) - 1} more", together))
+        for piece in pieces:
+            if not piece.blocks:
+                raise ValueError(
+                    f"{setting}: {piece.name!r} has too few tokens for one block; lower sequence_length from "
+                    f"{self.sequence_length} or leave it out"
+                )
+        return pieces
 
-    def _hold_out(self, path: str, blocks: list[Example]) -> tuple[list[Example], list[Example]]:
+    def _blocks(self, documents: Sequence[str]) -> list[Example]:
+        return language_blocks(token_stream(documents, self.resolve_tokenizer()), self.sequence_length)
+
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        """Of the blocks of a training file: for validation, for the test set."""
+        return (0.0 if self.validation_files else self.validation_fraction, self.test_fraction)
+
+    def _hold_out(self, piece: _Piece) -> tuple[list[Example], list[Example]]:
         """Take the last blocks off the list: those for validation, and behind them those for the test set."""
-        shares = (0.0 if self.validation_files else self.validation_fraction, self.test_fraction)
-        validation, test = (max(1, round(len(blocks) * share)) if share else 0 for share in shares)
-        kept = len(blocks) - validation - test
+        name, blocks = piece
+        validation, test = (_share(len(blocks), share) for share in self._shares)
+        kept = _left(blocks, self._shares)
         if kept < 1:
             raise ValueError(
-                f"files: {path!r} has {len(blocks)} block(s), and {validation} for validation and {test} for testing "
+                f"files: {name!r} has {len(blocks)} block(s), and {validation} for validation and {test} for testing "
                 "leave none; lower sequence_length or give validation_files"
             )
         held_out = blocks[kept:]
         del blocks[kept:]
         return held_out[:validation], held_out[validation:]
+
+
+class _Piece(NamedTuple):
+    """What is split by itself: a file, or several short ones."""
+
+    name: str
+    blocks: list[Example]
+
+
+def _share(count: int, share: float) -> int:
+    return max(1, round(count * share)) if share else 0
+
+
+def _left(blocks: list[Example], shares: Sequence[float]) -> int:
+    return len(blocks) - sum(_share(len(blocks), share) for share in shares)

@@ -103,6 +103,7 @@ class SplitModule(L.LightningModule, ABC):
         if server is not None:
             self._modules["server_half"] = server
             self._server_trainable = tuple(n for n, p in server.named_parameters() if p.requires_grad)
+        self.label_names: Sequence[str] | None = None
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
         for metric in self.metrics.modules():
@@ -186,6 +187,10 @@ class SplitModule(L.LightningModule, ABC):
         held = self.client_half if self.part == "client" else self.whole
         check_tokens(examples, owner, held.config, self.pretrained)
 
+    def name_labels(self, names: Sequence[str]) -> None:
+        """Take the names of the classes from the data; they are exported with the adapter."""
+        self.label_names = list(names)
+
     def objection(self, message: SmashedData) -> str | None:
         """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""
         return smashed_objection(message, self.client_half)
@@ -240,6 +245,7 @@ class SplitModule(L.LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what is trained; the backbone is where it came from."""
         checkpoint["state_dict"] = {name: tensor.clone() for name, tensor in self.trained_state().items()}
+        checkpoint["label_names"] = self.label_names
 
     # ---- Lightning
 
@@ -323,7 +329,7 @@ class SplitModule(L.LightningModule, ABC):
             raise SplitError(
                 "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
             )
-        export_adapter(self.whole, directory, resolve(self.pretrained))
+        export_adapter(self.whole, directory, resolve(self.pretrained), self.label_names)
 
     def _evaluate(self, batch: Batch, stage: str) -> Tensor | None:
         """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""

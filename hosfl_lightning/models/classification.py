@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
+from transformers import PretrainedConfig
 
 from hosfl_lightning.models.base import Metrics, SplitModule
 from hosfl_lightning.wire import SmashedData
@@ -48,6 +49,23 @@ class SplitClassifier(SplitModule):
                 f"data of {owner}: label {wrong[0]} is not in 0..{self.num_labels - 1}; set "
                 "model.init_args.num_labels to the number of classes"
             )
+
+    def name_labels(self, names: Sequence[str]) -> None:
+        """Also into the model's configuration, as ``id2label`` and ``label2id``.
+
+        Raises:
+            ValueError: There are not ``num_labels``.
+        """
+        if len(names) != self.num_labels:
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+            raise ValueError(
+                f"model.init_args.num_labels is {self.num_labels}, and the data has {len(names)} classes ({known}): "
+                "set it to that number, or data.init_args.labels to a file with all names"
+            )
+        super().name_labels(names)
+        config = getattr(self.whole, "config", None) if self.part == "both" else None
+        if isinstance(config, PretrainedConfig):
+            config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
 
     def objection(self, message: SmashedData) -> str | None:
         """z has the cut's width, and the labels are classes, one a sequence."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,18 @@ def load_model(model: SplitModule, checkpoint: dict[str, Any]) -> None:
     """Copy the trained tensors in.
 
     Raises:
-        CheckpointError: They were trained on another backbone.
+        CheckpointError: They were trained on another backbone, or with the classes in another order.
         SplitError: Another cut or other adapters.
     """
+    names = checkpoint.get("label_names")
+    if names is not None and model.label_names is None:
+        model.name_labels(names)
+    elif names is not None and list(names) != model.label_names:
+        one, other = next((a, b) for a, b in zip_longest(names, model.label_names or ()) if a != b)
+        raise CheckpointError(
+            f"ckpt_path: it was trained with other classes than the data has: {one!r} is {other!r} there; set "
+            "data.init_args.labels to the labels.json of the run"
+        )
     model.load_trained_state(checkpoint["state_dict"])
     if checkpoint["fingerprint"] != model.fingerprint():
         raise CheckpointError(

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from hosfl_lightning.data.labels import LABELS, write_label_names
 from hosfl_lightning.files import rename, write_whole
 from hosfl_lightning.fleet import Processes
 from hosfl_lightning.loggers import CSVLogger
@@ -191,6 +192,12 @@ def remember(folder: str, run_id: bytes, start: str, starts: dict[str, Any], log
     own = {"run_id": run_id.hex(), "start": start, "starts": starts}
     identity = {**own, **known, **({"wandb": ids[-1]} if ids else {})}
     write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
+
+
+def write_labels(folder: str, names: Sequence[str] | None) -> None:
+    """The names of the classes by index, as `data.init_args.labels` reads them."""
+    if names is not None:
+        write_whole(Path(folder) / LABELS, lambda file: file.write(write_label_names(names)))
 
 
 def how_to_go_on(folder: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -93,6 +93,11 @@ class ServedData(FederatedDataModule):
     def holders(self) -> list[int]:
         """All: which of them have examples only they know."""
         return list(range(len(self.clients)))
+
+    @property
+    @override
+    def label_names(self) -> Sequence[str] | None:
+        return self.own.label_names
 
     @override
     def prepare_data(self) -> None:

@@ -87,6 +87,8 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
     data.prepare_data()
     data.setup(fn.value)
     check_data(data, model, fn, None if trainer.serving is None else trainer.serving.validate)
+    if data.label_names is not None:
+        model.name_labels(data.label_names)
     if fn is TrainerFn.FITTING:
         trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
 

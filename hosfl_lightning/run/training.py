@@ -67,6 +67,7 @@ def train(
                 print(model.labels_notice, flush=True)
             trainer.call("on_fit_start")
             if first_of_all:
+                folder.write_labels(trainer.log_dir, model.label_names)
                 folder.remember(trainer.log_dir, trainer.fleet.channel.run_id, initial, started, trainer.loggers)
             return RoundLoop(trainer).train()
         finally:

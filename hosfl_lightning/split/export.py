@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 
+from hosfl_lightning.data.labels import LABELS, write_label_names
 from hosfl_lightning.files import sync
 
-_FILES = {"adapter_config.json", "adapter_model.safetensors"}
+_FILES = {"adapter_config.json", "adapter_model.safetensors", LABELS}
 
 
-def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name_or_path: str | None = None) -> Path:
+def export_adapter(
+    peft_model: PeftModel,
+    directory: str | Path,
+    base_model_name_or_path: str | None = None,
+    label_names: Sequence[str] | None = None,
+) -> Path:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors``, both halves in one adapter.
 
     ``PeftModel.from_pretrained(base, directory)`` then gives the split model's logits. The folder appears complete
@@ -22,6 +29,10 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
         peft_model: what :func:`hosfl_lightning.split.add_lora` returned.
         directory: where to.
         base_model_name_or_path: the base model that the adapter names; by default the one it knows.
+        label_names: of a classifier: written into ``labels.json``, a list; ``dict(enumerate(list))`` is the
+            ``id2label`` that the base model's ``from_pretrained`` takes. An adapter itself has no place for them: PEFT
+            warns of keys that it does not know, and with a ``config.json`` in the folder transformers looks for the
+            base model's weights there.
 
     Raises:
         ValueError: no base model is known: an adapter that names none cannot be loaded by itself.
@@ -42,6 +53,8 @@ def export_adapter(peft_model: PeftModel, directory: str | Path, base_model_name
     try:
         peft_model.save_pretrained(str(staging / "new"), save_embedding_layers=False)
         (staging / "new" / "README.md").unlink(missing_ok=True)  # an empty model card
+        if label_names is not None:
+            (staging / "new" / LABELS).write_bytes(write_label_names(label_names))
         for file in [*(staging / "new").iterdir(), staging / "new"]:
             sync(file)
         if directory.exists():

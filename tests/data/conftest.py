@@ -62,7 +62,8 @@ def write(tmp_path: Path) -> Callable[[str, Any], str]:
             content = "".join(json.dumps(record) + "\n" for record in content)
         data = content.encode() if isinstance(content, str) else content
         path = tmp_path / name
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
         return str(path)
 
     return write_file

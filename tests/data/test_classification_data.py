@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from jsonargparse import ArgumentParser
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data import ClassificationData, DocstringData, Example, FederatedDataModule, TextData
+from tests.data.formats import FORMATS, save_splits, write_records
 
 Write = Callable[[str, Any], str]
 RECORDS = [{"text": f"text {i:02d}", "label": i % 3, "user": "uvw"[i % 3 and 1]} for i in range(40)]
 
 
-def make(tokenizer: PreTrainedTokenizerBase, train: str, **settings: Any) -> ClassificationData:
+def make(tokenizer: PreTrainedTokenizerBase, train: str | list[str], **settings: Any) -> ClassificationData:
     data = ClassificationData(train, **{"tokenizer": tokenizer, "num_clients": 4, **settings})
     data.setup("fit")
     return data
@@ -116,7 +119,12 @@ def test_the_prompt_route_labels_the_word_only(write: Write, tokenizer: PreTrain
     ("records", "settings", "message"),
     [
         ([*RECORDS[:2], {"text": "x", "label": 5}], {"num_labels": 3}, "a.jsonl line 3: label 5 is out of range.*0..2"),
-        ([*RECORDS[:2], {"text": "x", "label": -1}], {}, "a.jsonl line 3: label -1 is out of range"),
+        ([*RECORDS[:2], {"text": "x", "label": -1}], {}, "a.jsonl line 3: label -1 is the smallest, .* for labels$"),
+        (
+            [{"text": "x", "label": i % 3 + 1} for i in range(9)],
+            {},
+            "line 1: label 1 is the smallest, .* classes count from 0; list .* for labels, or set num_labels: 4 if",
+        ),
         (
             [{"body": "x", "label": 0}] * 9,
             {},
@@ -126,7 +134,7 @@ def test_the_prompt_route_labels_the_word_only(write: Write, tokenizer: PreTrain
         (
             [*RECORDS, {"text": " ", "label": 0}],
             {"validation_fraction": 0.01},
-            "line 41: text_field 'text' must be a non-",
+            r"line 41: field 'text' \(text_field\) is empty; on_missing: skip",
         ),
         (RECORDS, {"num_clients": 50}, "num_clients=50 is more than the 36 examples"),
         (
@@ -148,6 +156,92 @@ def test_bad_data(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make(tokenizer, write("a.jsonl", records), **settings)
+
+
+def test_a_name_that_the_training_set_lacks(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    train = write("a.jsonl", [{"text": "x", "label": "ny"[i % 2]} for i in range(8)])
+    other = write("v.csv", "text,label\nx,n\n\nx,maybe\n")
+    for split in ("validation", "test"):
+        with pytest.raises(ValueError, match=r"^v.csv line 4: label 'maybe' is neither .*; the names are n, y$"):
+            make(tokenizer, train, **{split: other})
+
+
+STARS = [{"text": f"text {i:02d}", "label": i % 3 + 1} for i in range(12)]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["names", "indices"])
+@pytest.mark.parametrize("name", [*(f"a{suffix}" for suffix in FORMATS), "saved"])
+def test_digits_are_the_same_labels_in_every_file(
+    write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, named: bool
+) -> None:
+    path = write_records(tmp_path / "data", name, STARS)
+    settings: dict[str, Any] = {"labels": write("labels.txt", "1\n2\n3\n")} if named else {"num_labels": 4}
+    data = make(tokenizer, path, validation=path, num_clients=1, **settings)
+    assert pairs(data.validation_set, tokenizer) == [(f"text {i:02d}", i % 3 + (not named)) for i in range(12)]
+    assert data.label_names == (["1", "2", "3"] if named else None)
+
+
+def test_numbers_and_words_are_names_in_every_file(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    mixed = [{"text": "x", "label": label} for label in ("1", "none", "10", "2") * 2]
+    found = [make(tokenizer, write_records(tmp_path, f"a{suffix}", mixed)).label_names for suffix in FORMATS]
+    found.append(make(tokenizer, write_records(tmp_path, "b.jsonl", [*mixed, {"text": "x", "label": 2}])).label_names)
+    assert found == [["1", "10", "2", "none"]] * len(found)
+
+
+def test_names_are_those_of_all_training_records(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also of those that `max_train_examples` leaves out."""
+    path = write("a.jsonl", [{"text": "x", "label": f"n{i}"} for i in range(9)])
+    data = make(tokenizer, path, validation=path, max_train_examples=4)
+    assert data.label_names == [f"n{i}" for i in range(9)]
+    assert len(data.validation_set) == 9
+
+
+def test_records_that_lack_something_can_be_skipped(
+    write: Write, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    lacking = [{"text": None, "label": 0}, {"text": "", "label": 0}, {"text": "x", "label": None}, {"label": 1}, {}]
+    path = write("a.jsonl", [*lacking, *RECORDS, {"text": "x", "label": float("nan")}])
+    with caplog.at_level(logging.INFO):
+        data = make(tokenizer, path, validation=write("v.jsonl", RECORDS), on_missing="skip")
+    assert sum(map(len, data.clients)) == len(RECORDS)
+    assert [one for one in caplog.messages if "skipped" in one] == [
+        "train: 6 of 46 records are skipped, the first: a.jsonl line 1: field 'text' (text_field) is null"
+    ]
+    by_field = {"partition": "field", "field": "user", "num_clients": None, "on_missing": "skip"}
+    data = make(tokenizer, write("b.jsonl", [*RECORDS, {"text": "x", "label": 0, "user": None}]), **by_field)
+    assert data.client_names == ["u", "v"]
+
+
+def test_folders_globs_and_lists(write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    parts = [write_records(tmp_path / "set", name, RECORDS[i::2]) for i, name in enumerate(["a.csv.gz", "b.parquet"])]
+    write("set/README.md", "of this set")
+    for source in (parts, str(tmp_path / "set"), str(tmp_path / "set" / "*"), [parts[0], str(tmp_path / "set" / "b*")]):
+        data = make(tokenizer, source, validation=source)
+        assert sorted(pairs(data.validation_set, tokenizer)) == sorted(EXPECTED)
+
+
+def test_a_data_set_that_knows_its_names(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, write: Write) -> None:
+    dataset = Dataset.from_list(RECORDS).cast_column("label", ClassLabel(names=["3", "2", "1"]))
+    path = save_splits(tmp_path / "set", train=dataset, validation=dataset.select(range(5)))
+    for data in (make(tokenizer, path, validation=path), make(tokenizer, "train", validation="validation", hub=path)):
+        assert data.label_names == ["3", "2", "1"]
+        assert pairs(data.validation_set, tokenizer) == EXPECTED[:5]
+    data = make(tokenizer, path, validation=path, labels=write("labels.txt", "1\n2\n3\n"))
+    assert pairs(data.validation_set, tokenizer) == [(text, 2 - label) for text, label in EXPECTED[:5]]
+
+
+def test_words_of_a_prompt_are_never_matched_to_names_by_guessing(
+    write: Write, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = write("a.jsonl", [{"text": "x", "label": "no"}, {"text": "x", "label": "yes"}])
+    with pytest.raises(ValueError, match=r"a.jsonl line 1: label 'no' is neither .*; there are no names, set labels"):
+        make(tokenizer, path, validation=path, prompt="{text}:", label_words=[" a", " b"])
+
+
+def test_num_labels_and_names_that_differ(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write("a.jsonl", [{"text": "x", "label": "no"}, {"text": "x", "label": "yes"}])
+    with pytest.raises(ValueError, match="num_labels: 3 classes, but there are 2"):
+        make(tokenizer, path, validation=path, num_labels=3)
 
 
 def test_a_label_out_of_range_in_the_validation_file(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -200,6 +294,7 @@ def test_hub_splits_and_names(monkeypatch: pytest.MonkeyPatch, tokenizer: PreTra
     [
         (DocstringData, ["--data.packages=[numpy, torch]", "--data.sequence_length=16"]),
         (TextData, ["--data.files=[a.txt]", "--data.partition=by_file"]),
+        (TextData, ["--data.files=notes/*.txt", "--data.partition=by_file", "--data.on_missing=skip"]),
         (
             ClassificationData,
             ["--data.train=a.csv", "--data.num_clients=3", "--data.label_words=[' a', ' b']", "--data.prompt={text}:"],

@@ -65,7 +65,7 @@ def test_bad_records_name_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
         make(monkeypatch, splits, image_field="image")
     with pytest.raises(ValueError, match=r"no field 'label' \(label_field\)"):
         make(monkeypatch, splits, label_field="label")
-    with pytest.raises(ValueError, match="image_field 'fine' holds no image but a int"):
+    with pytest.raises(ValueError, match="image_field 'fine' holds no image but a str"):
         make(monkeypatch, splits, image_field="fine")
     with pytest.raises(ValueError, match="split 'test' has no records"):
         make(monkeypatch, splits | {"test": FakeDataset()})

@@ -1,20 +1,23 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data import Example, TextData
+from tests.data.formats import save_splits
 
 Write = Callable[[str, Any], str]
 TEXT = "".join(f"{i:03d}-" for i in range(100))  # block i of 4 tokens reads "i-"
 
 
-def make(tokenizer: PreTrainedTokenizerBase, files: list[str], **settings: Any) -> TextData:
+def make(tokenizer: PreTrainedTokenizerBase, files: str | list[str], **settings: Any) -> TextData:
     data = TextData(files, **{"tokenizer": tokenizer, "sequence_length": 4, "batch_size": 2, **settings})
     data.setup("fit")
     return data
@@ -99,6 +102,52 @@ def test_records_are_documents_joined_by_eos(write: Write, tokenizer: PreTrained
     assert blocks == ["aaa<eos>", "bbb<eos>", "cccc"]
 
 
+def test_a_folder_a_glob_and_splits(tmp_path: Path, write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name in ("notes/b.txt", "notes/sub/a.md.gz", "notes/c.csv"):
+        write(name, "text\n" + TEXT)
+    path = save_splits(
+        tmp_path / "set", train=Dataset.from_dict({"text": [TEXT]}), validation=Dataset.from_dict({"text": ["vvvv"]})
+    )
+    settings = {"partition": "by_file", "test_files": str(tmp_path / "notes" / "*.csv")}
+    folder = make(tokenizer, str(tmp_path / "notes"), **settings)
+    assert folder.client_names == ["b", "c", "a"]
+    assert len(folder.test_set) == 100
+    data = make(tokenizer, path, num_clients=2, validation_files=path)
+    assert texts(data.validation_set, tokenizer) == ["vvvv"]
+    hub = make(tokenizer, "train", num_clients=2, validation_files=["validation"], hub=path)
+    assert texts(hub.validation_set, tokenizer) == ["vvvv"]
+    assert texts(hub.clients[0], tokenizer) == texts(data.clients[0], tokenizer)
+
+
+def test_short_files_are_taken_together(
+    write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for i in range(10):
+        write(f"notes/{i}.txt", "abc")
+    write("notes/long.txt", TEXT)
+    with caplog.at_level(logging.INFO):
+        data = make(tokenizer, str(tmp_path / "notes"), num_clients=1)
+    assert "files: 10 of 11 files are short and taken together" in caplog.messages
+    together = [f"abc{end}" for end in ["<eos>"] * 9]  # the last has no block of its own
+    assert sorted(texts(data.clients[0], tokenizer)) == sorted([f"{i:03d}-" for i in range(90)] + together[:-1])
+    assert texts(data.validation_set, tokenizer) == [f"{i:03d}-" for i in range(90, 100)] + together[-1:]
+    for source in ("files", "validation_files"):
+        small = {"files": str(tmp_path / "notes" / "long.txt"), source: str(tmp_path / "notes" / "[01].txt")}
+        with pytest.raises(ValueError, match=f"{source}: '.*0.txt and 1 more' has "):
+            make(tokenizer, **small, num_clients=1, sequence_length=40)
+    with pytest.raises(ValueError, match=r"files: '.*0.txt' has too few tokens for one block"):
+        make(tokenizer, str(tmp_path / "notes"), partition="by_file")
+
+
+def test_options_of_the_reader(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    table = "id;text\n" + "".join(f"{i};{'é' * 4 if i % 2 else ''}\n" for i in range(12))
+    settings = {"encoding": "cp1252", "delimiter": ";", "on_missing": "skip"}
+    data = make(tokenizer, write("a.csv", table.encode("cp1252")), num_clients=1, sequence_length=9, **settings)
+    assert texts(data.clients[0], tokenizer) == ["éééé<eos>"] * 4
+    with pytest.raises(ValueError, match=r"a.csv line 2: field 'text' \(text_field\) is empty; on_missing: skip"):
+        make(tokenizer, write("a.csv", table), num_clients=1, delimiter=";")
+
+
 def test_batches(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     batch = make(tokenizer, [write("a.txt", TEXT)], num_clients=2).client_batch(1, 0)
     assert batch["input_ids"].shape == (2, 4)
@@ -111,7 +160,6 @@ def test_batches(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     [
         ({"files": []}, "files: name at least one"),
         ({}, "num_clients: partition=iid needs"),
-        ({"num_clients": 2, "partition": "by_file"}, "num_clients=2: partition=by_file makes each of the 1 files"),
         ({"num_clients": 2, "partition": "random"}, "partition='random': choose one of iid, by_file"),
         ({"num_clients": 2, "validation_fraction": 1.0}, "validation_fraction=1.0"),
         ({"num_clients": 2, "test_fraction": 1.0}, "test_fraction=1.0: must be at least 0 and below 1"),
@@ -130,7 +178,7 @@ def test_bad_files(write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: P
     with pytest.raises(FileNotFoundError, match="files: there is no file"):
         make(tokenizer, [str(tmp_path / "none.txt")], num_clients=1)
     with pytest.raises(
-        ValueError, match=r"files: .*a.txt' has 3 tokens, fewer than one block; lower sequence_length from 4"
+        ValueError, match=r"files: .*a.txt' has too few tokens for one block; lower sequence_length from 4"
     ):
         make(tokenizer, [write("a.txt", "abc")], num_clients=1)
     with pytest.raises(ValueError, match=r"1 block\(s\), and 1 for validation and 0 for testing leave none; lower"):
@@ -139,6 +187,8 @@ def test_bad_files(write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: P
         make(tokenizer, [write("a.txt", "abcdefgh")], num_clients=1, test_fraction=0.1)
     with pytest.raises(ValueError, match="num_clients=9 is more than the 2 examples"):
         make(tokenizer, [write("a.txt", "abcdefghijkl")], num_clients=9)
+    with pytest.raises(ValueError, match="num_clients=2: partition=by_file makes each of the 1 files a client"):
+        make(tokenizer, [write("a.txt", TEXT)], num_clients=2, partition="by_file")
     with pytest.raises(ValueError, match=r"validation_files: .*v.txt' is empty"):
         make(tokenizer, [write("a.txt", TEXT)], num_clients=1, validation_files=[write("v.txt", "")])
 
