@@ -92,8 +92,9 @@ def find_layers(model: PreTrainedModel) -> LayerPath:
     if depth == 0:
         raise SplitError(f"{name} cannot be split: it has no head; pass a causal LM or a sequence classifier.")
     layers = LayerPath(lists[0], int(wanted or 0))
-    if any("forward" in vars(model.get_submodule(n)) for n in ["", *layers.parents]):
-        raise SplitError(f"{name} cannot be split: its forward was replaced; load it without device_map.")
+    around = [model.get_submodule(n) for n in ["", *layers.parents]]
+    if any("forward" in vars(module) or module._compiled_call_impl is not None for module in around):
+        raise SplitError(f"{name} cannot be split: its forward was replaced; load it without device_map, uncompiled.")
     return layers
 
 

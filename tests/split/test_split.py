@@ -292,6 +292,11 @@ def test_a_replaced_forward_is_refused() -> None:
     model.model.forward = model.model.forward
     with pytest.raises(SplitError, match="LlamaForCausalLM cannot be split: its forward was replaced"):
         split(model, 2)
+    for compiled in ("", "model"):
+        model = tiny_causal_lm("llama")
+        model.get_submodule(compiled).compile(backend="eager")
+        with pytest.raises(SplitError, match=r"LlamaForCausalLM .* its forward was replaced.*uncompiled"):
+            split(model, 2)
 
 
 def test_a_failing_forward_leaves_nothing_behind() -> None:
