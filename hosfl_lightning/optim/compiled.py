@@ -33,17 +33,13 @@ def compiled_around(module: nn.Module, names: Iterable[str]) -> str | None:
 
 def _compiled(module: nn.Module) -> Iterator[nn.Module]:
     """What is compiled of a module: itself, in place or by a wrapper, or another one that it keeps so."""
-    if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None or _wraps(module):
+    if isinstance(module, torch.jit.ScriptModule) or module._compiled_call_impl is not None:
         yield module
     if any(hasattr(getattr(module, name, None), ORIGINAL) for name in RUNS[:2]):
         yield module
     for value in vars(module).values():
         original: Any = getattr(value, ORIGINAL, None) if callable(value) else None
-        if isinstance(value, nn.Module) and _wraps(value):
+        if isinstance(value, nn.Module) and "_orig_mod" in value._modules:
             yield value._modules["_orig_mod"]  # type: ignore[misc]
         elif getattr(original, "__name__", None) in RUNS and isinstance(getattr(original, "__self__", None), nn.Module):
             yield original.__self__
-
-
-def _wraps(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules

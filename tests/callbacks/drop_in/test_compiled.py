@@ -88,7 +88,7 @@ def test_the_way_to_compile_the_upper_part_only() -> None:
     fast, plain = mlp(), mlp()
     for layer in fast.net[2:]:  # from the cut on
         layer.compile(backend="eager")
-    fast.loss = compiled(cross_entropy)  # helpers are no matter
+    fast.loss, fast.more = compiled(cross_entropy), compiled(fast.configure_optimizers)  # helpers are no matter
     for module in (fast, plain):
         fit(module, HybridOrder("net.2", SGD(lr=0.1)), max_epochs=2)
     assert same_bits(fast, plain)
