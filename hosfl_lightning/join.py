@@ -146,5 +146,6 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
             f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the "
             "number of the one that is this machine's"
         )
+    module.check_tokenizer(data.tokenizer, [data.clients[own]])
     module.check_examples(data.clients[own], "this client")
     return Minibatches(data, module, own)

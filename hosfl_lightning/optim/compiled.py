@@ -39,7 +39,6 @@ def _compiled(module: nn.Module) -> Iterator[nn.Module]:
         yield module
     for value in vars(module).values():
         original: Any = getattr(value, ORIGINAL, None) if callable(value) else None
-        if isinstance(value, nn.Module) and "_orig_mod" in value._modules:
-            yield value._modules["_orig_mod"]  # type: ignore[misc]
-        elif getattr(original, "__name__", None) in RUNS and isinstance(getattr(original, "__self__", None), nn.Module):
-            yield original.__self__
+        owner = getattr(original, "__self__", None)
+        if isinstance(owner, nn.Module) and getattr(original, "__name__", None) in RUNS:
+            yield owner

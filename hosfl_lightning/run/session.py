@@ -95,6 +95,7 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         trainer.settings.sample_size(data.num_clients)
         for name, examples in zip(data.client_names, data.clients):
             model.check_examples(examples, f"client {name!r}")
+    model.check_tokenizer(data.tokenizer, [*data.clients, data.validation_set, data.test_set])
     model.check_examples(data.validation_set, "validation")
     model.check_examples(data.test_set, "test")
 
