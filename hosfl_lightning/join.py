@@ -19,6 +19,7 @@ from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.link.loopback import check_address, check_plain
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.wire import Terms
 
 MakeModel = Callable[[str], SplitModule]
@@ -146,6 +147,6 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
             f"data: it has {data.num_clients} clients, and this is client {own} of the run; give --index, the "
             "number of the one that is this machine's"
         )
-    module.check_tokenizer(data.tokenizer, [data.clients[own]])
+    check_padding(data.tokenizer, [data.clients[own]], module.client_half, module.pretrained)
     module.check_examples(data.clients[own], "this client")
     return Minibatches(data, module, own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data.tokenization import Example
-from hosfl_lightning.models.checks import check_padding, check_state, check_tokens, smashed_objection
+from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.fingerprint import of_all, of_first
 from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
 from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
@@ -186,19 +186,6 @@ class SplitModule(L.LightningModule, ABC):
             ValueError: A token id beyond the embeddings, or a row longer than the positions; names whose it is.
         """
         check_tokens(examples, owner, self.client_half, self.pretrained)
-
-    def check_tokenizer(self, tokenizer: Any, examples: Iterable[Sequence[Any]]) -> None:
-        """Refuse a tokenizer that pads with what the model cannot take, where rows are padded.
-
-        Args:
-            tokenizer: Of the data; None: there is none.
-            examples: Of every owner.
-
-        Raises:
-            ValueError: Its padding token has no embedding.
-        """
-        if tokenizer is not None:
-            check_padding(tokenizer, examples, self.client_half, self.pretrained)
 
     def objection(self, message: SmashedData) -> str | None:
         """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""

@@ -43,14 +43,20 @@ def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretr
         )
 
 
-def check_padding(tokenizer: Any, examples: Iterable[Sequence[Example]], half: nn.Module, pretrained: str) -> None:
+def check_padding(tokenizer: Any, examples: Iterable[Sequence[Any]], half: nn.Module, pretrained: str) -> None:
     """Refuse a padding token without an embedding, where rows of one owner have several lengths.
+
+    Args:
+        tokenizer: Of the data; None: there is none.
+        examples: Of every owner.
+        half: The client's.
+        pretrained: For the message.
 
     Raises:
         ValueError: Names the token.
     """
-    padded = any(len({len(e.input_ids) for e in of_owner}) > 1 for of_owner in examples)
-    pad, embedded = pad_token_id(tokenizer) if padded else 0, vocabulary(half)
+    padded = tokenizer is not None and any(len({len(e.input_ids) for e in of_owner}) > 1 for of_owner in examples)
+    pad, embedded = (pad_token_id(tokenizer), vocabulary(half)) if padded else (0, 1)
     if pad >= embedded:
         raise ValueError(
             f"data.init_args.tokenizer: it pads with token {pad}, but {pretrained!r} embeds {embedded} tokens; give "

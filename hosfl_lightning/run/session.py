@@ -10,6 +10,7 @@ from torch import nn
 
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
@@ -95,7 +96,8 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         trainer.settings.sample_size(data.num_clients)
         for name, examples in zip(data.client_names, data.clients):
             model.check_examples(examples, f"client {name!r}")
-    model.check_tokenizer(data.tokenizer, [*data.clients, data.validation_set, data.test_set])
+    owners = [*data.clients, data.validation_set, data.test_set]
+    check_padding(data.tokenizer, owners, model.client_half, model.pretrained)
     model.check_examples(data.validation_set, "validation")
     model.check_examples(data.test_set, "test")
 

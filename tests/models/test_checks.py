@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from hosfl_lightning import Orchestrator, SplitCausalLM, SplitImageClassifier, SplitSequenceClassifier
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
-from hosfl_lightning.models.checks import positions
+from hosfl_lightning.models.checks import check_padding, positions
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import SmashedData
 from tests.random_tokens import RandomTokens
@@ -143,4 +143,5 @@ def test_one_class_is_refused(number: int, tmp_path: Path) -> None:
 def test_data_without_a_tokenizer_pads_nothing(make_model: Callable[..., SplitCausalLM]) -> None:
     data: FederatedDataModule = RandomTokens([[3, 4], [5], [6]])
     data.setup("fit")
-    make_model().check_tokenizer(None, data.clients)
+    model = make_model()
+    check_padding(None, data.clients, model.client_half, model.pretrained)
