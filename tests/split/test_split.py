@@ -260,13 +260,16 @@ def test_a_layer_that_is_skipped_answers_as_it_would_and_holds_nothing_of_it() -
 
 
 class SkipsTheCut(LlamaModel):
-    """Adds the embeddings at the end, past the cut, and draws random numbers."""
+    """Adds the embeddings at the end, past the cut, of batches with so many rows, and draws random numbers."""
+
+    rows = range(99)
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: object) -> object:
         torch.rand(2)
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = super().forward(inputs_embeds=embeddings, **kwargs).last_hidden_state
-        return SimpleNamespace(last_hidden_state=hidden + embeddings, past_key_values=None)
+        past = embeddings if len(hidden) in self.rows else 0
+        return SimpleNamespace(last_hidden_state=hidden + past, past_key_values=None)
 
 
 class SkippingForCausalLM(LlamaForCausalLM):
@@ -305,6 +308,13 @@ def test_other_architectures_are_probed_and_refused_by_name() -> None:
         split(tiny_classifier("albert"), 2)
     with pytest.raises(SplitError, match="Linear is not a transformers model"):
         split(nn.Linear(2, 2), 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_check_at_set_up_has_batches_of_several_sizes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SkipsTheCut, "rows", [rows])
+    with pytest.raises(SplitError, match="SkippingForCausalLM cannot be split: whole and halves differ on a batch"):
+        split(toy(SkippingForCausalLM), 2)
 
 
 def toy(kind: type[PreTrainedModel]) -> PreTrainedModel:
