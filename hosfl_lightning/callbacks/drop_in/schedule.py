@@ -113,10 +113,9 @@ def _reached(trainer: Trainer, module: LightningModule, optimizer: Optimizer, co
 
 def _due(trainer: Trainer, module: LightningModule, configs: list[Any], steps: int) -> Iterator[list[int]]:
     """Numbers of the schedulers that step after each step of the optimizer but the last."""
-    epoch = steps
-    if trainer.max_epochs and trainer.max_epochs > 0:
-        batches = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
-        epoch = max(1, int(min(batches, steps)))
+    epoch, batches = steps, trainer.num_training_batches
+    if batches < float("inf"):
+        epoch = max(1, min(-(-int(batches) // trainer.accumulate_grad_batches), steps))
     each = [config.interval == "step" or not module.automatic_optimization for config in configs]
     for step in range(1, steps):
         counts = [step if every else step // epoch * (step % epoch == 0) for every in each]

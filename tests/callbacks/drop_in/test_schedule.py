@@ -165,11 +165,13 @@ class Endless(IterableDataset[Any]):
 
 
 @either
-def test_without_a_known_end_the_peak_is_the_initial_rate(make: Any) -> None:
+def test_only_without_a_known_end_is_the_peak_the_initial_rate(make: Any) -> None:
     endless = DataLoader(Endless(), batch_size=8)
-    for settings in ({"max_epochs": 2}, {"max_epochs": -1, "max_steps": 8}):
-        seen = rates(Scheduled(SCHEDULES["warm-up from 0"][0]), make, data=endless, **settings)
-        assert seen.ours == pytest.approx([RATE * lr / 0.03 for lr in seen.theirs])
+    for settings, peak in (({"max_epochs": 2}, 1.0), ({"max_epochs": 2, "max_steps": 8}, 0.01)):
+        seen = rates(Scheduled(*SCHEDULES["far below its base"][:2]), make, data=endless, **settings)
+        assert seen.ours == pytest.approx([RATE * lr / peak for lr in seen.theirs])
+    seen = rates(Scheduled(SCHEDULES["warm-up from 0"][0]), make, data=loader(), max_epochs=-1, max_steps=8)
+    assert seen.ours == pytest.approx([RATE * lr / 0.03 for lr in seen.theirs])
 
 
 class Bound(Scheduled):
