@@ -20,6 +20,7 @@ from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.link.loopback import check_address, check_plain
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.wire import Terms
 
 MakeModel = Callable[[str], SplitModule]
@@ -156,4 +157,5 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
     for examples, owner in ((data.clients[own], "this client"), (data.validation_set, "validation")):
         check_examples(data, examples, owner)
         module.check_examples(examples, owner)
+    check_padding(data.tokenizer, [data.clients[own]], module.client_half, module.pretrained)
     return Minibatches(data, module, own)

@@ -114,7 +114,9 @@ class SplitModule(L.LightningModule, ABC):
 
     def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
         """The uncut model."""
-        return load_model(self.auto_class, self.pretrained, seed=seed, dtype=dtype, **model_kwargs)
+        return load_model(
+            self.auto_class, self.pretrained, seed=seed, fresh_head=self.trains_head, dtype=dtype, **model_kwargs
+        )
 
     def split_whole(self, whole: Any) -> tuple[Any, Any]:
         """Its two halves. The client's names what it takes of a batch (``inputs``) and its ``layers``."""
@@ -184,8 +186,7 @@ class SplitModule(L.LightningModule, ABC):
         Raises:
             ValueError: A token id beyond the embeddings, or a row longer than the positions; names whose it is.
         """
-        held = self.client_half if self.part == "client" else self.whole
-        check_tokens(examples, owner, held.config, self.pretrained)
+        check_tokens(examples, owner, self.client_half, self.pretrained)
 
     def name_labels(self, names: Sequence[str]) -> None:
         """Take the names of the classes from the data; they are exported with the adapter."""

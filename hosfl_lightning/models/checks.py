@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.data.tokenization import Example, pad_token_id
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import SmashedData
 
@@ -16,11 +16,17 @@ from hosfl_lightning.wire import SmashedData
 LIMIT = 1e9
 
 
-def check_tokens(examples: Sequence[Example], owner: str, config: Any, pretrained: str) -> None:
+def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretrained: str) -> None:
     """Refuse tokens without an embedding, and rows without positions.
 
+    Args:
+        examples: Not padded.
+        owner: Whose they are.
+        half: The client's.
+        pretrained: For the message.
+
     Raises:
-        ValueError: Names whose they are.
+        ValueError: Names the owner.
     """
     if any(not hasattr(example, "input_ids") for example in examples):
         raise ValueError(
@@ -28,18 +34,19 @@ def check_tokens(examples: Sequence[Example], owner: str, config: Any, pretraine
             "class"
         )
     rows = [torch.as_tensor(e.input_ids) for e in examples if len(e.input_ids)]
-    wrong = next((int(i) for row in rows for i in row.aminmax() if not 0 <= i < config.vocab_size), None)
+    embedded = vocabulary(half)
+    wrong = next((int(i) for row in rows for i in row.aminmax() if not 0 <= i < embedded), None)
     if wrong is not None:
         raise ValueError(
-            f"data of {owner}: token id {wrong}, but {pretrained!r} embeds {config.vocab_size} tokens; "
+            f"data of {owner}: token id {wrong}, but {pretrained!r} embeds {embedded} tokens; "
             "set data.init_args.tokenizer to the model's own (null)"
         )
-    positions = getattr(config, "max_position_embeddings", None)
+    most = positions(half)
     longest = max((len(e.input_ids) for e in examples), default=0)
-    if positions is not None and longest > positions:
+    if most is not None and longest > most:
         raise ValueError(
-            f"data of {owner}: a row of {longest} tokens, but {pretrained!r} has {positions} positions; "
-            "lower the data's sequence_length or max_length"
+            f"data of {owner}: a row of {longest} tokens, but {pretrained!r} has {most} positions; "
+            f"lower the data's sequence_length or max_length to {most}"
         )
 
 
@@ -61,6 +68,73 @@ def check_token_labels(examples: Sequence[Example], owner: str, vocab_size: int,
                 f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
                 "tokens; set data.init_args.tokenizer to the model's own (null)"
             )
+
+
+def check_padding(tokenizer: Any, examples: Iterable[Sequence[Any]], half: nn.Module, pretrained: str) -> None:
+    """Refuse a padding token without an embedding, where rows of one owner have several lengths.
+
+    Args:
+        tokenizer: Of the data; None: there is none.
+        examples: Of every owner.
+        half: The client's.
+        pretrained: For the message.
+
+    Raises:
+        ValueError: Names the token.
+    """
+    padded = tokenizer is not None and any(len({len(e.input_ids) for e in of_owner}) > 1 for of_owner in examples)
+    pad, embedded = (pad_token_id(tokenizer), vocabulary(half)) if padded else (0, 1)
+    if pad >= embedded:
+        raise ValueError(
+            f"data.init_args.tokenizer: it pads with token {pad}, but {pretrained!r} embeds {embedded} tokens; give "
+            "one whose pad_token the model has (tokenizer.pad_token = tokenizer.eos_token, saved)"
+        )
+
+
+def vocabulary(half: nn.Module) -> int:
+    """Tokens that a text model embeds."""
+    config: Any = half.config
+    return int(config.get_text_config().vocab_size)
+
+
+def positions(half: nn.Module) -> int | None:
+    """The longest row that a text model takes; None: any.
+
+    A table of positions with a row for padding (RoBERTa and its kin) counts from the row after that one.
+    """
+    config: Any = half.config
+    rows = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for name, module in half.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return rows
+
+
+def check_sizes(differ: Iterable[tuple[str, Sequence[int], Sequence[int]]], pretrained: str, backbone: str) -> str:
+    """Tensors of other sizes than the model has, which are drawn at random then, may be those of its head.
+
+    Args:
+        differ: Name, saved size and the model's of each.
+        pretrained: For the message.
+        backbone: How the names of all others begin; empty: none may differ.
+
+    Returns:
+        One line that says what is fresh; empty: nothing is.
+
+    Raises:
+        SplitError: A tensor is not the head's.
+    """
+    found = sorted((name, tuple(saved), tuple(here)) for name, saved, here in differ)
+    wrong = [one for one in found if not backbone or one[0].startswith(f"{backbone}.")]
+    for name, saved, here in wrong[:1]:
+        raise SplitError(
+            f"model.init_args.pretrained={pretrained!r}: its {name} has the size {saved}, its config says {here}; "
+            "save the model again"
+        )
+    if not found:
+        return ""
+    name, saved, here = found[-1]
+    return f"model: the saved head of {pretrained!r} is of another size ({name}: {saved}, not {here}): a fresh one"
 
 
 def check_state(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -85,9 +159,9 @@ def smashed_objection(message: SmashedData, half: Any) -> str | None:
     dtypes = _dtypes(half)
     if z.dtype not in dtypes:
         return f"its smashed data are {z.dtype}, the half computes in {' or '.join(sorted(dtypes))}"
-    positions = getattr(getattr(half, "config", None), "max_position_embeddings", None)
-    if positions is not None and message.mask.shape[1] > positions:
-        return f"its rows have {message.mask.shape[1]} positions, the model has {positions}"
+    most = positions(half) if hasattr(half, "config") else None
+    if most is not None and message.mask.shape[1] > most:
+        return f"its rows have {message.mask.shape[1]} positions, the model has {most}"
     largest = float(z.restore().abs().amax()) if len(z.values) else 0.0
     if largest > LIMIT:
         return f"its smashed data reach {largest:g}, beyond ±{LIMIT:g}"

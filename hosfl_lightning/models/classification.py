@@ -85,3 +85,17 @@ class SplitClassifier(SplitModule):
         """One batch."""
         super().update_metrics(metrics, logits, labels)
         metrics["accuracy"].update(logits, labels)
+
+
+def check_classes(num_labels: int) -> int:
+    """The number of classes.
+
+    Raises:
+        ValueError: There is nothing to tell apart.
+    """
+    if num_labels < 2:
+        raise ValueError(
+            f"model.init_args.num_labels={num_labels}: a classifier tells at least 2 classes apart (one logit, as for "
+            "regression, is not supported); set it to the number of classes, 2 for yes and no"
+        )
+    return num_labels

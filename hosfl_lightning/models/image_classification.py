@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from hosfl_lightning.models.base import Batch, default_optimizer
-from hosfl_lightning.models.classification import SplitClassifier
+from hosfl_lightning.models.classification import SplitClassifier, check_classes
 from hosfl_lightning.models.halves import Part
 from hosfl_lightning.models.pretrained import PretrainedError, load_model, seeded
 from hosfl_lightning.split import (
@@ -90,7 +90,7 @@ class SplitImageClassifier(SplitClassifier):
                 "model.init_args: give one of pretrained (a folder or hub name) and network (a class, which is made "
                 "anew under seed; not a module)"
             )
-        self.num_labels, self.image_size, self.channels = num_labels, image_size, channels
+        self.num_labels, self.image_size, self.channels = check_classes(num_labels), image_size, channels
         super().__init__(
             pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
             part, network=network, frozen=frozen,
@@ -101,9 +101,8 @@ class SplitImageClassifier(SplitClassifier):
         network, frozen = model_kwargs["network"], model_kwargs["frozen"]
         if network is None:
             whole: Any = load_model(
-                self.auto_class, self.pretrained, seed=seed, dtype=dtype, num_labels=self.num_labels,
-                ignore_mismatched_sizes=True,
-            )  # fmt: skip
+                self.auto_class, self.pretrained, seed=seed, fresh_head=True, dtype=dtype, num_labels=self.num_labels
+            )
         else:
             with seeded(seed):
                 whole = network()

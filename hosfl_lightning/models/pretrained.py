@@ -8,9 +8,11 @@ from importlib.resources import files
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hosfl_lightning.models.checks import check_sizes
 from hosfl_lightning.split import ClientHalf, SplitError, build_client_half
 
 #: The model that ships with the package: a byte-level Llama of about a million parameters.
@@ -26,14 +28,30 @@ def resolve(pretrained: str) -> str:
     return str(files("hosfl_lightning") / "assets" / TINY_LM) if pretrained == TINY_LM else pretrained
 
 
-def load_model(auto_class: Any, pretrained: str, *, seed: int, **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    auto_class: Any, pretrained: str, *, seed: int, fresh_head: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """``auto_class.from_pretrained``, its random parts (a fresh head) drawn under ``seed``, the global state untouched.
+
+    Args:
+        auto_class: Of transformers.
+        pretrained: As in the recipe.
+        seed: Of what is not in the file.
+        fresh_head: A saved head of another size is replaced, and said so in one line.
+        **kwargs: For ``from_pretrained``.
 
     Raises:
         PretrainedError: Not a folder and not to be had from the hub; the message names the setting.
+        SplitError: A tensor has another size than the config says.
     """
     with seeded(seed), quiet_loading(), named("model", pretrained):
-        return auto_class.from_pretrained(resolve(pretrained), **kwargs)
+        model, found = auto_class.from_pretrained(
+            resolve(pretrained), ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+    line = check_sizes(found["mismatched_keys"], pretrained, model.base_model_prefix if fresh_head else "")
+    if line:
+        rank_zero_info(f"{line}, drawn under seed={seed}")
+    return model
 
 
 def load_client(auto_class: Any, pretrained: str, cut: int, *, seed: int, **kwargs: Any) -> ClientHalf:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.base import default_optimizer
-from hosfl_lightning.models.classification import SplitClassifier
+from hosfl_lightning.models.classification import SplitClassifier, check_classes
 from hosfl_lightning.models.halves import Part
 from hosfl_lightning.split import Lora, Side
 
@@ -18,8 +18,8 @@ from hosfl_lightning.split import Lora, Side
 class SplitSequenceClassifier(SplitClassifier):
     r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` examples, in nats; the head is the server's and is trained.
 
-    ``labels (B,)``. Logs ``loss`` and ``accuracy`` (micro). ``num_labels`` is the number of classes; the other
-    arguments as in `SplitModule`.
+    ``labels (B,)``. Logs ``loss`` and ``accuracy`` (micro). ``num_labels`` is the number of classes; where
+    ``pretrained`` has another number it gets a fresh head. The other arguments as in `SplitModule`.
     """
 
     auto_class = AutoModelForSequenceClassification
@@ -39,7 +39,7 @@ class SplitSequenceClassifier(SplitClassifier):
         side: Side | None = None,
         part: Part = "both",
     ) -> None:
-        self.num_labels = num_labels
+        self.num_labels = check_classes(num_labels)
         super().__init__(
             pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, part,
             num_labels=num_labels,

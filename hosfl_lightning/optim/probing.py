@@ -22,6 +22,10 @@ Saved = dict[int, tuple[Tensor | None, Tensor]]
 """Rows (None: all) and bits of the tensors that are perturbed now."""
 
 
+class UnseenProbeError(ValueError):
+    """Nothing ran that would have seen a probe."""
+
+
 @contextmanager
 def perturbed_layerwise(
     module: nn.Module,
@@ -43,6 +47,9 @@ def perturbed_layerwise(
         stream: Which direction ``u``.
         scale: 0-d fp32 tensor ``±μ``, rounded for the distribution.
         only: Numbers of the tensors that move; None: all.
+
+    Raises:
+        UnseenProbeError: While it was open, no submodule with such a tensor was called.
     """
     with _layerwise(module, parameters, only, _Probe(parameters, stream, scale), _Layer, _Rows):
         yield
@@ -104,6 +111,10 @@ def _layerwise(
             for layer in layers:
                 while layer.calls:
                     layer.restore()
+    if layers and not any(layer.called for layer in layers):
+        raise UnseenProbeError(f"a probe moved nothing: the objective does not call {type(module).__name__}, the "
+                               "module whose parameters are probed; call that very module, not a compiled one or a "
+                               "copy, or pass module=None")  # fmt: skip
 
 
 @contextmanager
@@ -175,9 +186,11 @@ class _Layer:
     def __init__(self, owned: Owned, probe: Any, saved: Saved) -> None:
         self.owned, self.probe, self.saved = owned, probe, saved
         self.calls: list[Owned] = []
+        self.called = False
 
     @torch.no_grad()
     def perturb(self, *call: Any) -> None:
+        self.called = True
         self.calls.append([])
         for tensor, parameter in self.owned:
             if tensor not in self.saved:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.optim.basis import Basis, SharedDirections
+from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.optim.estimators import (
     ESTIMATORS,
     Estimator,
@@ -107,7 +108,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """As torch's; the group's tensors are numbered after those already there.
 
         Raises:
-            ValueError: A parameter is not contiguous, is wider than fp32, or is not in ``module``.
+            ValueError: A parameter is not contiguous, is wider than fp32, is not in ``module`` or is compiled there.
         """
         super().add_param_group(param_group)
         known = None if self.module is None else {id(p) for p in self.module.parameters()}
@@ -119,6 +120,17 @@ class ZerothOrder(torch.optim.Optimizer):
             if known is not None and id(parameter) not in known:
                 raise ValueError("ZerothOrder got a parameter that is not in module= and would never be perturbed: "
                                  "pass the module that holds them all, or module=None")  # fmt: skip
+        if self.module is not None:
+            self._refuse_compiled(self.module)
+
+    def _refuse_compiled(self, module: nn.Module) -> None:
+        ours = {id(p) for p in self.parameters}
+        compiled = compiled_around(module, [name for name, p in module.named_parameters() if id(p) in ours])
+        if compiled is not None:
+            at = f" at {compiled!r}" if compiled else ""
+            raise ValueError(f"ZerothOrder: module={type(module).__name__} is compiled{at} and does not run the hooks "
+                             "by which layer-wise probes work, so every probe would give 0; compile nothing in it, or "
+                             "pass module=None (a copy of all parameters)")  # fmt: skip
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.checks import check_padding
+from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.data_check import check_data
@@ -69,13 +71,20 @@ def session(
 
 
 def check_model(model: SplitModule) -> None:
-    """Refuse what is no cut model.
+    """Refuse what is no cut model, or one whose clients would not see their probes.
 
     Raises:
-        TypeError: It is not.
+        TypeError: It is no `SplitModule`, or one inside of `torch.compile`.
+        ValueError: What a client trains is compiled.
     """
     if not isinstance(model, SplitModule):
-        raise TypeError(f"model must be a hosfl_lightning.models.SplitModule, got {type(model).__name__}")
+        hint = " (compile its server_half alone)" if isinstance(getattr(model, "_orig_mod", None), SplitModule) else ""
+        raise TypeError(f"model must be a hosfl_lightning.models.SplitModule, got {type(model).__name__}{hint}")
+    compiled = compiled_around(model.client_half, model.client_parameters)
+    if compiled is not None:
+        at = f" at {compiled!r}" if compiled else ""
+        raise ValueError(f"model: client_half is compiled{at} and does not run the hooks by which probes work; compile "
+                         "model.server_half alone, by model.server_half.compile()")  # fmt: skip
 
 
 def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataModule, fn: TrainerFn) -> None:
@@ -91,6 +100,8 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         model.name_labels(data.label_names)
     if fn is TrainerFn.FITTING:
         trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
+    owners = [*data.clients, data.validation_set, data.test_set]
+    check_padding(data.tokenizer, owners, model.client_half, model.pretrained)
 
 
 def _finish(

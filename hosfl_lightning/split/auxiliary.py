@@ -79,9 +79,10 @@ def copied_head(server: ServerHalf, blocks: int) -> ServerHalf:
         )
     path = structure.layers.path
     whole = view_of_path(cast(PreTrainedModel, server._whole), path)
-    set_submodule(whole, f"{path}.{server.cut - 1}", Entry(structure.tuples))
+    last = server.cut - 1
+    set_submodule(whole, f"{path}.{last}", Entry(structure.rests[last], whole.get_submodule(f"{path}.{last}")))
     for i in range(server.cut + blocks, structure.layers.num_layers):
-        set_submodule(whole, f"{path}.{i}", Skip(structure.tuples))
+        set_submodule(whole, f"{path}.{i}", Skip(structure.rests[i], whole.get_submodule(f"{path}.{i}")))
     return ServerHalf(_with_own_trainable(whole, {}, {}), structure, server.cut).eval()
 
 

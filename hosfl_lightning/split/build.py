@@ -7,11 +7,19 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hosfl_lightning.split.adapters import Lora, add_client_lora
-from hosfl_lightning.split.cut import check_cut, check_tied_head, prune_to_client, prune_to_server, stub_client
+from hosfl_lightning.split.cut import (
+    check_cut,
+    check_shared,
+    check_tied_head,
+    prune_to_client,
+    prune_to_server,
+    stub_client,
+)
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
 from hosfl_lightning.split.placement import place_client_side
 from hosfl_lightning.split.side import Side
@@ -114,6 +122,7 @@ def _load(
         check_cut(cut, structure.layers, kind.__name__)
         if check is not None:
             check(empty)
+            check_shared(empty, structure)
         model = _pruned(kind, structure, cut, prune).from_pretrained(path, **kwargs)
     model.__class__ = kind
     return model, structure
@@ -136,5 +145,10 @@ def _pruned(kind: type[PreTrainedModel], structure: Structure, cut: int, prune: 
             if any(tied.startswith(f"{name}.") for tied in self.all_tied_weights_keys.values()):
                 set_submodule(self, name, module)
 
+    def init_weights(self: PreTrainedModel, module: nn.Module) -> None:
+        if module is not self or prune is not prune_to_client:  # some start their head here, which a client has not
+            kind._init_weights(self, module)
+
     silent = {"_keys_to_ignore_on_load_unexpected": [".*"]}  # the other half's tensors are no news
-    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__, **silent})
+    methods = {"__init__": init, "_init_weights": init_weights}
+    return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__, **silent})

@@ -30,15 +30,17 @@ def split(model: PreTrainedModel, cut: int, *, check: bool = True) -> tuple[Clie
         The client half and the server half, in the model's mode (train or eval).
 
     Raises:
-        SplitError: the cut is out of range, the architecture does not split exactly, or a tied head is trainable.
+        SplitError: the cut is out of range, the architecture does not split exactly, or what both halves hold is
+            trainable (a tied head, relative positions that every layer is given).
     """
     structure = find_structure(model)
     check_cut(cut, structure.layers, type(model).__name__)
     check_tied_head(model)
+    check_shared(model, structure)
     path = structure.layers.path
     client = ClientHalf(prune_to_client(view_of_path(model, path), structure, cut), structure, cut)
     server = ServerHalf(prune_to_server(view_of_path(model, path), structure, cut), structure, cut)
-    check_disjoint(model, client, server)
+    check_disjoint(model, client, server, structure.shared)
     if check:
         check_equal(model, client, server)
     return client, server
@@ -49,10 +51,10 @@ def prune_to_client(model: PreTrainedModel, structure: Structure, cut: int) -> P
     for name, module in list(siblings(model, structure.layers)):
         if not has_parameters(module):
             set_submodule(model, name, own_buffers(module))
-        elif name not in structure.before:
+        elif name not in structure.before | structure.shared:
             set_submodule(model, name, nn.Identity())
     stack = model.get_submodule(structure.layers.path)
-    set_submodule(stack, str(cut), Exit(structure.tuples))
+    set_submodule(stack, str(cut), Exit(structure.rests[cut], stack.get_submodule(str(cut))))
     for i in range(cut + 1, structure.layers.num_layers):
         del stack._modules[str(i)]
     for name in set(model._modules) - {structure.layers.backbone}:
@@ -65,7 +67,8 @@ def prune_to_server(model: PreTrainedModel, structure: Structure, cut: int) -> P
     stub_client(model, structure)
     stack = model.get_submodule(structure.layers.path)
     for i in range(cut):
-        set_submodule(stack, str(i), Entry(structure.tuples) if i == cut - 1 else Skip(structure.tuples))
+        kind = Entry if i == cut - 1 else Skip
+        set_submodule(stack, str(i), kind(structure.rests[i], stack.get_submodule(str(i))))
     return model
 
 
@@ -74,7 +77,7 @@ def stub_client(model: PreTrainedModel, structure: Structure) -> None:
     for name, module in list(siblings(model, structure.layers)):
         if not has_parameters(module):
             set_submodule(model, name, own_buffers(module))
-        elif name not in structure.after:
+        elif name not in structure.after | structure.shared:
             set_submodule(model, name, Stub())
 
 
@@ -111,10 +114,28 @@ def check_tied_head(model: PreTrainedModel) -> None:
         )
 
 
-def check_disjoint(model: PreTrainedModel, client: ClientHalf, server: ServerHalf) -> None:
-    """Refuse a model with a parameter that both halves would need; only a frozen tied head may be one."""
+def check_shared(model: PreTrainedModel, structure: Structure) -> None:
+    """Refuse to train what every layer is given, in both halves.
+
+    Raises:
+        SplitError: naming the first such parameter.
+    """
+    named = ((f"{name}.{n}", p) for name in structure.shared for n, p in model.get_submodule(name).named_parameters())
+    trained = sorted(name for name, parameter in named if parameter.requires_grad)
+    if trained:
+        raise SplitError(
+            f"{trained[0]} is read by the layers of both halves of {type(model).__name__} and would be trained on both "
+            "sides: freeze it with requires_grad_(False), as LoRA does (model.init_args.lora)."
+        )
+
+
+def check_disjoint(
+    model: PreTrainedModel, client: ClientHalf, server: ServerHalf, shared: frozenset[str] = frozenset()
+) -> None:
+    """Refuse a model with a parameter that both halves would need, but a frozen tied head and what is ``shared``."""
     tied = tied_head(model)
-    allowed = set() if tied is None else {id(tied[1])}
+    allowed = {id(p) for name in shared for p in model.get_submodule(name).parameters()}
+    allowed |= set() if tied is None else {id(tied[1])}
     held = {id(p) for p in client.parameters()}
     both = [n for n, p in server.named_parameters() if id(p) in held - allowed]
     if both:

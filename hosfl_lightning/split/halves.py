@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ class Entry(Skip):
 
     smashed: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Return the smashed data, as a layer would."""
         return super().forward(hidden_states if self.smashed is None else self.smashed)
 
@@ -26,7 +26,7 @@ class Exit(Skip):
 
     smashed: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Return the first argument, as a layer would, and keep it."""
         self.smashed = hidden_states
         return super().forward(hidden_states)

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import Entry, Exit, Stub
-from hosfl_lightning.split.structure import Skip
+from hosfl_lightning.split.structure import Rest, Skip
 
 
 class Hollow(Stub):
-    """A stub that still tells the dtypes of what it stands for: ViT's forward asks its patch embeddings for theirs."""
+    """A stub that still tells the dtypes of what it stands for: ViT's forward asks its patch embeddings for theirs.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: in whose place it is.
+        rest: what that returns behind its tensor, such as the height and width of Swin's patches; ``None``: nothing.
+    """
+
+    def __init__(self, module: nn.Module, rest: Rest = None) -> None:
         super().__init__()
+        self.rest = rest
         for name, parameter in module.named_parameters(recurse=False):
             setattr(self, name, torch.empty(0, dtype=parameter.dtype))
         for name, child in module.named_children():
             setattr(self, name, Hollow(child))
+
+    def forward(self, *args: object, **kwargs: object) -> Any:
+        """As `Stub`, with what it returns behind it."""
+        given = super().forward(*args, **kwargs)
+        return given if self.rest is None else (given, *self.rest)
 
 
 class ImageHalf(nn.Module):

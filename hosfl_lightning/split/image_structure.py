@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hosfl_lightning.split.errors import SplitError
-from hosfl_lightning.split.structure import LayerPath, Structure, siblings
+from hosfl_lightning.split.structure import LayerPath, Rest, Structure, siblings
 from hosfl_lightning.split.views import quiet
 
 
@@ -24,13 +24,13 @@ class Recording:
         calls: dotted names, in the order in which the modules were called.
         shapes: of the first tensor that each was given, without the batch.
         outputs: of the tensor, or first tensor of a tuple, that each returned; ``()`` if it was anything else.
-        tuples: names of those that returned a tuple.
+        rests: of each, what it returned behind that tensor, tensors as ``None``; ``None``: no tuple.
     """
 
     calls: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    tuples: set[str] = field(default_factory=set)
+    rests: dict[str, Rest] = field(default_factory=dict)
 
     def in_order(self, names: Sequence[str]) -> bool:
         """Whether these were called once each, in this order."""
@@ -68,12 +68,18 @@ def _watch(recording: Recording, name: str, module: nn.Module) -> list[Removable
         recording.shapes[name] = tuple(first.shape[1:])
 
     def leave(_module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
-        if isinstance(output, tuple):
-            recording.tuples.add(name)
+        others = output[1:] if isinstance(output, tuple) else None
+        recording.rests[name] = None if others is None else tuple(map(_without_tensors, others))
         first = next(iter(output), None) if isinstance(output, tuple) else output
         recording.outputs[name] = tuple(first.shape[1:]) if isinstance(first, Tensor) else ()
 
     return [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
+
+
+def _without_tensors(value: Any) -> Any:
+    """Numbers and tuples of them stay: one image size gives the same ones."""
+    plain = value if isinstance(value, tuple) else (value,)
+    return value if all(isinstance(one, int | float | None) for one in plain) else None
 
 
 def find_image_structure(model: PreTrainedModel, recording: Recording) -> Structure:
@@ -100,7 +106,8 @@ def find_image_structure(model: PreTrainedModel, recording: Recording) -> Struct
         layers,
         before=frozenset(beside.intersection(recording.calls[:first])),
         after=frozenset(beside.intersection(recording.calls[last:])),
-        tuples=names[0] in recording.tuples,
+        rests=tuple(recording.rests[n] for n in names),
+        shared=frozenset(),
         token_head=None,
     )
 

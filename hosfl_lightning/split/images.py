@@ -19,6 +19,8 @@ from hosfl_lightning.split.structure import LayerPath, Skip, Structure, siblings
 from hosfl_lightning.split.views import quiet, set_submodule, view, view_of_path
 
 Halves = tuple[ImageClientHalf, ImageServerHalf]
+#: Sizes of the batches on which whole and halves are compared: kernels, and what a forward unpacks, go by the number.
+BATCHES = (1, 2, 3, 8)
 
 
 def split_images(model: nn.Module, cut: int, image_size: int, channels: int = 3) -> Halves:
@@ -42,14 +44,14 @@ def split_images(model: nn.Module, cut: int, image_size: int, channels: int = 3)
 
     Raises:
         SplitError: the cut is out of range, the forward fails on such images, the layers do not run once each in
-            order, both halves would need one parameter, or whole and halves differ on two images.
+            order, both halves would need one parameter, or whole and halves differ on 1, 2, 3 or 8 images.
     """
     model.eval()
     images = example_images(model, image_size, channels)
     names, recording = _layers(model, cut, images[:1])
     shape = _shape(model, recording, names[cut])
     if isinstance(model, PreTrainedModel):
-        client, server = _cut_pretrained(model, cut, find_image_structure(model, recording), shape, names)
+        client, server = _cut_pretrained(model, cut, find_image_structure(model, recording), shape, names, recording)
     else:
         client, server = _cut_sequential(model, cut, shape, names)
     _check_disjoint(client, server)
@@ -76,8 +78,11 @@ def place_side_images(
 
 
 def example_images(model: nn.Module, image_size: int, channels: int) -> Tensor:
-    """Two images (2, C, H, W) of numbers between -1 and 1, on the model's device and in its dtype."""
-    images = torch.linspace(0, 100, 2 * channels * image_size**2).sin().view(2, channels, image_size, image_size)
+    """Images (8, C, H, W) of numbers between -1 and 1, on the model's device and in its dtype."""
+    count = max(BATCHES)
+    images = (
+        torch.linspace(0, 400, count * channels * image_size**2).sin().view(count, channels, image_size, image_size)
+    )
     parameter = next(model.parameters(), images)
     return images.to(parameter.device, parameter.dtype)
 
@@ -100,14 +105,19 @@ def _layers(model: nn.Module, cut: int, images: Tensor) -> tuple[list[str], Reco
 
 
 def _cut_pretrained(
-    model: PreTrainedModel, cut: int, structure: Structure, shape: tuple[int, ...], names: list[str]
+    model: PreTrainedModel,
+    cut: int,
+    structure: Structure,
+    shape: tuple[int, ...],
+    names: list[str],
+    recording: Recording,
 ) -> Halves:
     layers = structure.layers
     client = prune_to_client(view_of_path(model, layers.path), structure, cut)
     server = prune_to_server(view_of_path(model, layers.path), structure, cut)
     for name, module in siblings(model, layers):
         if isinstance(server.get_submodule(name), Stub):
-            set_submodule(server, name, Hollow(module))
+            set_submodule(server, name, Hollow(module, recording.rests.get(name)))
     leave, enter = client.get_submodule(names[cut]), server.get_submodule(names[cut - 1])
     return (
         ImageClientHalf(client, client.get_submodule(layers.backbone), cast(Exit, leave), cut, shape, names),
@@ -117,11 +127,11 @@ def _cut_pretrained(
 
 def _cut_sequential(model: nn.Module, cut: int, shape: tuple[int, ...], names: list[str]) -> Halves:
     client, server = view(model), view(model)
-    leave, enter = Exit(tuples=False), Entry(tuples=False)
+    leave, enter = Exit(None), Entry(None)
     client._modules[names[cut]] = leave
     for name in names[cut + 1 :]:
         del client._modules[name]
-    server._modules.update({name: Skip(tuples=False) for name in names[: cut - 1]} | {names[cut - 1]: enter})
+    server._modules.update({name: Skip(None) for name in names[: cut - 1]} | {names[cut - 1]: enter})
     return ImageClientHalf(client, client, leave, cut, shape, names), ImageServerHalf(
         server, server, enter, cut, shape, names
     )
@@ -146,13 +156,16 @@ def _check_disjoint(client: ImageClientHalf, server: ImageServerHalf) -> None:
 
 def _check_equal(model: nn.Module, client: ImageClientHalf, server: ImageServerHalf, images: Tensor) -> None:
     name = type(model).__name__
-    with quiet(model, client, server):
-        try:
-            whole = logits_of(model(images))
-            halves = server(client(images))
-        except Exception as error:
-            raise SplitError(f"{name} cannot be split: its forward fails with {error!r}.") from error
-    if whole.ndim != 2:
-        raise SplitError(f"{name} is no classifier: its output has shape {tuple(whole.shape)}, logits (B, classes).")
-    if halves.shape != whole.shape or not torch.allclose(halves, whole, rtol=0, atol=0, equal_nan=True):
-        raise SplitError(f"{name} cannot be split: whole and halves differ on two images.")
+    for count in BATCHES:
+        with quiet(model, client, server):
+            try:
+                whole = logits_of(model(images[:count]))
+                halves = server(client(images[:count]))
+            except Exception as error:
+                raise SplitError(f"{name} cannot be split: its forward fails with {error!r}.") from error
+        if whole.ndim != 2:
+            raise SplitError(
+                f"{name} is no classifier: its output has shape {tuple(whole.shape)}, logits (B, classes)."
+            )
+        if halves.shape != whole.shape or not torch.allclose(halves, whole, rtol=0, atol=0, equal_nan=True):
+            raise SplitError(f"{name} cannot be split: whole and halves differ on a batch of {count}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hosfl_lightning.split.errors import SplitError
-from hosfl_lightning.split.views import embedding_weight, padding_token, quiet, set_submodule, view, view_of_path
+from hosfl_lightning.split.views import (
+    embedding_weight,
+    has_parameters,
+    padding_token,
+    quiet,
+    set_submodule,
+    view,
+    view_of_path,
+)
+
+#: What a layer returns behind the hidden state, where it returns a tuple.
+Rest = tuple[Any, ...] | None
+#: The tuples that text models' layers return, in the order in which they are tried.
+RESTS: tuple[Rest, ...] = (None, (), (None,), (None, None))
 
 
 @dataclass(frozen=True)
@@ -46,27 +60,40 @@ class Structure:
         layers: where the layers are.
         before: dotted names of the siblings of the layers (at any level of the backbone) that run before the first one.
         after: those that run after the last one.
-        tuples: whether a layer returns a tuple whose first entry is the hidden state.
+        rests: of each layer, what it returns behind the hidden state, tensors as ``None``; ``None``: no tuple.
+        shared: dotted names of the siblings whose parameters every layer is given (DeBERTa's relative positions).
         token_head: name of the head whose output, one row of logits a token, a classifier pools; else ``None``.
     """
 
     layers: LayerPath
     before: frozenset[str]
     after: frozenset[str]
-    tuples: bool
+    rests: tuple[Rest, ...]
+    shared: frozenset[str]
     token_head: str | None
 
 
 class Skip(nn.Module):
-    """A layer that hands its input on, as a tensor or as the first entry of a tuple."""
+    """A layer that hands its input on, as a tensor or as the first entry of a tuple.
 
-    def __init__(self, tuples: bool) -> None:
+    Args:
+        rest: the other entries; ``None``: a tensor.
+        layer: in whose place it is: what its caller may ask of it, such as its kind of attention, or whether there is a
+            module in it, is answered alike; no tensor is kept.
+    """
+
+    def __init__(self, rest: Rest, layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.tuples = tuples
+        self.rest = rest
+        given = {} if layer is None else vars(layer)
+        plain = {n: value for n, value in given.items() if n[0] != "_" and not isinstance(value, Tensor)}
+        self.__dict__.update({n: value for n, value in plain.items() if not hasattr(self, n)})
+        for name, child in given.get("_modules", {}).items():
+            self._modules[name] = child and nn.Identity()
 
-    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Any:
         """Return the first argument, as a layer would."""
-        return (hidden_states,) if self.tuples else hidden_states
+        return hidden_states if self.rest is None else (hidden_states, *self.rest)
 
 
 def find_layers(model: PreTrainedModel) -> LayerPath:
@@ -92,8 +119,9 @@ def find_layers(model: PreTrainedModel) -> LayerPath:
     if depth == 0:
         raise SplitError(f"{name} cannot be split: it has no head; pass a causal LM or a sequence classifier.")
     layers = LayerPath(lists[0], int(wanted or 0))
-    if any("forward" in vars(model.get_submodule(n)) for n in ["", *layers.parents]):
-        raise SplitError(f"{name} cannot be split: its forward was replaced; load it without device_map.")
+    around = [model.get_submodule(n) for n in ["", *layers.parents]]
+    if any("forward" in vars(module) or module._compiled_call_impl is not None for module in around):
+        raise SplitError(f"{name} cannot be split: its forward was replaced; load it without device_map, uncompiled.")
     return layers
 
 
@@ -116,9 +144,11 @@ def find_structure(model: PreTrainedModel) -> Structure:
     """
     layers = find_layers(model)
     failure: Exception | None = None
-    for tuples in (False, True):
+    for rest in RESTS:
         try:
-            found = _record(model, layers, tuples)
+            found = _record(model, layers, rest)
+        except SplitError:
+            raise
         except Exception as error:  # whatever a foreign forward raises, it is refused by name
             failure = error
             continue
@@ -127,10 +157,12 @@ def find_structure(model: PreTrainedModel) -> Structure:
     raise SplitError(f"{type(model).__name__} cannot be split: its forward fails without its layers.") from failure
 
 
-def _record(model: PreTrainedModel, layers: LayerPath, tuples: bool) -> Structure | None:
+def _record(model: PreTrainedModel, layers: LayerPath, rest: Rest) -> Structure | None:
     twin = view_of_path(model, layers.path)
+    stack = model.get_submodule(layers.path)
     calls: list[str] = []
     outputs: dict[str, Any] = {}
+    given: list[Any] = []
 
     def watch(name: str, module: nn.Module) -> None:
         watched = view(module)
@@ -144,20 +176,68 @@ def _record(model: PreTrainedModel, layers: LayerPath, tuples: bool) -> Structur
         if name != layers.backbone:
             watch(name, module)
     for i in range(layers.num_layers):
-        watch(f"{layers.path}.{i}", Skip(tuples))
+        watch(f"{layers.path}.{i}", Skip(rest, stack.get_submodule(str(i))))
+    twin.get_submodule(f"{layers.path}.0").register_forward_pre_hook(
+        lambda _layer, args, kwargs: given.extend([*args[1:], *kwargs.values()]), with_kwargs=True
+    )
+    beside = dict(siblings(model, layers))
     tokens = torch.zeros(1, 5, dtype=torch.long, device=embedding_weight(model).device)
-    with quiet(twin), padding_token(model, None):
+    with quiet(twin), padding_token(model, None), _asking(beside.values()):
         logits = twin(input_ids=tokens, use_cache=False, return_dict=True).logits
-    return _read(layers, tuples, calls, outputs, logits)
+        shared = _reached(given, beside)
+    _refuse_between(model, layers, calls)
+    return _read(layers, rest, calls, outputs, logits, shared)
+
+
+@contextmanager
+def _asking(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Their parameters ask for a gradient inside, and there is a graph."""
+    found = [(p, p.requires_grad) for module in modules for p in module.parameters() if p.is_floating_point()]
+    try:
+        for parameter, _ in found:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required in found:
+            parameter.requires_grad_(required)
+
+
+def _reached(given: Iterable[Any], modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """Names of the modules on whose parameters the tensors depend."""
+    tensors = [value for value in given if isinstance(value, Tensor) and value.requires_grad]
+    named = [(name, p) for name, module in modules.items() for p in module.parameters() if p.requires_grad]
+    if not tensors or not named:
+        return frozenset()
+    gradients = torch.autograd.grad([t.sum() for t in tensors], [p for _, p in named], allow_unused=True)
+    return frozenset(name for (name, _), gradient in zip(named, gradients) if gradient is not None)
+
+
+def _refuse_between(model: PreTrainedModel, layers: LayerPath, calls: list[str]) -> None:
+    """Refuse what runs after some layer and has parameters (DeBERTa's convolution): no half's list of layers holds it.
+
+    Raises:
+        SplitError: naming it.
+    """
+    names = [f"{layers.path}.{i}" for i in range(layers.num_layers)]
+    if names[0] in calls and names[-1] in calls:
+        for name in calls[calls.index(names[0]) : calls.index(names[-1])]:
+            if name not in names and has_parameters(model.get_submodule(name)):
+                raise SplitError(f"{type(model).__name__} cannot be split: {name} runs between its layers.")
 
 
 def _read(
-    layers: LayerPath, tuples: bool, calls: list[str], outputs: dict[str, Any], logits: Tensor
+    layers: LayerPath,
+    rest: Rest,
+    calls: list[str],
+    outputs: dict[str, Any],
+    logits: Tensor,
+    shared: frozenset[str],
 ) -> Structure | None:
     names = [f"{layers.path}.{i}" for i in range(layers.num_layers)]
     if [c for c in calls if c in set(names)] != names:
         raise RuntimeError("the layers do not run once each, in order")
-    start, end = (outputs[n][0] if tuples else outputs[n] for n in (names[0], names[-1]))
+    start, end = (outputs[n] if rest is None else outputs[n][0] for n in (names[0], names[-1]))
     if start.shape != end.shape:  # the caller unpacked a bare tensor: layers return tuples here
         return None
     first, last = calls.index(names[0]), calls.index(names[-1])
@@ -167,6 +247,7 @@ def _read(
         layers,
         before=frozenset(c for c in calls[:first] if "." in c),
         after=frozenset(c for c in calls[last:] if "." in c and c not in names),
-        tuples=tuples,
+        rests=(rest,) * layers.num_layers,
+        shared=shared,
         token_head=heads[-1] if pools else None,
     )

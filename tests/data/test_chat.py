@@ -91,7 +91,8 @@ class TestLabels:
             encoder = ChatEncoder(ChatTemplate(template, tokenizer), 999, False)
             example = encoder(conversation(), "")
             assert said(example, tokenizer) == ["hi. You</s>", "no hi</s>", "good\n</s>"]
-            assert tokenizer.decode(example.input_ids) == "<s> " + "".join(MISTRAL.chat(*p) for p in TURNS_OF_CHAT)
+            whole = "<s> " + "".join(MISTRAL.chat(*p) for p in TURNS_OF_CHAT)
+            assert tokenizer.decode(example.input_ids).replace("</s> ", "</s>") == whole.replace("</s> ", "</s>")
 
     @pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
     def test_with_a_real_model_of_chats(self, name: str, real_data: Any) -> None:

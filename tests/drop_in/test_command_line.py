@@ -48,7 +48,7 @@ def command(folder: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> Outcom
 
 @pytest.mark.parametrize(
     ("added", "lr", "keys"),
-    [(HYBRID_ORDER, "0.2", CLIENT_KEYS), (ZEROTH_ORDER, "0.05", ZEROTH_ORDER_KEYS)],
+    [(HYBRID_ORDER, "0.4", CLIENT_KEYS), (ZEROTH_ORDER, "0.05", ZEROTH_ORDER_KEYS)],
     ids=["hybrid", "zeroth"],
 )
 def test_lines_of_yaml_are_all(

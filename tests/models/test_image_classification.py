@@ -48,7 +48,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("name", ["ResNet", "ViT"])
+@pytest.mark.parametrize("name", ["ResNet", "ViT", "Swin"])
 def test_a_saved_model_is_read_whole(name: str, tmp_path: Path) -> None:
     whole = tiny_image_model(name)
     model = of_folder(whole, tmp_path, cut=2)
@@ -185,14 +185,15 @@ def test_frozen_settings_that_cannot_be_are_named() -> None:
         classifier(frozen=["linear"], cut=2)
 
 
-@pytest.mark.parametrize("name", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Swin"])
 def test_adapters_of_a_vision_transformer_are_trained_and_exported(
     name: str, make_orchestrator: Callable[..., Orchestrator], tmp_path: Path
 ) -> None:
     lora = Lora(client=LoraHalf(r=2), server=LoraHalf(r=2, dropout=0.1))
     whole = tiny_image_model(name, noise=0)
     model = of_folder(whole, tmp_path / "model", num_labels=2, lora=lora, cut=2, optimizer=sgd(0.1))
-    assert len(model.client_parameters) == 2 * 2 * 2  # A and B of two modules in two layers
+    blocks = 3 if name == "Swin" else 2  # in two layers
+    assert len(model.client_parameters) == 2 * 2 * blocks  # A and B of two modules
     assert all("lora_" in name or "classifier" in name for name in model.trained_state())
     with torch.no_grad():
         untrained = model(images())

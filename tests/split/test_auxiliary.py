@@ -38,6 +38,9 @@ def test_all_blocks_of_the_server_make_the_server(name: str) -> None:
     _, server = split(MODELS[name](), CUT, check=False)
     head, given = copied_head(server, LAYERS - CUT), smashed()
     assert torch.equal(head(*given), server(*given))
+    short = copied_head(server, 1)(*given)
+    assert short.shape == server(*given).shape
+    assert not torch.equal(short, server(*given))
 
 
 def llama(model: PreTrainedModel, blocks: int, z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hosfl_lightning.split import SplitError, load_client_half, load_server_half, split
 from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 
-# Plain, tied, tied with a nested path and learnt positions, Conv1D, tuples, fused experts, two classifiers.
+# Plain, tied, tied with a nested path and learnt positions, Conv1D, tuples, fused experts, classifiers.
 CASES: dict[str, tuple[Any, Callable[[], PreTrainedModel]]] = {
     "llama": (AutoModelForCausalLM, lambda: tiny_causal_lm("llama")),
     "gemma3_text": (AutoModelForCausalLM, lambda: tiny_causal_lm("gemma3_text")),
@@ -26,6 +26,8 @@ CASES: dict[str, tuple[Any, Callable[[], PreTrainedModel]]] = {
     "mixtral": (AutoModelForCausalLM, lambda: tiny_causal_lm("mixtral")),
     "bert": (AutoModelForSequenceClassification, lambda: tiny_classifier("bert")),
     "llama_classifier": (AutoModelForSequenceClassification, lambda: tiny_classifier("llama")),
+    "modernbert": (AutoModelForSequenceClassification, lambda: tiny_classifier("modernbert")),
+    "deberta-v2": (AutoModelForSequenceClassification, lambda: tiny_classifier("deberta-v2")),
 }
 
 
@@ -95,7 +97,8 @@ def test_a_half_is_built_from_its_own_tensors_only(name: str, tmp_path: Path, mo
         assert not any(t.is_meta for t in [*half.parameters(), *half.buffers()])
         assert half.architecture == type(model).__name__
     tied = model.get_output_embeddings() is not None and model.config.tie_word_embeddings
-    assert len(read_by_client & read_by_server) == tied
+    shared = 3 if name == "deberta-v2" else 0  # relative positions and their norm
+    assert len(read_by_client & read_by_server) == tied + shared
     assert not any(f"{client.layer_path.path}.{i}." in n for n in read_by_client for i in (1, 2, 3))
     assert not any(f"{client.layer_path.path}.0." in n for n in read_by_server)
 

@@ -23,6 +23,8 @@ CASES: dict[str, Case] = {
     "bert": (lambda: tiny_classifier("bert"), ["query", "value"], True),
     "distilbert": (lambda: tiny_classifier("distilbert"), ["q_lin"], True),
     "llama_classifier": (lambda: tiny_classifier("llama"), ["v_proj"], True),
+    "modernbert": (lambda: tiny_classifier("modernbert"), ["Wqkv", "Wo"], True),
+    "deberta-v2": (lambda: tiny_classifier("deberta-v2"), ["query_proj", "value_proj"], True),
 }
 
 

@@ -33,6 +33,11 @@ def test_halves_equal_the_whole_bit_for_bit(name: str) -> None:
         assert whole.isfinite().all()
         for cut in (1, CUTS[name]):
             client, server = split_images(model, cut, image_size=32)
+            for count in (1, 2, 8):
+                given = images(count)
+                assert torch.equal(server(client(given)), whole_logits(model, given)), count
+        for cut in (1, CUTS[name]):
+            client, server = split_images(model, cut, image_size=32)
             z = client(pixel_values)
             assert client.inputs == ("pixel_values",)
             assert client.cut == server.cut == cut
@@ -79,8 +84,10 @@ def test_gradients_equal_the_backward_of_the_whole(name: str) -> None:
     client(pixel_values).backward(z.grad)
     actual = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert actual.keys() == expected.keys()
+    # Swin's attention runs in another kernel where there is a graph, as there is none at the client.
+    near = {"rtol": 1e-4, "atol": 1e-5} if name == "Swin" else {"rtol": 1e-5, "atol": 1e-6}
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(actual[parameter], gradient, rtol=1e-5, atol=1e-6, msg=parameter)
+        torch.testing.assert_close(actual[parameter], gradient, **near, msg=parameter)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -217,6 +224,23 @@ class OutOfOrder(nn.Sequential):
         return value
 
 
+class FailsOn(nn.Sequential):
+    """Adds the images at the end, past the cut, where there are so many."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(3072, 4), nn.Linear(4, 4))
+        self.count = count
+
+    def forward(self, value: Tensor) -> Tensor:
+        return super().forward(value) + (value.mean() if len(value) == self.count else 0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_the_check_at_set_up_has_batches_of_several_sizes(count: int) -> None:
+    with pytest.raises(SplitError, match=f"FailsOn cannot be split: whole and halves differ on a batch of {count}"):
+        split_images(FailsOn(count), 2, 32)
+
+
 class SkipsTheCut(nn.Sequential):
     """Adds the images at the end, past the cut."""
 
@@ -228,7 +252,7 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
     linear, flat = nn.Linear(3072, 3072), nn.Flatten()
     with pytest.raises(SplitError, match="OutOfOrder cannot be split: its children do not run once each, in order"):
         split_images(OutOfOrder(linear, flat), 1, 32)
-    with pytest.raises(SplitError, match="SkipsTheCut cannot be split: whole and halves differ on two images"):
+    with pytest.raises(SplitError, match="SkipsTheCut cannot be split: whole and halves differ on a batch of 1"):
         split_images(SkipsTheCut(flat, nn.Linear(3072, 4), nn.Linear(4, 4)), 2, 32)
     with pytest.raises(SplitError, match="Sequential cannot be split: its children do not run once each, in order"):
         split_images(nn.Sequential(flat, linear, linear), 2, 32)
@@ -236,7 +260,7 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
     twin.weight = linear.weight
     with pytest.raises(SplitError, match=r"both halves would need 2\.weight\."):
         split_images(nn.Sequential(flat, linear, twin), 2, 32)
-    with pytest.raises(SplitError, match=r"Sequential is no classifier: its output has shape \(2, 3, 29, 29\)"):
+    with pytest.raises(SplitError, match=r"Sequential is no classifier: its output has shape \(1, 3, 29, 29\)"):
         split_images(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 2)), 1, 32)
     with pytest.raises(SplitError, match=r"before 1: features of shape \(3, 4, 8, 32\) are neither"):
         split_images(nn.Sequential(nn.Unflatten(2, (4, 8)), nn.Flatten()), 1, 32)

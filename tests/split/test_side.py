@@ -29,7 +29,7 @@ from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 Build = Callable[[], Any]
 TEXT: dict[str, Build] = {
     **{name: lambda name=name: tiny_causal_lm(name) for name in ("llama", "gpt2", "gemma3_text", "mixtral", "opt")},
-    **{name: lambda name=name: tiny_classifier(name) for name in ("bert", "distilbert")},
+    **{name: lambda name=name: tiny_classifier(name) for name in ("bert", "distilbert", "modernbert", "deberta-v2")},
     "llama_classifier": lambda: tiny_classifier("llama"),
 }
 #: Maps of other sizes, layers that are an nn.Sequential, tokens, vectors; the last entry is the cut.

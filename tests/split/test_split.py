@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from hosfl_lightning.split import ClientHalf, ServerHalf, SplitError, check_tied_head, find_layers, split
+from hosfl_lightning.split.structure import Skip
 from tests.split.tiny_models import (
     CAUSAL,
     DECODER_CLASSIFIERS,
@@ -64,6 +65,13 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     return {n for n, p in model.named_parameters(remove_duplicate=False) if tied and p is head.weight}
 
 
+def shared_names(model: PreTrainedModel) -> set[str]:
+    """Of the parameters that every layer is given."""
+    marks = {"deberta-v2": ("encoder.rel_embeddings.", "encoder.LayerNorm."), "mpnet": ("relative_attention_bias.",)}
+    mine = marks.get(model.config.model_type, ())
+    return {n for n, _ in model.named_parameters() if any(mark in n for mark in mine)}
+
+
 @pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize("name", MODELS)
 def test_halves_equal_the_whole_bit_for_bit(name: str, padding: str) -> None:
@@ -80,7 +88,7 @@ def test_halves_equal_the_whole_bit_for_bit(name: str, padding: str) -> None:
         assert torch.equal(logits_of(model, tokens, mask), whole), "the whole model changed"
 
 
-# An encoder classifier reads its first position, so only its right padding is idle.
+# Most encoder classifiers read their first position, so only its right padding is idle.
 @pytest.mark.parametrize(
     ("name", "padding"), [(n, p) for n in MODELS for p in PADDINGS[1:] if not (n in ENCODERS and p == "left")]
 )
@@ -102,8 +110,8 @@ def test_smashed_data_at_padding_do_not_matter(name: str, padding: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_equal_the_backward_of_the_whole(name: str) -> None:
     model = copy.deepcopy(get(name)).requires_grad_(True)
-    for tied in tied_names(model):
-        model.get_parameter(tied).requires_grad_(False)
+    for frozen in {*tied_names(model), *shared_names(model)}:
+        model.get_parameter(frozen).requires_grad_(False)
     tokens, mask = batch(model, "right")
     client, server = split(model, 2, check=False)
     states: list[Tensor] = []
@@ -141,12 +149,14 @@ def test_halves_share_the_parameters_of_the_whole_and_none_with_each_other(name:
     held = [dict(half.named_parameters(remove_duplicate=False)) for half in (client, server)]
     for half in held:
         assert all(p is whole[n] for n, p in half.items())
-    tied = tied_names(model)
-    assert not held[0].keys() & held[1].keys()
-    assert {id(p) for p in held[0].values()} & {id(p) for p in held[1].values()} == {id(whole[n]) for n in tied}
+    tied, shared = tied_names(model), shared_names(model)
+    assert held[0].keys() & held[1].keys() == shared
+    both = {id(p) for p in held[0].values()} & {id(p) for p in held[1].values()}
+    assert both == {id(whole[n]) for n in tied | shared}
     pooler = {n for n in whole if ".pooler." in n and n not in held[1]}
     assert held[0].keys() | held[1].keys() == whole.keys() - pooler
-    assert not any(isinstance(m, nn.Embedding) for m in server.modules())
+    embeddings = {n for n, m in server.named_modules() if isinstance(m, nn.Embedding)}
+    assert embeddings == {n.rpartition(".")[0] for n in shared if "LayerNorm" not in n}
 
 
 def test_a_layer_keeps_its_number() -> None:
@@ -219,14 +229,47 @@ def test_tied_head_must_be_frozen() -> None:
     check_tied_head(tiny_causal_lm("llama").requires_grad_(True))
 
 
+@pytest.mark.parametrize("name", ["deberta-v2", "mpnet"])
+def test_what_every_layer_is_given_must_be_frozen(name: str) -> None:
+    model = copy.deepcopy(get(name))
+    first = sorted(shared_names(model))[0]
+    flags = [p.requires_grad for p in model.parameters()]
+    split(model, 2)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    model.get_parameter(first).requires_grad_(True)
+    with pytest.raises(SplitError, match=rf"{first} is read by the layers of both halves of .* freeze it .* as LoRA"):
+        split(model, 2)
+
+
+def test_what_runs_between_the_layers_is_named() -> None:
+    with pytest.raises(SplitError, match=r"DebertaV2.*cannot be split: deberta\.encoder\.conv runs between its layers"):
+        split(tiny_classifier("deberta-v2", conv_kernel_size=3), 2)
+
+
+def test_a_layer_that_is_skipped_answers_as_it_would_and_holds_nothing_of_it() -> None:
+    layer = nn.Linear(2, 2)
+    layer.kind, layer.cache, layer.sub, layer.none = "sliding", torch.ones(3), nn.Linear(2, 2), None  # type: ignore[assignment]
+    layer.register_module("nothing", None)
+    skip = Skip((None, 7), layer)
+    assert (skip.kind, skip.none, skip.nothing, skip.sub is None) == ("sliding", None, None, False)
+    assert not list(skip.parameters())
+    assert not any(isinstance(value, Tensor) for value in vars(skip).values())
+    z = torch.ones(1)
+    assert skip(z, 1, mask=2) == (z, None, 7)
+    assert Skip(None)(z) is z
+
+
 class SkipsTheCut(LlamaModel):
-    """Adds the embeddings at the end, past the cut, and draws random numbers."""
+    """Adds the embeddings at the end, past the cut, of batches with so many rows, and draws random numbers."""
+
+    rows = range(99)
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: object) -> object:
         torch.rand(2)
         embeddings = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = super().forward(inputs_embeds=embeddings, **kwargs).last_hidden_state
-        return SimpleNamespace(last_hidden_state=hidden + embeddings, past_key_values=None)
+        past = embeddings if len(hidden) in self.rows else 0
+        return SimpleNamespace(last_hidden_state=hidden + past, past_key_values=None)
 
 
 class SkippingForCausalLM(LlamaForCausalLM):
@@ -267,6 +310,13 @@ def test_other_architectures_are_probed_and_refused_by_name() -> None:
         split(nn.Linear(2, 2), 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_the_check_at_set_up_has_batches_of_several_sizes(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SkipsTheCut, "rows", [rows])
+    with pytest.raises(SplitError, match="SkippingForCausalLM cannot be split: whole and halves differ on a batch"):
+        split(toy(SkippingForCausalLM), 2)
+
+
 def toy(kind: type[PreTrainedModel]) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         return kind(tiny_config("llama")).eval()
@@ -292,6 +342,11 @@ def test_a_replaced_forward_is_refused() -> None:
     model.model.forward = model.model.forward
     with pytest.raises(SplitError, match="LlamaForCausalLM cannot be split: its forward was replaced"):
         split(model, 2)
+    for compiled in ("", "model"):
+        model = tiny_causal_lm("llama")
+        model.get_submodule(compiled).compile(backend="eager")
+        with pytest.raises(SplitError, match=r"LlamaForCausalLM .* its forward was replaced.*uncompiled"):
+            split(model, 2)
 
 
 def test_a_failing_forward_leaves_nothing_behind() -> None:

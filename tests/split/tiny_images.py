@@ -18,6 +18,10 @@ _TOKENS: dict[str, Any] = {
     "patch_size": 8,
 }  # fmt: skip
 
+_WINDOWS: dict[str, Any] = {
+    "embed_dim": 8, "depths": [1, 2, 1], "num_heads": [2, 2, 2], "window_size": 4, "image_size": 32, "patch_size": 2,
+}  # fmt: skip
+
 # Architecture: its config, and what differs from the common settings.
 PRETRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ResNet": ("resnet", {**_MAPS, "layer_type": "basic"}),
@@ -30,6 +34,9 @@ PRETRAINED: dict[str, tuple[str, dict[str, Any]]] = {
     "ConvNext": ("convnext", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]}),
     "Bit": ("bit", {**_MAPS, "num_groups": 4, "hidden_sizes": [32, 32, 48, 64]}),
     "Segformer": ("segformer", {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "decoder_hidden_size": 16}),
+    "Swin": ("swin", _WINDOWS),
+    "Swinv2": ("swinv2", _WINDOWS),
+    "Data2VecVision": ("data2vec-vision", {**_TOKENS, "use_mean_pooling": False}),
 }
 SEQUENTIAL: dict[str, Callable[[], nn.Sequential]] = {
     "ConvNet": lambda: ConvNet(3, (8, 8, 16), CLASSES, 32),

@@ -57,7 +57,18 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "roberta": {"pad_token_id": 1, "bos_token_id": 0},
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": 4},
     "electra": {"embedding_size": 16},
-}
+    "modernbert": {
+        "global_attn_every_n_layers": 2, "local_attention": 4, "classifier_pooling": "mean", "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    # As DeBERTa-v3: relative positions only, their embeddings normed and given to every layer.
+    "deberta-v2": {
+        "relative_attention": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
+        "max_relative_positions": -1, "pooler_hidden_size": 32,
+    },
+    "mpnet": {"pad_token_id": 1},
+}  # fmt: skip
 DECODER_CLASSIFIERS: dict[str, dict[str, Any]] = {k: CAUSAL[k] for k in ("llama", "qwen2", "opt", "gpt2")}
 
 

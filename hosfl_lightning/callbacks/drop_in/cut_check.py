@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hosfl_lightning.optim.compiled import compiled_around
+
 #: Relative error up to which two gradients of one function agree, in any precision.
 TOLERANCE = 0.05
+#: For a cut so high that it leaves nothing to backprop.
+NOTHING_ABOVE = ("cut: nothing is trained at %s or after it, so backprop has nothing to do; take an earlier cut, or "
+                 "train all by probes with ZerothOrderTraining")  # fmt: skip
 #: Names that a message lists at most.
 READABLE = 16
 
@@ -24,11 +29,13 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
     """θ_c by name, in ``named_parameters()`` order.
 
     Raises:
-        CutError: There is no such cut, a pattern matches nothing, or a parameter is inside the module at the cut.
+        CutError: There is no such cut or it is never called, a pattern matches nothing, a parameter is inside the
+            module at the cut, or nothing is left to train there or above.
     """
     modules = [name for name, _ in module.named_modules() if name]
     if cut not in modules:
         raise CutError(f"cut: the module has no submodule {cut!r}; the nearest names are {_nearest(cut, modules)}")
+    _refuse_container(cut, module.get_submodule(cut))
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if client is None:
         earlier = ["", *modules[: modules.index(cut)]]
@@ -47,7 +54,23 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
     inside = next((name for name in trainable if name in wanted and name.startswith(f"{cut}.")), None)
     if inside:
         raise CutError(f"client: {inside} is in {cut!r}, the module at the cut, so it is not below it")
+    if len(wanted) == len(trainable):
+        raise CutError(NOTHING_ABOVE % repr(cut))
     return {name: p for name, p in trainable.items() if name in wanted}
+
+
+def _refuse_container(cut: str, module: nn.Module) -> None:
+    """A list of modules has no forward: nobody calls it, and no hook at it runs."""
+    if _has_forward(module):
+        return
+    inside = ((name, part) for name, part in module.named_modules() if name)
+    first = next((name for name, part in inside if _has_forward(part)), None)
+    instead = f"take {f'{cut}.{first}'!r}" if first else "take a module that is"
+    raise CutError(f"cut: {cut!r} is a {type(module).__name__}, which is not called; {instead}")
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _nearest(name: str, names: list[str]) -> str:
@@ -62,12 +85,13 @@ def refuse_compiled(module: nn.Module, cut: str, client: list[str]) -> None:
     Raises:
         CutError: A compiled submodule is around the cut or below it.
     """
-    for name, part in module.named_modules():
-        compiled = part._compiled_call_impl is not None or "_orig_mod" in part._modules
-        if compiled and any(inside.startswith(f"{name}.") for inside in [cut, *client]):
-            raise CutError(
-                f"cut: {name!r} is compiled, so nothing can be hooked in it; compile modules above the cut only"
-            )
+    name = compiled_around(module, [cut, *client])
+    if name is not None:
+        raise CutError(
+            f"cut: {name or type(module).__name__!r} is compiled, and a compiled module does not run the hooks by "
+            f"which probes work; compile only {cut!r} and what comes after it, each by its own module.compile() "
+            "(docs/drop_in.md, Compile the upper part)"
+        )
 
 
 def check_passes(cut: str, passes: int) -> None:
@@ -78,7 +102,8 @@ def check_passes(cut: str, passes: int) -> None:
     """
     if passes == 0:
         raise CutError(f"cut: training_step called {cut!r} 0 times with a graph, not once; choose a module that it "
-                       "calls (under activation checkpointing: use_reentrant=False)")  # fmt: skip
+                       "calls, such as one in it where they are called one by one (under activation checkpointing: "
+                       "use_reentrant=False)")  # fmt: skip
     if passes > 1:
         raise CutError(f"cut: training_step called {cut!r} {passes} times, not once, so the loss has no single λ; "
                        "choose a cut that all inputs pass together (torch.cat), or another cut")  # fmt: skip
@@ -95,7 +120,7 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
         above: Ids of those that the graph of the loss reaches when it ends at z.
 
     Raises:
-        CutError: Names the parameters and what to change.
+        CutError: Names the parameters and what to change, or the cut where nothing above it is trained.
     """
     names = _names(module)
     ours = {id(p) for p in client.values()}
@@ -113,6 +138,8 @@ def check_paths(module: nn.Module, cut: str, client: dict[str, nn.Parameter], be
         if found:
             shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
             raise CutError(message % shown + _suggestion(names, below - above))
+    if not (above - ours) & names.keys():
+        raise CutError(NOTHING_ABOVE % repr(cut))
 
 
 def refuse_unfrozen(module: nn.Module, cut: str, client: dict[str, nn.Parameter], z: Tensor) -> None:

@@ -19,6 +19,7 @@ from hosfl_lightning.callbacks.drop_in import trainer_check
 from hosfl_lightning.callbacks.drop_in.lower_part import LowerPart
 from hosfl_lightning.callbacks.drop_in.replayed_client import ReplayedClient, ReplayedLocalClient
 from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.round_callback import RoundCallback
@@ -70,7 +71,7 @@ class HybridOrder(Callback):
 
     Args:
         cut: Dotted name, in the LightningModule, of the submodule whose input is the smashed data z.
-        rule: Update rule below the cut; its learning rate is constant, and on resuming that of this rule.
+        rule: Update rule below the cut. Its learning rate is that at the peak of the schedule, also when resuming.
         client: Names of θ_c, as prefixes that end at a dot or as regular expressions. None: every trainable parameter
             registered before the cut. All that is trained below the cut must be in it.
         probes: ``P``, forwards of the lower part a batch (``2P`` when central); unused when local.
@@ -81,6 +82,8 @@ class HybridOrder(Callback):
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         seed: Of the directions; step ``t`` of the run uses those of round ``t``.
         verify: On the first batch compare θ_c's gradient by the module's own backprop with that from λ.
+        schedule: ``follow`` that of the module's optimizer, of the parameter group with θ_c's first parameter, else of
+            the first group (see `Schedule`), or stay ``constant`` at the rule's rate.
 
     Attributes:
         working: Opened around all that is done below the cut after λ has come, such as a role of a `MemoryMeter`.
@@ -103,11 +106,13 @@ class HybridOrder(Callback):
         distribution: str = "rademacher",
         seed: int = 0,
         verify: bool = True,
+        schedule: Policy = "follow",
     ) -> None:
         estimator = check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
+        check_policy(schedule)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
         self.cut, self.client, self.verify = cut, [client] if isinstance(client, str) else client, verify
-        self.rule, self.local = rule if rule is not None else SGD(), estimator == "local"
+        self.rule, self.local, self.schedule = rule if rule is not None else SGD(), estimator == "local", schedule
         self.settings: dict[str, Any] = {
             "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
@@ -147,11 +152,12 @@ class HybridOrder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the client, now that its parameters are on their device."""
         trainer_check.refuse_several_optimizers(trainer)
+        trainer_check.refuse_nothing_above(trainer.optimizers[0], self.cut)
         self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
-        own = {**self._client.identity, **self.told}
-        resume("HybridOrder", self._client.optimizer, self.rule, self._restored, own)
+        resume("HybridOrder", self._client.optimizer, self.rule, self._restored, self._identity)
+        self._rates = Schedule(trainer, pl_module, self.schedule, self._restored.get("peaks", ()))
         self._restored = {}
         self._checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
         self._total: Tensor | None = None
@@ -219,6 +225,11 @@ class HybridOrder(Callback):
     def _note_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # how a scaler tells a fused optimizer to do nothing
         self._stepped = found_inf is None or not found_inf
+        assert self._client is not None
+        first = self._client.optimizer.parameters[0]
+        holds = [any(p is first for p in group["params"]) for group in optimizer.param_groups]
+        factor = self._rates.factors(optimizer)[holds.index(True) if any(holds) else 0]  # before schedulers step
+        self._client.optimizer.param_groups[0]["lr"] = self.rule.lr * factor
 
     @override
     def on_train_batch_end(
@@ -264,12 +275,17 @@ class HybridOrder(Callback):
         """The optimizer below the cut; its step is the number of the directions."""
         if self._client is None:
             return {}
-        return {**self._client.identity, **self.told, "optimizer": self._client.optimizer.state_dict()}
+        return {**self._identity, "optimizer": self._client.optimizer.state_dict(), "peaks": self._rates.peaks}
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        assert self._client is not None
+        return {**self._client.identity, **self.told, "schedule": self.schedule}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the parameters are on their device."""
-        self._restored = dict(state_dict)
+        self._restored = {"schedule": "constant", **state_dict} if state_dict else {}  # which it once was
 
 
 def one_of_a_kind(kind: type[C], trainer: Trainer) -> C | None:

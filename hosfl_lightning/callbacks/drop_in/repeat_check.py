@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from hosfl_lightning.optim import ZerothOrder
+from hosfl_lightning.optim.probing import UnseenProbeError
 
 
 @torch.no_grad()
@@ -38,8 +40,11 @@ def check_repeats(
     """
     basis = optimizer.basis(optimizer.steps)
     unmoved = evaluate()
-    with optimizer.perturbed(basis, 0, optimizer.mu):
-        layerwise = evaluate()
+    seen = False
+    with suppress(UnseenProbeError):
+        with optimizer.perturbed(basis, 0, optimizer.mu):
+            layerwise = evaluate()
+        seen = True
     module, optimizer.module = optimizer.module, None
     with optimizer.perturbed(basis, 0, optimizer.mu):
         moved = evaluate()
@@ -50,7 +55,7 @@ def check_repeats(
             "and torch's random state (no numpy or random, no work in place on the batch, no state of its own)"
         )
     if torch.equal(layerwise, moved):
-        optimizer.module = module
+        optimizer.module = module if seen else None
         return effect
     size = sum(p.numel() * p.element_size() for p in optimizer.parameters)
     warnings.warn(

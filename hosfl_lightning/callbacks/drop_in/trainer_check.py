@@ -16,6 +16,9 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.optim import Optimizer
+
+from hosfl_lightning.optim.compiled import compiled_around
 
 #: Subclasses of those that keep parameters whole, which divide them or run a step later than it is written.
 OTHER_STRATEGIES = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
@@ -55,15 +58,21 @@ def refuse_what_would_break(name: str, trainer: Trainer, pl_module: LightningMod
                          "batch_idx)")  # fmt: skip
     if getattr(pl_module, "_compiler_ctx", None) is not None:
         raise ValueError(f"{name}: a compiled LightningModule runs no hooks, by which probes work; give the Trainer "
-                         "the module itself (HybridOrder: only what is above the cut may be compiled)")  # fmt: skip
+                         "the module itself (HybridOrder: what is above the cut may be compiled, each module by its "
+                         "own module.compile(), docs/drop_in.md)")  # fmt: skip
 
 
 def refuse_what_needs_a_gradient(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Settings that would have no effect where no gradient is.
+    """Settings that would have no effect where no gradient is, and modules in which probes would have none.
 
     Raises:
         ValueError: Names the setting and what to use instead.
     """
+    compiled = compiled_around(pl_module, [name for name, p in pl_module.named_parameters() if p.requires_grad])
+    if compiled is not None:
+        raise ValueError(f"ZerothOrderTraining: {compiled or type(pl_module).__name__!r} is compiled, and a compiled "
+                         "module does not run the hooks by which probes work; compile nothing that is "
+                         "trained")  # fmt: skip
     if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
         raise ValueError("trainer.gradient_clip_val and configure_gradient_clipping have no gradient to clip under "
                          "ZerothOrderTraining; remove them and lower the rule's lr")  # fmt: skip
@@ -93,6 +102,17 @@ def refuse_several_optimizers(trainer: Trainer) -> None:
             "lower part steps with exactly one; train such a module with hosfl_lightning.optim.ZerothOrder in its own "
             "training_step"
         )
+
+
+def refuse_nothing_above(optimizer: Optimizer, cut: str) -> None:
+    """Once θ_c asks for no gradient.
+
+    Raises:
+        ValueError: The module's optimizer holds nothing that does.
+    """
+    if not any(p.requires_grad for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(f"HybridOrder: configure_optimizers names nothing that is trained at {cut!r} or after it; "
+                         "give the optimizer the parameters above the cut, or take ZerothOrderTraining")  # fmt: skip
 
 
 def refuse_a_second_backward(pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ from hosfl_lightning.callbacks.drop_in import trainer_check
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.drop_in.repeat_check import check_repeats
 from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
@@ -47,9 +48,9 @@ class ZerothOrderTraining(Callback):
     counts, or hands to ``self.logger`` belongs in ``on_train_batch_end``, from ``outputs``.
 
     Trainer goes on to step the module's optimizer, which finds no gradient and lends its schedule only: the learning
-    rate of a parameter group is the rule's, times the group's own over what that was at the start (over ``max_lr``
-    where a schedule has one). So schedulers, hooks, ``global_step``, checkpoints and resuming work as without it. The
-    first batch costs three more forwards and a copy of θ, to see that ``training_step`` repeats itself.
+    rate of a parameter group is the rule's, times the group's own over the peak of its schedule (see `Schedule`). So
+    schedulers, hooks, ``global_step``, checkpoints and resuming work as without it. The first batch costs three more
+    forwards and a copy of θ, to see that ``training_step`` repeats itself.
 
     Under DDP ranks exchange ``P`` scalars a step; DDP's own wrapper is left away, so norm statistics stay each rank's.
 
@@ -65,6 +66,7 @@ class ZerothOrderTraining(Callback):
         estimator: ``central``, ``forward``, or an `hosfl_lightning.optim.Estimator`, also by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
         seed: Of the directions; step ``t`` of the run uses those of round ``t``.
+        schedule: ``follow`` that of the module's optimizer, or stay ``constant`` at the rule's rate.
 
     Raises:
         ValueError: A setting out of range, what needs a gradient (clipping, accumulation, a GradScaler, an own
@@ -81,10 +83,12 @@ class ZerothOrderTraining(Callback):
         estimator: Estimator | str = "central",
         distribution: str = "rademacher",
         seed: int = 0,
+        schedule: Policy = "follow",
     ) -> None:
         estimator = check_probe_settings(probes, mu, estimator, distribution)
+        check_policy(schedule)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
-        self.rule = rule if rule is not None else SGD()
+        self.rule, self.schedule = rule if rule is not None else SGD(), schedule
         self.settings: dict[str, Any] = {
             "probes": probes, "mu": mu, "estimator": estimator, "distribution": distribution, "seed": seed,
         }  # fmt: skip
@@ -111,6 +115,7 @@ class ZerothOrderTraining(Callback):
         """Take the parameters from the module's optimizer, now that they are on their device, and its backward."""
         self._optimizer = self._take_over(trainer, pl_module)
         resume("ZerothOrderTraining", self._optimizer, self.rule, self._restored, self._identity)
+        self._rates = Schedule(trainer, pl_module, self.schedule, self._restored.get("peaks", ()))
         self._restored = {}
         self._checked = False
         self._values: Tensor | None = None
@@ -135,11 +140,7 @@ class ZerothOrderTraining(Callback):
         self.teardown(trainer, pl_module, "fit")
 
     def _take_over(self, trainer: Trainer, pl_module: LightningModule) -> ZerothOrder:
-        groups = [
-            {"params": trainable(group), "users_lr": starting_lr(group)}
-            for optimizer in trainer.optimizers
-            for group in optimizer.param_groups
-        ]
+        groups = [{"params": trainable(group)} for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if not any(group["params"] for group in groups):
             raise ValueError("ZerothOrderTraining: configure_optimizers names no trainable parameter of the module; "
                              "return an optimizer of those that are to be trained")  # fmt: skip
@@ -194,8 +195,8 @@ class ZerothOrderTraining(Callback):
         # Gathered and summed in rank order, so that all ranks have the same bits.
         rows: Any = pl_module.all_gather(values)
         values = rows.view(-1, len(values)).mean(0)
-        for own, users in zip(self._optimizer.param_groups, optimizer.param_groups):
-            own["lr"] = self.rule.lr * scheduled_lr(users) / own["users_lr"]
+        for group, factor in zip(self._optimizer.param_groups, self._rates.factors(optimizer)):
+            group["lr"] = self.rule.lr * factor
         self._optimizer.record(values)
         self._optimizer.step()
         self._rms = values.square().mean().sqrt()
@@ -215,17 +216,19 @@ class ZerothOrderTraining(Callback):
 
     @property
     def _identity(self) -> dict[str, Any]:
-        return {"rule": type(self.rule).__name__, **self.told}
+        return {"rule": type(self.rule).__name__, "schedule": self.schedule, **self.told}
 
     @override
     def state_dict(self) -> dict[str, Any]:
         """Moments, and the step, which is the number of the directions."""
-        return {} if self._optimizer is None else {**self._identity, "optimizer": self._optimizer.state_dict()}
+        if self._optimizer is None:
+            return {}
+        return {**self._identity, "optimizer": self._optimizer.state_dict(), "peaks": self._rates.peaks}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the parameters are on their device."""
-        self._restored = dict(state_dict)
+        self._restored = {"schedule": "follow", **state_dict} if state_dict else {}
 
 
 def trainable(group: dict[str, Any]) -> list[Tensor]:
@@ -244,16 +247,6 @@ def refuse_other_parameters(own: torch.optim.Optimizer, users: torch.optim.Optim
         raise ValueError("ZerothOrderTraining: parameters were frozen or unfrozen since training started, as by "
                          "BackboneFinetuning, and the rule trains those of the start; remove such a callback, set "
                          "requires_grad before fit, and train each phase by a fit of its own")  # fmt: skip
-
-
-def starting_lr(group: dict[str, Any]) -> float:
-    """The learning rate of a group of the module's optimizer that its schedule is relative to."""
-    return next((float(group[name]) for name in ("max_lr", "initial_lr", "lr") if group.get(name)), 1.0)
-
-
-def scheduled_lr(group: dict[str, Any]) -> float:
-    """Its learning rate now; 1 where it has none (Adafactor's own schedule)."""
-    return 1.0 if group.get("lr") is None else float(group["lr"])
 
 
 def broadcast_state(module: torch.nn.Module) -> None:

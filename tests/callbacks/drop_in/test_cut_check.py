@@ -18,7 +18,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from hosfl_lightning.callbacks.drop_in.cut_check import CutError, check_gradient, client_parameters
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
-from tests.callbacks.drop_in.plain_modules import FEATURES, LIGHTNING_WARNINGS, Sequential, fit, hybrid, mlp
+from tests.callbacks.drop_in.plain_modules import CLASSES, FEATURES, LIGHTNING_WARNINGS, Sequential, fit, hybrid, mlp
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -82,6 +82,46 @@ class Closures(Sequential):
         return torch.optim.LBFGS(p for p in self.parameters() if p.requires_grad)
 
 
+class Blocks(Sequential):
+    """Its blocks are in lists, whose entries it calls."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.blocks = nn.ModuleList([nn.ModuleList([nn.Identity()]), nn.Linear(8, CLASSES)])
+        self.by_name, self.empty = nn.ModuleDict({"last": nn.Linear(8, CLASSES)}), nn.ModuleList()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return cross_entropy(self.blocks[1](self.blocks[0][0](self.net[:2](batch[0]))), batch[1])
+
+
+class LossModule(Sequential):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.loss, self.spare = nn.CrossEntropyLoss(), nn.Linear(1, 1)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1])
+
+
+class Unspared(LossModule):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        del self.spare
+
+
+class FrozenHead(Sequential):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.net[2:].requires_grad_(False)
+
+
+class LowerOnly(Sequential):
+    """Gives its optimizer what is below the cut."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.net[0].parameters(), lr=0.1)
+
+
 class Iterates(Sequential):
     def training_step(self, dataloader_iter: Iterator[Any]) -> Tensor:  # type: ignore[override]
         return super().training_step(next(dataloader_iter)[0], 0)
@@ -109,13 +149,26 @@ class Iterates(Sequential):
         (Swallows, hybrid(), r"'net.2' is not reached when the same batch runs again"),
         (Closures, hybrid(), r"closure more than once"),
         (Iterates, hybrid(), r"dataloader_iter"),
+        (Blocks, hybrid("blocks"), r"'blocks' is a ModuleList, which is not called; take 'blocks\.0\.0'$"),
+        (Blocks, hybrid("blocks.0"), r"'blocks\.0' is a ModuleList, which is not called; take 'blocks\.0\.0'$"),
+        (Blocks, hybrid("by_name"), r"'by_name' is a ModuleDict, which is not called; take 'by_name\.last'$"),
+        (Blocks, hybrid("empty"), r"'empty' is a ModuleList, which is not called; take a module that is$"),
+        (
+            Unspared,
+            hybrid("loss"),
+            r"nothing is trained at 'loss' or after it.*an earlier cut, or .* ZerothOrderTraining",
+        ),
+        (LossModule, hybrid("loss", client="net"), r"nothing is trained at 'loss' or after it"),  # as the graph shows
+        (FrozenHead, hybrid(), r"nothing is trained at 'net\.2' or after it"),
+        (LowerOnly, hybrid(), r"configure_optimizers names nothing that is trained at 'net\.2' or after it"),
     ],
 )
 def test_modules_and_cuts_that_do_not_fit(kind: type[Sequential], order: HybridOrder, message: str) -> None:
     module = kind(*mlp().net)
+    asking = [p.requires_grad for p in module.parameters()]
     with pytest.raises(ValueError, match=message):
         fit(module, order)
-    assert all(p.requires_grad for p in module.parameters())
+    assert [p.requires_grad for p in module.parameters()] == asking
 
 
 def test_an_unused_parameter_is_not_moved_by_noise() -> None:

@@ -19,7 +19,6 @@ from hosfl_lightning.callbacks import (
     LagrangianUpdate,
     PeakMemoryMonitor,
 )
-from hosfl_lightning.callbacks.drop_in.cut_check import CutError
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.optim import SGD, AdamW
 from tests.callbacks.drop_in.plain_modules import (
@@ -297,16 +296,6 @@ def test_two_ranks_are_one_process_with_the_double_batch(tmp_path: Path) -> None
 def test_trainer_settings_that_would_break_it() -> None:
     with pytest.raises(ValueError, match="more than one HybridOrder"):
         fit(mlp(), Again("net.2"), hybrid())
-    with pytest.raises(ValueError, match="a compiled LightningModule"):
-        fit(torch.compile(mlp(), backend="eager"), hybrid())  # type: ignore[arg-type]
-    module = mlp()
-    module.net = torch.compile(module.net, backend="eager")
-    with pytest.raises(CutError, match=r"'net' is compiled"):
-        fit(module, hybrid())
-    module = mlp()
-    module.net[0].compile(backend="eager")
-    with pytest.raises(CutError, match=r"'net.0' is compiled"):
-        fit(module, hybrid())
 
 
 class Again(HybridOrder):

@@ -501,11 +501,6 @@ def test_modules_it_cannot_train(kind: type[Sequential], message: str) -> None:
         fit(kind(*mlp().net), zeroth())
 
 
-def test_a_compiled_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="ZerothOrderTraining: a compiled LightningModule"):
-        fit(torch.compile(mlp(), backend="eager"), zeroth())  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("order", [zeroth(), HybridOrder("net.2")], ids=lambda order: type(order).__name__)
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy])
 def test_strategies_that_divide_parameters_or_run_steps_later_are_refused(kind: type[Any], order: Callback) -> None:
