@@ -165,7 +165,6 @@ class ClassificationData(RecordData):
     def needs(self, row: Row) -> None:
         row.text(self.text_field, "text_field")
         row.field(self.label_field, "label_field")
-        super().needs(row)
 
     def _find_labels(self, train: list[Row], known: list[str] | None) -> LabelSet:
         """The classes, from the first of: names, the number given, the label words, the training set."""

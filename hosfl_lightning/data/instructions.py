@@ -155,7 +155,6 @@ class InstructionData(RecordData):
         else:
             self._prompt(row)
             self._response(row)
-        super().needs(row)
 
     def _encode(self, split: str, rows: list[Row]) -> tuple[list[Row], list[Example]]:
         """The examples, and the rows that they are of: those of which no response would be left are not among them."""

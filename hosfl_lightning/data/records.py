@@ -44,16 +44,21 @@ class RecordData(FederatedDataModule):
         self.requested_clients, self.partitioner = num_clients, partitioner
 
     def needs(self, row: Row) -> None:
-        """Ask a record for what every example must have; a subclass asks for more."""
-        if isinstance(self.partitioner, ByField):
-            row.field(self.partitioner.field, "field")
+        """Ask a record for what every example must have."""
+        raise NotImplementedError
 
     def read(self, split: str) -> tuple[list[Row], ClassNames]:
         """All records of a split, and the class names that its file knows."""
         source = self.sources[split]
         if source is None:
             return [], {}
-        rows, names = self.reader.rows(source, split, self.needs)
+
+        def asked(row: Row) -> None:
+            self.needs(row)
+            if split == "train" and isinstance(self.partitioner, ByField):
+                row.field(self.partitioner.field, "field")
+
+        rows, names = self.reader.rows(source, split, asked)
         return rows, names
 
     def limited(self, rows: list[Row], split: str) -> list[Row]:

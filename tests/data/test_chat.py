@@ -92,7 +92,7 @@ class TestLabels:
             example = encoder(conversation(), "")
             assert said(example, tokenizer) == ["hi. You</s>", "no hi</s>", "good\n</s>"]
             whole = "<s> " + "".join(MISTRAL.chat(*p) for p in TURNS_OF_CHAT)
-            assert tokenizer.decode(example.input_ids).replace("</s> ", "</s>") == whole.replace("</s> ", "</s>")
+            assert tokenizer.decode(example.input_ids).split() == whole.replace("</s>", "</s> ").split()
 
     @pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
     def test_with_a_real_model_of_chats(self, name: str, real_data: Any) -> None:

@@ -139,7 +139,7 @@ class TestChats:
         ({"prompt_field": "question"}, r"a.jsonl line \d+: no field 'question' \(prompt_field\)"),
         ({"prompt_template": "{prompt} {input}"}, r"a.jsonl line \d+: no field 'input' \(prompt_template\)"),
         ({"messages_field": "chat"}, r"no field 'chat' \(messages_field\)|has none"),
-        ({"num_clients": 3, "partition": "field", "field": "user"}, "num_clients=3: field 'user' has 2 values"),
+        ({"num_clients": 3, "partition": "field", "field": "user"}, "num_clients=3: ByField makes 2 clients"),
     ],
 )
 def test_settings_that_make_no_sense(

@@ -187,7 +187,7 @@ def test_bad_files(write: Write, tokenizer: PreTrainedTokenizerBase, tmp_path: P
         make(tokenizer, [write("a.txt", "abcdefgh")], num_clients=1, test_fraction=0.1)
     with pytest.raises(ValueError, match="num_clients=9 is more than the 2 examples"):
         make(tokenizer, [write("a.txt", "abcdefghijkl")], num_clients=9)
-    with pytest.raises(ValueError, match="num_clients=2: partition=by_file makes each of the 1 files a client"):
+    with pytest.raises(ValueError, match="num_clients=2: ByFile makes 1 clients; set it to that or null"):
         make(tokenizer, [write("a.txt", TEXT)], num_clients=2, partition="by_file")
     with pytest.raises(ValueError, match=r"validation_files: .*v.txt' is empty"):
         make(tokenizer, [write("a.txt", TEXT)], num_clients=1, validation_files=[write("v.txt", "")])
