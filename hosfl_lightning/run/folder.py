@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -23,6 +23,18 @@ from hosfl_lightning.run.checkpoint import CheckpointError, load, whole
 
 LOG = "updates.log"
 IDENTITY = "run.json"
+
+
+class Made(NamedTuple):
+    """What a run is made of.
+
+    Args:
+        settings: `hosfl_lightning.run.settings.RunSettings.agreed`.
+        record: `hosfl_lightning.run.record.record_of`; empty: an earlier version made it.
+    """
+
+    settings: dict[str, Any]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,12 @@ class Resumption:
         return {name: how for name, how in named.items() if name in own and name.endswith(".ckpt")}
 
     @property
+    def made(self) -> Made | None:
+        """What the run is made of; None: it began with an earlier version, and no round of it is on the disk."""
+        held = self.checkpoint or (_identity(self.folder) if self.folder is not None else {})
+        return Made(held["settings"], held.get("record") or {}) if "settings" in held else None
+
+    @property
     def last_row(self) -> int:
         """The last row of metrics that stays; −1: none."""
         return self.round if self.checkpoint is not None else -1
@@ -79,6 +97,21 @@ def find(ckpt_path: str) -> Resumption:
         return Resumption(None, checkpoint)
     later = [file for file, one in _complete(folder) if one["global_step"] > checkpoint["global_step"]]
     return Resumption(folder, checkpoint, later)
+
+
+def weights(ckpt_path: str) -> dict[str, Any]:
+    """A checkpoint file; of a run's folder, the last one in it, which may hold weights only.
+
+    Raises:
+        CheckpointError: Neither a checkpoint nor a folder with one.
+    """
+    path = Path(ckpt_path)
+    if not path.is_dir():
+        return load(path)
+    found = max(whole(path), key=lambda one: one[1]["global_step"], default=None)
+    if found is None:
+        raise CheckpointError(f"ckpt_path: {ckpt_path!r} is no run's folder with a checkpoint in it")
+    return found[1]
 
 
 def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -177,14 +210,13 @@ def open_loggers(loggers: Sequence[Logger]) -> None:
             experiment.define_metric("*", step_metric="round", step_sync=True)
 
 
-def remember(folder: str, run_id: bytes, start: str, starts: dict[str, Any], loggers: Sequence[Logger]) -> None:
-    """Write what the run needs to find itself again: its id, W&B's, and where it started.
+def remember(folder: str, own: dict[str, Any], loggers: Sequence[Logger]) -> None:
+    """Write what the run needs to find itself again: its id, what it is made of, where it started, and W&B's id.
 
     A folder without it is no run's. What is known of a run that goes on stays.
     """
     known = _identity(Path(folder)) if (Path(folder) / IDENTITY).is_file() else {}
     ids = [logger.version for logger in loggers if isinstance(logger, WandbLogger)]
-    own = {"run_id": run_id.hex(), "start": start, "starts": starts}
     identity = {**own, **known, **({"wandb": ids[-1]} if ids else {})}
     write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
 
