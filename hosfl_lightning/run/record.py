@@ -79,10 +79,10 @@ def of_settings(agreed: Record, algorithm: Algorithm) -> Record:
 
 
 def of_model(model: SplitModule) -> Record:
-    """What it computes, from its constructors' arguments; the backbone by its fingerprint."""
+    """What it computes, from its constructors' arguments; the backbone's weights have a fingerprint of their own."""
     init_args = {name: plain(value) for name, value in model.made_with.items() if name not in NOT_OF_THE_MODEL}
-    network = model.pretrained if model.made_with.get("network") is not None else None
-    init_args |= {"network": network, "pretrained (its weights)": model.fingerprint()}
+    if model.made_with.get("network") is not None:
+        init_args["network"] = model.pretrained
     return {"class_path": type(model).__qualname__, "init_args": init_args}
 
 

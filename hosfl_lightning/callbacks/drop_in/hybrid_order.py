@@ -148,7 +148,7 @@ class HybridOrder(Callback):
         self._undo.callback(trainer.optimizers[0].register_step_post_hook(self._note_step).remove)
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
-        own = {**self._client.identity, **self.settings}
+        own = {**self._client.identity, "cut": self.cut, **self.settings}
         resume("HybridOrder", self._client.optimizer, self.rule, self._restored, own)
         self._restored = {}
         self._checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
@@ -262,7 +262,12 @@ class HybridOrder(Callback):
         """The optimizer below the cut; its step is the number of the directions."""
         if self._client is None:
             return {}
-        return {**self._client.identity, **self.settings, "optimizer": self._client.optimizer.state_dict()}
+        return {
+            **self._client.identity,
+            "cut": self.cut,
+            **self.settings,
+            "optimizer": self._client.optimizer.state_dict(),
+        }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
