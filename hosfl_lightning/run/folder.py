@@ -92,8 +92,10 @@ def find(ckpt_path: str) -> Resumption:
             )
         found = max(_complete(path), key=lambda one: one[1]["global_step"], default=None)
         return Resumption(path.absolute(), found[1] if found else None)
-    checkpoint, folder = load(path), path.absolute().parent.parent
-    if not (folder / IDENTITY).is_file():
+    checkpoint = load(path)
+    # Not always the folder above `checkpoints`: "{val/loss}" in a file's name makes one of its own.
+    folder = next((one for one in path.absolute().parents[1:3] if (one / IDENTITY).is_file()), None)
+    if folder is None:
         return Resumption(None, checkpoint)
     later = [file for file, one in _complete(folder) if one["global_step"] > checkpoint["global_step"]]
     return Resumption(folder, checkpoint, later)
@@ -183,7 +185,7 @@ def set_aside(folder: str, resumed: Resumption | None) -> None:
     path = Path(folder)
     if resumed is not None and resumed.folder is not None and resumed.folder.resolve() == path.resolve():
         return
-    for file in (path / IDENTITY, *sorted((path / "checkpoints").glob("*.ckpt"))):
+    for file in (path / IDENTITY, *sorted((path / "checkpoints").rglob("*.ckpt"))):
         if file.exists():
             rename(file, f"{file}.before")
 

@@ -6,6 +6,7 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
 from torch import Tensor
 
@@ -40,6 +41,7 @@ class RoundLoop:
         trainer.call("on_train_start")
         if run.global_step:
             self.trainer.row.drop()  # what is measured at a start stands in the run's first row
+        self.number()
         if run.result is None:
             first = self.validate()
             run.result = RunResult(first, first)
@@ -72,6 +74,7 @@ class RoundLoop:
         trainer.call("on_train_batch_start", batch=call, batch_idx=round)
         call, outcome = self.attempt(call)
         run.global_step = round + 1
+        self.number()
         module = trainer.lightning_module
         module.log("train/loss", outcome.loss)
         module.log("client/refused", run.refused.total() - refused)
@@ -82,6 +85,10 @@ class RoundLoop:
         outputs = {"loss": outcome.loss, "num_examples": outcome.num_examples}
         trainer.call("on_train_batch_end", outputs=outputs, batch=call, batch_idx=round)
         return seconds
+
+    def number(self) -> None:
+        """For ``{round}`` in the names of files; in a row it stands anyway."""
+        self.trainer.callback_metrics["round"] = torch.tensor(self.run.global_step)
 
     def call(self, round: int, attempt: int = 0) -> Call:
         """Who is asked; who is online is brought up to date before."""
