@@ -133,7 +133,7 @@ def compare(mine: Record, theirs: Record, agreed: Record, settings: Record, algo
         mine, theirs = of_settings(agreed, algorithm), of_settings(settings, algorithm)
         refuse(list(differences(mine, theirs)), "the run was made with", "a run that goes on keeps its settings")
         return False
-    found = list(differences(*({**one, "data": _without_arguments(one)} for one in (mine, theirs))))
+    found = list(differences(_without_arguments(mine), _without_arguments(theirs)))
     if any(name in (f"data.{CLIENTS}", f"data.{HELD_OUT}", f"data.{BATCH}") for name, *_ in found):
         # Why they are others, where it can be told; files that were moved are none.
         reasons = differences(mine["data"]["arguments"], theirs["data"]["arguments"], "data.init_args")
@@ -150,9 +150,8 @@ def compare_model(model: SplitModule, theirs: Record | None) -> bool:
     """
     if not theirs:
         return False
-    kept = [{k: v for k, v in one["init_args"].items() if k not in (*OF_THE_RUN, "optimizer", "lr_scheduler")}
-            for one in (of_model(model), theirs["model"])]  # fmt: skip
-    refuse(list(differences(*kept, "model.init_args")), "the weights were trained with", "use the run's config.yaml")
+    found = list(differences(_meaning(of_model(model)), _meaning(theirs["model"]), "model.init_args"))
+    refuse(found, "the weights were trained with", "use the run's config.yaml")
     return True
 
 
@@ -183,8 +182,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
+def _meaning(model: Record) -> Record:
+    left_out = (*OF_THE_RUN, "optimizer", "lr_scheduler")
+    return {name: value for name, value in model["init_args"].items() if name not in left_out}
+
+
 def _without_arguments(record: Record) -> Record:
-    return {name: value for name, value in record["data"].items() if name != "arguments"}
+    return record | {"data": {name: value for name, value in record["data"].items() if name != "arguments"}}
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> Record:

@@ -293,9 +293,7 @@ def test_an_optimizer_that_evaluates_the_loss_again_is_refused(
     tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule, kind: Any
 ) -> None:
     model = SplitCausalLM(str(tiny_folder), cut=2, optimizer=lambda parameters: kind(parameters, lr=0.1))
-    with pytest.raises(
-        ValueError, match=rf"model\.init_args\.optimizer: {kind.__name__} evaluates the loss .* take one"
-    ):
+    with pytest.raises(ValueError, match=rf"init_args\.optimizer: {kind.__name__} evaluates the loss .* take one"):
         make_orchestrator().fit(model, data)
     own = Configured(str(tiny_folder), cut=2)
     own.returns = lambda o: torch.optim.LBFGS(o.param_groups[0]["params"])
