@@ -32,7 +32,7 @@ from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
 from hosfl_lightning.run.serve import serve
 from hosfl_lightning.run.serving import Serving, default_clients
-from hosfl_lightning.run.session import check_model, session
+from hosfl_lightning.run.session import check_model, check_weights, session
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.summary import print_table, write_summary
 from hosfl_lightning.run.training import collect, train
@@ -218,19 +218,19 @@ class Orchestrator(TrainerFace):
     def validate(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[dict[str, float]]:
-        """One pass over the validation data."""
+        """One pass over the validation data; ``ckpt_path``: a checkpoint, or a run's folder for the last one in it."""
         return self._evaluate_only(model, datamodule, TrainerFn.VALIDATING, "validation", ckpt_path)
 
     def test(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[dict[str, float]]:
-        """One pass over the test data."""
+        """One pass over the test data; ``ckpt_path`` as in `validate`."""
         return self._evaluate_only(model, datamodule, TrainerFn.TESTING, "test", ckpt_path)
 
     def predict(
         self, model: SplitModule, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> list[Tensor]:
-        """``predict_step`` of every batch."""
+        """``predict_step`` of every batch; ``ckpt_path`` as in `validate`."""
         with session(self, model, datamodule, TrainerFn.PREDICTING, ckpt_path):
             self.predictions = run_evaluation(self, "predict", datamodule.predict_dataloader())
         return self.predictions
@@ -241,10 +241,12 @@ class Orchestrator(TrainerFace):
         Args:
             model: As in the recipe that made the checkpoint.
             datamodule: Not used; the recipe has one.
-            ckpt_path: The checkpoint.
+            ckpt_path: The checkpoint, or a run's folder: the last one in it.
             out: The folder to write.
         """
-        checkpoints.load_model(model, checkpoints.load(ckpt_path))
+        checkpoint = folder.weights(ckpt_path)
+        check_weights(self, model, checkpoint)
+        checkpoints.load_model(model, checkpoint)
         model.export(out)
         print(f"adapter written to {out}")
 

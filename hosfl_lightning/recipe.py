@@ -19,6 +19,7 @@ from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.rendering import fail, nearest
+from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.hooks import HookError
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
@@ -30,7 +31,9 @@ DESCRIPTION = (
 #: The keys of a recipe.
 RECIPE = ("seed_everything", "trainer", "model", "data")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, LostProcessError)
+USER_ERRORS = (
+    ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, DivergedError, LostProcessError,
+)  # fmt: skip
 
 
 class Parser(LightningArgumentParser):

@@ -69,7 +69,7 @@ class TestFromARunsConfig:
         folder = shutil.copytree(finished.folder, tmp_path / "run")
         before = (folder / "config.yaml").read_text()
         line = refused(capsys, "fit", f"--config={folder}/config.yaml", f"--ckpt_path={folder}", "--trainer.seed=7")
-        assert "seed=0, the recipe says 7; a resumed run keeps its settings" in line
+        assert "trainer.seed is 7, the run was made with 0; a run that goes on keeps its settings" in line
         assert (folder / "config.yaml").read_text() == before
 
     def test_validate_prints_what_the_run_ended_with(
@@ -248,7 +248,8 @@ def test_a_checkpoint_of_another_model_is_refused_and_left_alone(
     other = [f"--trainer.default_root_dir={tmp_path}", f"{LORA}.server.r=4"]
     out = [f"--out={tmp_path / 'adapter'}"] if action == "export" else []
     line = refused(capsys, action, f"--config={finished.folder}/config.yaml", finished.checkpoint, *other, *out)
-    assert "checkpoint is of another model, cut or LoRA setting" in line
+    made = "the run was made" if action == "fit" else "the weights were trained"
+    assert f"model.init_args.lora.server.r is 4, {made} with 32" in line
     assert checkpoint.read_bytes() == before
     assert not (tmp_path / "adapter").exists()
 

@@ -30,12 +30,12 @@ from hosfl_lightning.availability import Probability, Trace
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet import Channel, channel
 from hosfl_lightning.optim import SGD, AdamW, ZerothOrder
+from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.loop import MAX_ATTEMPTS
 from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.wire import (
     Message,
     Multiplier,
-    NonFiniteError,
     ProjectedGradients,
     RoundEnd,
     SmashedData,
@@ -286,7 +286,7 @@ class TestOneClientIsRefused:
             def on_train_batch_start(self, *args: Any) -> None:
                 monkeypatch.setattr(SplitCausalLM, "training_step", lambda *args: step(*args) * torch.nan)
 
-        with pytest.raises(NonFiniteError, match=r"multiplier: .* NaN or infinite"):
+        with pytest.raises(DivergedError, match=r"the server half .*\(multiplier: .* NaN or infinite\)"):
             make_orchestrator(max_rounds=1, simulation=simulation, callbacks=[Breaks()]).fit(model, data)
         assert same_bits(state_of(model), before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from hosfl_lightning.arguments import given
 from hosfl_lightning.data.checks import check_at_least
 from hosfl_lightning.data.partition import Examples, Partitioner, deal
 from hosfl_lightning.data.tokenization import collate, load_tokenizer, pad_token_id
@@ -59,6 +61,7 @@ class FederatedDataModule(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        self.made_with = given(self, inspect.currentframe())
         check_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size

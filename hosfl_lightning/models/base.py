@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
+from hosfl_lightning.arguments import given
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.fingerprint import of_all, of_first
@@ -96,6 +98,7 @@ class SplitModule(L.LightningModule, ABC):
         self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
         self.client_holds, self.part = client_holds, part
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
+        self.made_with = given(self, inspect.currentframe())
         self.client_half, server, whole = hold(self, part, dtype, seed, **model_kwargs)
         # In a tuple: Lightning must see each parameter once, in its half.
         self._whole = (whole,)

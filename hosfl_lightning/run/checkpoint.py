@@ -51,7 +51,7 @@ def whole(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
     Ours are written whole or not at all. A torn or foreign one is somebody else's doing: it is named and passed over.
     """
-    for file in sorted((folder / "checkpoints").glob("*.ckpt")):
+    for file in sorted((folder / "checkpoints").rglob("*.ckpt")):
         try:
             yield file, load(file)
         except CheckpointError as error:

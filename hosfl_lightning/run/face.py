@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
@@ -140,6 +141,12 @@ class TrainerFace:
     @property
     def precision_plugin(self) -> Any:
         return self.fabric.strategy.precision
+
+    @property
+    def accelerator(self) -> Any:
+        """Trainer's, which `DeviceStatsMonitor` asks; Fabric's has no figures."""
+        kind = self.fabric.device.type
+        return {"cpu": CPUAccelerator, "mps": MPSAccelerator}.get(kind, CUDAAccelerator)()
 
     @property
     def is_global_zero(self) -> bool:

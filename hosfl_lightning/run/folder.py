@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -24,6 +24,18 @@ from hosfl_lightning.run.checkpoint import CheckpointError, load, whole
 
 LOG = "updates.log"
 IDENTITY = "run.json"
+
+
+class Made(NamedTuple):
+    """What a run is made of.
+
+    Args:
+        settings: `hosfl_lightning.run.settings.RunSettings.agreed`.
+        record: `hosfl_lightning.run.record.record_of`; empty: an earlier version made it.
+    """
+
+    settings: dict[str, Any]
+    record: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,12 @@ class Resumption:
         return {name: how for name, how in named.items() if name in own and name.endswith(".ckpt")}
 
     @property
+    def made(self) -> Made | None:
+        """What the run is made of; None: it began with an earlier version, and no round of it is on the disk."""
+        held = self.checkpoint or (_identity(self.folder) if self.folder is not None else {})
+        return Made(held["settings"], held.get("record") or {}) if "settings" in held else None
+
+    @property
     def last_row(self) -> int:
         """The last row of metrics that stays; −1: none."""
         return self.round if self.checkpoint is not None else -1
@@ -75,11 +93,28 @@ def find(ckpt_path: str) -> Resumption:
             )
         found = max(_complete(path), key=lambda one: one[1]["global_step"], default=None)
         return Resumption(path.absolute(), found[1] if found else None)
-    checkpoint, folder = load(path), path.absolute().parent.parent
-    if not (folder / IDENTITY).is_file():
+    checkpoint = load(path)
+    # Not always the folder above `checkpoints`: "{val/loss}" in a file's name makes one of its own.
+    folder = next((one for one in path.absolute().parents[1:3] if (one / IDENTITY).is_file()), None)
+    if folder is None:
         return Resumption(None, checkpoint)
     later = [file for file, one in _complete(folder) if one["global_step"] > checkpoint["global_step"]]
     return Resumption(folder, checkpoint, later)
+
+
+def weights(ckpt_path: str) -> dict[str, Any]:
+    """A checkpoint file; of a run's folder, the last one in it, which may hold weights only.
+
+    Raises:
+        CheckpointError: Neither a checkpoint nor a folder with one.
+    """
+    path = Path(ckpt_path)
+    if not path.is_dir():
+        return load(path)
+    found = max(whole(path), key=lambda one: one[1]["global_step"], default=None)
+    if found is None:
+        raise CheckpointError(f"ckpt_path: {ckpt_path!r} is no run's folder with a checkpoint in it")
+    return found[1]
 
 
 def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -155,7 +190,7 @@ def set_aside(folder: str, resumed: Resumption | None) -> None:
     path = Path(folder)
     if resumed is not None and resumed.folder is not None and resumed.folder.resolve() == path.resolve():
         return
-    for file in (path / IDENTITY, *sorted((path / "checkpoints").glob("*.ckpt"))):
+    for file in (path / IDENTITY, *sorted((path / "checkpoints").rglob("*.ckpt"))):
         if file.exists():
             rename(file, f"{file}.before")
 
@@ -182,14 +217,13 @@ def open_loggers(loggers: Sequence[Logger]) -> None:
             experiment.define_metric("*", step_metric="round", step_sync=True)
 
 
-def remember(folder: str, run_id: bytes, start: str, starts: dict[str, Any], loggers: Sequence[Logger]) -> None:
-    """Write what the run needs to find itself again: its id, W&B's, and where it started.
+def remember(folder: str, own: dict[str, Any], loggers: Sequence[Logger]) -> None:
+    """Write what the run needs to find itself again: its id, what it is made of, where it started, and W&B's id.
 
     A folder without it is no run's. What is known of a run that goes on stays.
     """
     known = _identity(Path(folder)) if (Path(folder) / IDENTITY).is_file() else {}
     ids = [logger.version for logger in loggers if isinstance(logger, WandbLogger)]
-    own = {"run_id": run_id.hex(), "start": start, "starts": starts}
     identity = {**own, **known, **({"wandb": ids[-1]} if ids else {})}
     write_whole(Path(folder) / IDENTITY, lambda file: file.write(json.dumps(identity).encode()))
 

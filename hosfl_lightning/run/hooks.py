@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.callbacks import (
@@ -19,6 +19,7 @@ from hosfl_lightning.callbacks import (
 )
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.parts import PartError
+from hosfl_lightning.run.stock_callbacks import check_stock
 
 #: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
 FIRED = frozenset(
@@ -62,7 +63,7 @@ def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointi
         checkpointing: Add a ``ModelCheckpoint`` where there is none.
 
     Raises:
-        ValueError: Two of a kind, one that the method has no step for, or one that would save the middle of a round.
+        ValueError: Two of a kind, one that the method has no step for, or one that waits for epochs.
     """
     for callback in given:
         if not isinstance(callback, Callback):
@@ -75,11 +76,7 @@ def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointi
             raise ValueError(
                 f"trainer.callbacks: {algorithm.name} has no step for {type(callback).__name__}; remove it"
             )
-        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-            raise ValueError(
-                "trainer.callbacks: OnExceptionCheckpoint and save_on_exception would save the middle of a round; "
-                "leave them out, a run goes on from its last checkpoint (every_n_train_steps=1: from the last round)"
-            )
+        check_stock(callback)
     wanted: list[type[Callback]] = [PeakMemoryMonitor, CommunicationMonitor]
     for step in (LagrangianUpdate, DimensionFreeAggregation):
         if step.needs in algorithm.tells:
@@ -133,7 +130,8 @@ def fire(module: LightningModule, hook: str, **kwargs: Any) -> None:
 
 
 def _overridden(instance: Any, base: type) -> list[str]:
-    """Hooks of ``base`` that a class outside Lightning defines anew."""
+    """Hooks of ``base`` that a class outside Lightning defines anew, or that a `LambdaCallback` was given."""
     hooks = [name for name in dir(base) if name.startswith("on_") or name in ("setup", "teardown")]
     owners = {name: next(cls for cls in type(instance).__mro__ if name in vars(cls)) for name in hooks}
-    return [name for name, owner in owners.items() if not owner.__module__.startswith("lightning.")]
+    given = vars(instance)
+    return [name for name, cls in owners.items() if name in given or not cls.__module__.startswith("lightning.")]

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from pathlib import Path
 
+import torch
 from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
 from torch import Tensor
 
 from hosfl_lightning.callbacks.round_callback import RoundCallback
+from hosfl_lightning.run.divergence import diverged, diverged_half, not_finite
 from hosfl_lightning.run.evaluation import run_evaluation
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.held_out import validate_on_clients, validate_only_on_clients
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.server import Call, Outcome, TooFewClientsError
 from hosfl_lightning.server.contract import sound
-from hosfl_lightning.wire import RoundEnd
+from hosfl_lightning.wire import NonFiniteError, RoundEnd
 
 #: How often a round is tried before the run stops.
 MAX_ATTEMPTS = 10
@@ -41,6 +44,7 @@ class RoundLoop:
         trainer.call("on_train_start")
         if run.global_step:
             self.trainer.row.drop()  # what is measured at a start stands in the run's first row
+        self.number()
         if run.result is None:
             first = self.validate()
             run.result = RunResult(first, first)
@@ -73,6 +77,7 @@ class RoundLoop:
         trainer.call("on_train_batch_start", batch=call, batch_idx=round)
         call, outcome = self.attempt(call)
         run.global_step = round + 1
+        self.number()
         module = trainer.lightning_module
         module.log("train/loss", outcome.loss)
         module.log("client/refused", run.refused.total() - refused)
@@ -83,6 +88,10 @@ class RoundLoop:
         outputs = {"loss": outcome.loss, "num_examples": outcome.num_examples}
         trainer.call("on_train_batch_end", outputs=outputs, batch=call, batch_idx=round)
         return seconds
+
+    def number(self) -> None:
+        """For ``{round}`` in the names of files; in a row it stands anyway."""
+        self.trainer.callback_metrics["round"] = torch.tensor(self.run.global_step)
 
     def call(self, round: int, attempt: int = 0) -> Call:
         """Who is asked; who is online is brought up to date before."""
@@ -102,10 +111,12 @@ class RoundLoop:
         for attempt in attempts:
             call = self.call(round, attempt) if attempt else call
             outcome, reason = self.tried(call)
-            self.count_refused()
+            refused = self.count_refused()
             if outcome is not None:
+                self.check_loss(round, outcome)
                 self.run.attempts.append(attempt)
                 return call, outcome
+            self.check_halves(call, refused, attempt + 1 == min(len(attempts), MAX_ATTEMPTS))
         path = Path(self.trainer.log_dir) / "checkpoints" / "stopped.ckpt"
         self.trainer.saving.save(str(path), {})
         remedy = "lower trainer.min_clients" + (" or set trainer.on_too_few: repeat" if len(attempts) == 1 else "")
@@ -129,13 +140,38 @@ class RoundLoop:
                 if isinstance(callback, RoundCallback):
                     callback.forget()
             return None, str(error)
+        except NonFiniteError as error:
+            fleet.abandon()  # what the server was about to send
+            half = diverged_half(trainer, [], {}) or "server"
+            raise diverged(trainer, half, call.round, str(error)) from error
         except BaseException:
             fleet.abandon()
             raise
         trainer.algorithm.end_round(server)
         return outcome, ""
 
-    def count_refused(self) -> None:
+    def check_halves(self, call: Call, refused: dict[int, str], last: bool) -> None:
+        """Of an attempt that failed: a half that has diverged does so at every attempt.
+
+        Raises:
+            DivergedError: One has.
+        """
+        half = diverged_half(self.trainer, call.clients, refused)
+        broken = half and (last or not_finite(self.trainer.lightning_module.trained_state().values()))
+        if half is not None and broken:  # where all is finite, other clients may have better answers
+            reasons = [f"client {client}: {reason}" for client, reason in refused.items()]
+            raise diverged(self.trainer, half, call.round, reasons[0] if reasons else "NaN or infinity in its weights")
+
+    def check_loss(self, round: int, outcome: Outcome) -> None:
+        """Whether it is a number. A control's may be none: the run itself is told of by then.
+
+        Raises:
+            DivergedError: It is not.
+        """
+        if self.trainer.follows is None and not math.isfinite(float(outcome.loss)):
+            raise diverged(self.trainer, "server", round, f"train/loss is {float(outcome.loss)}")
+
+    def count_refused(self) -> dict[int, str]:
         """Some refusals only the process of the client knows, others all do."""
         fleet, run = self.trainer.fleet, self.run
         told = dict(sorted(entry for part in fleet.processes.share([*fleet.refused.items()]) for entry in part))
@@ -143,6 +179,7 @@ class RoundLoop:
         run.refused.update(told.keys())
         for client, reason in told.items() if self.trainer.is_global_zero else ():
             warnings.warn(f"round {run.global_step}: client {client} is refused: {reason}", stacklevel=2)
+        return told
 
     def validate(self) -> Evaluation:
         """Both halves on the validation data."""

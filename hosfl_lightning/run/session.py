@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
 from torch import nn
@@ -18,6 +19,7 @@ from hosfl_lightning.run.data_check import check_data
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
 from hosfl_lightning.run.nodes import meet
+from hosfl_lightning.run.record import compare_model
 from hosfl_lightning.run.state import RunState
 
 
@@ -35,10 +37,12 @@ def session(
         ckpt_path: A checkpoint of the model, for an evaluation.
     """
     meet(trainer)
-    checkpoint = checkpoints.load(ckpt_path) if ckpt_path else None
+    checkpoint = folder.weights(ckpt_path) if ckpt_path else None
     check_model(model)
     if not isinstance(data, FederatedDataModule):
         raise TypeError(f"datamodule must be a hosfl_lightning.data.FederatedDataModule, got {type(data).__name__}")
+    if checkpoint is not None:
+        check_weights(trainer, model, checkpoint)
     check_hooks(trainer.callbacks, model, data)
     trainer.lightning_module, trainer.datamodule, trainer.ckpt_path = model, data, ckpt_path
     trainer.enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
@@ -68,6 +72,17 @@ def session(
     finally:
         _finish(trainer, fn.value, *found)
         model._fabric = fabric_before
+
+
+def check_weights(trainer: TrainerFace, model: SplitModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse weights that mean something else in this model.
+
+    Raises:
+        CheckpointError: They do.
+    """
+    if not compare_model(model, checkpoint.get("record")) and trainer.is_global_zero:
+        print("ckpt_path: the checkpoint is of an earlier version, which kept no record of its model; LoRA's alpha and "
+              "what else leaves the weights' shapes as they are is not compared", flush=True)  # fmt: skip
 
 
 def check_model(model: SplitModule) -> None:

@@ -25,6 +25,7 @@ class RunState:
         attempts: At which attempt each round succeeded.
         result: The validations so far.
         history: What was sent, and to whom.
+        record: What the run is made of, `hosfl_lightning.run.record`.
     """
 
     global_step: int = 0
@@ -33,6 +34,7 @@ class RunState:
     attempts: list[int] = field(default_factory=list)
     result: RunResult | None = None
     history: History | None = None
+    record: dict[str, Any] = field(default_factory=dict)
 
     def collect(
         self, algorithm: Algorithm, endpoint: Endpoint, server: Server, agreed: dict[str, Any], max_rounds: int,
@@ -43,6 +45,7 @@ class RunState:
             "global_step": self.global_step,
             "state_dict": {},
             "settings": agreed,
+            "record": self.record,
             "fingerprint": server.module.fingerprint(),
             "validations": [asdict(one) for one in (self.result.first, self.result.last)] if self.result else [],
             # A run that was stopped early stays so, unless it is given more rounds.
@@ -58,21 +61,13 @@ class RunState:
         return checkpoint
 
     def restore(
-        self, checkpoint: dict[str, Any], algorithm: Algorithm, endpoint: Endpoint, server: Server,
-        agreed: dict[str, Any], max_rounds: int,
-    ) -> None:  # fmt: skip
-        """Continue where the checkpoint was made.
+        self, checkpoint: dict[str, Any], algorithm: Algorithm, endpoint: Endpoint, server: Server, max_rounds: int
+    ) -> None:
+        """Continue where the checkpoint, of a run with the same record, was made.
 
         Raises:
-            CheckpointError: Another method, other settings or another backbone, or no optimizer states.
+            CheckpointError: Another backbone, or no optimizer states.
         """
-        theirs = checkpoint["settings"]
-        for name in [*agreed, *(theirs.keys() - agreed.keys())]:
-            if agreed.get(name) != theirs.get(name):
-                raise CheckpointError(
-                    f"ckpt_path: the run was made with {name}={theirs.get(name)}, the recipe says {agreed.get(name)}; "
-                    "a resumed run keeps its settings"
-                )
         if "method" not in checkpoint:
             raise CheckpointError("ckpt_path: holds weights only, so a run cannot continue from it")
         load_model(server.module, checkpoint)

@@ -20,6 +20,7 @@ from hosfl_lightning.run.history import History
 from hosfl_lightning.run.identity import digest, starts
 from hosfl_lightning.run.loop import RoundLoop
 from hosfl_lightning.run.nodes import check_same
+from hosfl_lightning.run.record import compare, record_of
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
 from hosfl_lightning.server import Replica, RoundWatcher, Server
@@ -49,6 +50,8 @@ def train(
     with session(trainer, model, data, TrainerFn.FITTING):
         trainer.run.result = RunResult(first, first) if first is not None else None
         set_up(trainer, model)
+        if resumed is not None:
+            _compare(trainer, resumed)
         if resumed is not None and resumed.checkpoint is not None:
             _restore(trainer, resumed.checkpoint)
         if resumed is not None and trainer.settings.controls:
@@ -68,7 +71,10 @@ def train(
             trainer.call("on_fit_start")
             if first_of_all:
                 folder.write_labels(trainer.log_dir, model.label_names)
-                folder.remember(trainer.log_dir, trainer.fleet.channel.run_id, initial, started, trainer.loggers)
+                folder.remember(trainer.log_dir, {
+                    "run_id": trainer.fleet.channel.run_id.hex(), "start": initial, "starts": started,
+                    "settings": _agreed(trainer), "record": trainer.run.record,
+                }, trainer.loggers)  # fmt: skip
             return RoundLoop(trainer).train()
         finally:
             trainer.saving.pending = None
@@ -107,6 +113,8 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
         watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],
     )  # fmt: skip
     method.setup(trainer.server)
+    if trainer.announces:  # a control is compared with nothing
+        trainer.run.record = record_of(trainer, agreed, optimizer, scheduler)
 
 
 def collect(trainer: TrainerFace, weights_only: bool = False) -> dict[str, Any]:
@@ -116,9 +124,19 @@ def collect(trainer: TrainerFace, weights_only: bool = False) -> dict[str, Any]:
     return held if weights_only else {**held, "fleet": trainer.fleet.state_dict()}
 
 
+def _compare(trainer: TrainerFace, resumed: folder.Resumption) -> None:
+    """Refuse to go on with another run."""
+    made = resumed.made
+    if made is None or compare(trainer.run.record, made.record, _agreed(trainer), made.settings, trainer.algorithm):
+        return
+    if trainer.announces and trainer.is_global_zero:
+        print("ckpt_path: the run is of an earlier version, which kept no record of its model, data and server; of "
+              "these, only what the weights show is compared", flush=True)  # fmt: skip
+
+
 def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
     method, rounds = trainer.algorithm, trainer.settings.max_rounds
-    trainer.run.restore(checkpoint, method, trainer.endpoint, trainer.server, _agreed(trainer), rounds)
+    trainer.run.restore(checkpoint, method, trainer.endpoint, trainer.server, rounds)
     if checkpoint.get("fleet"):
         trainer.fleet.load_state_dict(checkpoint["fleet"])
     trainer.call("on_load_checkpoint", checkpoint=checkpoint)

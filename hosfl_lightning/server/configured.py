@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
     """The server's optimizer and its schedule, from what ``configure_optimizers`` may return.
 
     Raises:
-        ValueError: More than one optimizer, or a schedule that is not stepped once a round.
+        ValueError: More than one optimizer, one that evaluates its loss again, or a schedule that is not stepped once a
+            round.
     """
     config: Any = module.configure_optimizers()
     if isinstance(config, tuple) and len(config) == 2 and all(isinstance(part, list) for part in config):
@@ -26,6 +29,7 @@ def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
     settings = schedule if isinstance(schedule, dict) else {"scheduler": schedule}
     if others or not isinstance(optimizer, torch.optim.Optimizer) or len(schedules) > 1:
         raise ValueError(f"{type(module).__name__}.configure_optimizers: the server has one optimizer and one schedule")
+    _check_closure(module, optimizer)
     if (
         isinstance(settings["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau)
         or settings.get("frequency", 1) != 1
@@ -36,3 +40,20 @@ def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
             "use one with interval 'step' and frequency 1"
         )
     return optimizer, settings["scheduler"]
+
+
+def _check_closure(module: SplitModule, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that calls for the loss again: λ is of one forward, and the clients wait for it."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    needed = closure is not None and closure.default is inspect.Parameter.empty
+    if not needed:  # or it says so when it steps (SAM): on a parameter that is nobody's
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                module.make_optimizer([torch.nn.Parameter(torch.zeros(1))]).step()
+        except Exception as error:
+            needed = "closure" in str(error)
+    if needed:
+        raise ValueError(
+            f"model.init_args.optimizer: {type(optimizer).__name__} evaluates the loss several times a step, by a "
+            "closure, and a round has one forward of the server; take one that steps on one gradient (AdamW, SGD)"
+        )

@@ -298,6 +298,27 @@ def test_a_schedule_that_would_be_ignored_is_refused(tiny_folder: Path, returns:
         configured(model)
 
 
+class Sharpness(torch.optim.SGD):
+    """As SAM's are written: the closure is asked for once it steps."""
+
+    def step(self, closure: Any = None) -> Any:
+        assert closure is not None, "Sharpness Aware Minimization requires closure, but it was not provided"
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.LBFGS, Sharpness])
+def test_an_optimizer_that_evaluates_the_loss_again_is_refused(
+    tiny_folder: Path, make_orchestrator: Callable[..., Orchestrator], data: FederatedDataModule, kind: Any
+) -> None:
+    model = SplitCausalLM(str(tiny_folder), cut=2, optimizer=lambda parameters: kind(parameters, lr=0.1))
+    with pytest.raises(ValueError, match=rf"init_args\.optimizer: {kind.__name__} evaluates the loss .* take one"):
+        make_orchestrator().fit(model, data)
+    own = Configured(str(tiny_folder), cut=2)
+    own.returns = lambda o: torch.optim.LBFGS(o.param_groups[0]["params"])
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss several times a step"):
+        configured(own)
+
+
 def test_no_cuda_generator_is_reseeded(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a CUDA generator was reseeded")

@@ -280,7 +280,7 @@ class HybridOrder(Callback):
     @property
     def _identity(self) -> dict[str, Any]:
         assert self._client is not None
-        return {**self._client.identity, **self.told, "schedule": self.schedule}
+        return {**self._client.identity, "cut": self.cut, **self.told, "schedule": self.schedule}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hosfl_lightning.arguments import plain
 from hosfl_lightning.optim import UpdateRule, ZerothOrder
 
 
@@ -22,9 +23,13 @@ def resume(callback: str, optimizer: ZerothOrder, rule: UpdateRule, state: dict[
     """
     if not state:
         return
-    for name, value in own.items():
-        if state[name] != value:
-            raise ValueError(f"ckpt_path: {callback} was saved with {name}={state[name]}, now it is {value}")
+    saved = dict(state["optimizer"]["param_groups"][0]) if state["optimizer"]["param_groups"] else {}
+    rules = {f"rule.{name}": (value, saved.get(name, value)) for name, value in rule.hyper_parameters().items()}
+    compared = {name: (value, state.get(name, value)) for name, value in own.items()} | rules
+    for name, (value, before) in compared.items():
+        # What an earlier version did not save cannot be compared; a tuple comes back as a list from some files.
+        if plain(value) != plain(before) and name != "rule.lr":
+            raise ValueError(f"ckpt_path: {callback} was saved with {name}={before}, now it is {value}")
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
         group["lr"] = rule.lr

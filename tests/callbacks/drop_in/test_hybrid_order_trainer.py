@@ -24,6 +24,7 @@ from hosfl_lightning.optim import SGD, AdamW
 from tests.callbacks.drop_in.plain_modules import (
     LIGHTNING_WARNINGS,
     QUIET,
+    Parts,
     Sequential,
     distance,
     fit,
@@ -246,6 +247,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_of_other_settings_is_refused(checkpoint: Path, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"saved with {name}=.*, now it is {value}"):
         fit(mlp(), hybrid(**{name: value}), max_epochs=2, ckpt_path=checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (HybridOrder("net.2", SGD(lr=0.1, momentum=0.5)), r"rule\.momentum=0\.0, now it is 0\.5"),
+        (HybridOrder("net.2", SGD(lr=0.1, weight_decay=0.1)), r"rule\.weight_decay=0\.0, now it is 0\.1"),
+        (hybrid(cut="net.3", client="net.0."), r"cut=net\.2, now it is net\.3"),
+    ],
+)
+def test_the_rules_settings_and_the_cut_are_compared(checkpoint: Path, order: HybridOrder, message: str) -> None:
+    with pytest.raises(ValueError, match=f"ckpt_path: HybridOrder was saved with {message}"):
+        fit(mlp(), order, max_epochs=2, ckpt_path=checkpoint)
+
+
+@pytest.mark.filterwarnings("default::FutureWarning")
+def test_a_trainer_without_it_is_told_which_callback_it_lacks(tmp_path: Path) -> None:
+    """By Lightning, before torch refuses the optimizer's state; docs/resume.md explains the second."""
+    order = HybridOrder("head", SGD(lr=0.01))
+    fit(Parts(), order).save_checkpoint(tmp_path / "c.ckpt")
+    lacking = pytest.warns(UserWarning, match="Please add the following callbacks: .*'HybridOrder'")
+    with lacking, pytest.raises(ValueError, match="parameter group that doesn't match the size"):
+        fit(Parts(), max_epochs=2, ckpt_path=tmp_path / "c.ckpt")
 
 
 def test_a_resumed_run_has_the_learning_rate_of_its_rule(checkpoint: Path) -> None:

@@ -370,6 +370,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     for order, message in (
         (ZerothOrderTraining(AdamW()), "rule=SGD, now it is AdamW"),
         (zeroth(mu=0.5), r"mu=0\.001, now it is 0\.5"),
+        (ZerothOrderTraining(SGD(momentum=0.5)), r"rule\.momentum=0\.0, now it is 0\.5"),
     ):
         with pytest.raises(ValueError, match=f"ckpt_path: ZerothOrderTraining was saved with {message}"):
             fit(mlp(), order, max_epochs=2, ckpt_path=tmp_path / "c.ckpt")
