@@ -1,6 +1,6 @@
 """What z and λ cost in each codec, and what the loss pays for it.
 
-    python benchmarks/codecs.py --config recipes/quickstart.yaml
+    python benchmarks/codecs.py --config recipes/tiny_lm/hosfl_lora.yaml
 
 Runs the recipe once a pair of codecs, with its controls, and prints bytes per client and round beside the losses. What
 follows the benchmark's own arguments is handed to ``hosfl fit``.

@@ -27,7 +27,7 @@ together. Bar: {bar} times gRPC.
 """
 
 ROUNDS = """\
-`recipes/quickstart.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation per_client` in
+`recipes/tiny_lm/hosfl_lora.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation per_client` in
 one process, with the same data and the same rounds, without the first. Torch's threads are set as `OMP_NUM_THREADS`
 would. On two cores the one process is given both, and one thread too, where a second only costs; the clients, which
 compute at once, have one thread each. On one core nothing is gained by processes that run at once: there the ratio is
@@ -49,7 +49,7 @@ Bar: {bar} s after a short outage.
 """
 
 WIRE = """\
-Bytes that pass a TCP proxy between the server and all clients of a quickstart run, from the first connection to the
+Bytes that pass a TCP proxy between the server and all clients of that run, from the first connection to the
 last: HTTP/2, gRPC and TLS with its handshakes included, headers of TCP and IP not; over `comm/total_bytes` of the
 same run. Bar: {bar}.
 """
@@ -150,7 +150,7 @@ def _wire(rows: Any) -> str:
 
 SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "steps": ("A step without a model", _steps),
-    "rounds": ("A round of the quickstart", _rounds),
+    "rounds": ("A round of eight clients", _rounds),
     "memory": ("Memory of the server", _memory),
     "kills": ("Back after a kill", _kills),
     "wire": ("Bytes on the wire", _wire),

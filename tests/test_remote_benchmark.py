@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.remote_page import SECTIONS, page
 
-#: Those of a few seconds; the others run the quickstart.
+#: Those of a few seconds; the others run a recipe.
 PARTS = ["steps", "memory", "kills"]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
-
-from typing_extensions import Self
+from typing import Any, Self
 
 from hosfl_lightning.split import Lora, LoraHalf, Side
 

@@ -82,9 +82,7 @@ def _method(trainer: TrainerFace, control: str | Control) -> Algorithm:
 
 
 @contextmanager
-def _at_the_start(
-    model: SplitModule, control: str | Control, start: dict[str, Tensor]
-) -> Iterator[SplitModule]:
+def _at_the_start(model: SplitModule, control: str | Control, start: dict[str, Tensor]) -> Iterator[SplitModule]:
     """The model with the control's client, and the server as it was before the first round."""
     if isinstance(control, Control):
         other = model.with_client(control.lora, control.side)

@@ -8,6 +8,7 @@ from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.split.side import of_side
 
+
 def client_costs(trainer: TrainerFace) -> dict[str, Any]:
     """Of a client, measured in the run; sizes in bytes, times in seconds, arithmetic in plain forwards of its half."""
     memory = next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor)).report

@@ -69,7 +69,9 @@ def test_the_one_called_first_order_closes_the_gap(
     trainer = make_orchestrator(HOSFL(**METHOD), controls=["frozen", small, first_order], max_rounds=6)
     trainer.fit(make_model(**SIDE), data)
     controls = trainer.summary["controls"]
-    frozen, ours, first = (run["val_loss_last"] for run in (controls["frozen"], trainer.summary, controls["first_order"]))
+    frozen, ours, first = (
+        run["val_loss_last"] for run in (controls["frozen"], trainer.summary, controls["first_order"])
+    )
     assert frozen > first
     assert trainer.summary["gap_closed"] == pytest.approx((frozen - ours) / (frozen - first))
     shares = {name: run["gap_closed"] for name, run in controls.items()}
