@@ -16,6 +16,7 @@ class AnotherClient:
     side: Side | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """An empty module that knows its arguments."""
         module = super().__new__(cls)
         object.__setattr__(module, "_made_with", (args, kwargs))
         return module

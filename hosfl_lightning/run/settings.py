@@ -88,8 +88,8 @@ class RunSettings:
                 raise ValueError(f"trainer.controls: {name} is there twice")
             if isinstance(one, Control) and not _step_by_step(one.algorithm):
                 raise ValueError(
-                    f"trainer.controls: a round of {one.algorithm.name} ({name}) is not one of a control (one minibatch "
-                    "a client, one step of a server that backpropagates); compare it with hosfl compare"
+                    f"trainer.controls: a round of {one.algorithm.name} ({name}) is not a control's (one minibatch a "
+                    "client, one step of a server that backpropagates); compare it with hosfl compare"
                 )
 
     def _check_precision(self) -> None:

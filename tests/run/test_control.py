@@ -35,7 +35,7 @@ def server_of(model: SplitCausalLM) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("control", "client"),
     [
-        (Control("lora", SplitFedSGD(SGD(lr=0.2)), lora=CLIENT), {"lora": Lora(CLIENT, SERVER), "side": Side(0, "all", 3)}),
+        (Control("lora", SplitFedSGD(SGD(lr=0.2)), CLIENT), {"lora": Lora(CLIENT, SERVER), "side": Side(0, "all", 3)}),
         (Control("narrow", HOSFL(**METHOD), side=2), {**SIDE, "side": Side(2, "all", 3)}),
         (Control("both", HOSFL(probes=2, client_optimizer=SGD(lr=0.2)), CLIENT, 4), {"lora": Lora(CLIENT, SERVER)}),
     ],
@@ -109,7 +109,10 @@ def test_a_client_that_cannot_be_is_refused(
         (lambda: [Control("a/b", Frozen())], "a folder's as well: no slash"),
         (lambda: [Control("", Frozen())], "a folder's as well"),
         (lambda: ["frozen", Control("frozen", Frozen(), CLIENT)], "frozen is there twice"),
-        (lambda: [Control("averaged", FedAvg(local_steps=2), CLIENT)], r"a round of FedAvg \(averaged\) is not one of"),
+        (
+            lambda: [Control("averaged", FedAvg(local_steps=2), CLIENT)],
+            r"a round of FedAvg \(averaged\) is not a control's",
+        ),
     ],
 )
 def test_a_control_that_is_none_is_refused(
