@@ -29,9 +29,9 @@ together. Bar: {bar} times gRPC.
 ROUNDS = """\
 `recipes/tiny_lm/hosfl_lora.yaml` by `hosfl serve` and eight `hosfl join`, over `hosfl fit --trainer.simulation
 per_client` in one process, with the same data and the same rounds, without the first. Torch's threads are set as
-`OMP_NUM_THREADS` would. On two cores the one process is given both, and one thread too, where a second only
-costs; the clients, which compute at once, have one thread each. On one core nothing is gained by processes that run at once: there the ratio is
-of the work. Bar: {bar} on two cores.
+`OMP_NUM_THREADS` would. On two cores the one process is given both, and one thread too, where a second only costs;
+the clients, which compute at once, have one thread each. On one core nothing is gained by processes that run at once:
+there the ratio is of the work. Bar: {bar} on two cores.
 """
 
 MEMORY = """\
