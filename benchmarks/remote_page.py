@@ -80,17 +80,22 @@ def _steps(rows: Any) -> str:
     sizes = {**rows[0]["sizes"], "z": rows[0]["sizes"]["smashed_data"]}
     text = STEPS.format(**sizes, bar=BARS["steps"])
 
-    def cells(row: Any) -> Iterable[str]:
-        yield f"{row['clients']}"
-        yield row["link"]
+    def times(row: Any) -> Iterable[str]:
+        yield from (f"{row['clients']}", row["link"])
         yield from (f"{1e3 * row['median'][name]:.2f} ms" for name in (OURS, BARE, CHECKED))
-        for name in (BARE, CHECKED):
-            yield from (f"{row[kind][OURS] / row[kind][name]:.2f}" for kind in ("median", "minimum"))
-            yield f"{row['cpu'][OURS] / row['cpu'][name]:.2f}" if row["cpu"][name] else "-"
-        yield _verdict(row["median"][OURS] / row["median"][BARE], "steps")
 
-    over = [f"{kind}, over {name}" for name in (BARE, CHECKED) for kind in ("medians", "minima", "processor")]
-    return f"{text}\n{_table(['clients', 'link', 'ours', BARE, CHECKED, *over, 'bar'], map(cells, rows))}"
+    def over(row: Any, name: str) -> Iterable[str]:
+        yield from (f"{row['clients']}", row["link"])
+        yield from (f"{row[kind][OURS] / row[kind][name]:.2f}" for kind in ("median", "minimum"))
+        yield f"{row['cpu'][OURS] / row['cpu'][name]:.2f}" if row["cpu"][name] else "-"
+        if name == BARE:
+            yield _verdict(row["median"][OURS] / row["median"][BARE], "steps")
+
+    tables = [_table(["clients", "link", "ours", BARE, CHECKED], map(times, rows))]
+    for name, bar in ((BARE, ["bar"]), (CHECKED, list[str]())):
+        head = ["clients", "link", "of medians", "of minima", "of processor times", *bar]
+        tables.append(f"Ours over {name}:\n\n{_table(head, (over(row, name) for row in rows))}")
+    return "\n".join([text, *tables])
 
 
 def _rounds(rows: Any) -> str:
