@@ -36,7 +36,7 @@ def overview(rows: Iterable[dict[str, Any]]) -> str:
 def _words(cells: dict[str, dict[str, dict[str, Any]]]) -> str:
     splits = sorted({row["split"] for found in cells.values() for row in found.values()})
     return (
-        f"Both controls' {' or '.join(splits)} loss; of the other methods the gap closed, with its interval over seeds:"
+        f"Both controls' {' or '.join(splits)} loss, then the gap closed by each method, with its interval over seeds:"
     )
 
 

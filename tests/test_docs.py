@@ -70,6 +70,16 @@ class TestLinks:
         assert named == {name(path) for path in PAGES if path.parent == DOCS}
 
 
+def columns_of(text: str) -> list[int]:
+    """Of each table."""
+    return [line.count("|") - 1 for line in re.findall(r"^\|[-:| ]+\|$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_no_table_is_wider_than_a_page_shows(path: Path) -> None:
+    assert max(columns_of(path.read_text()), default=0) <= 7
+
+
 class TestExamples:
     def test_there_are_some(self) -> None:
         assert sum(RUNNABLE in code for path in PAGES for code in python_of(path)) >= 3
