@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm, Frozen, SplitFedSGD
@@ -20,6 +21,7 @@ from hosfl_lightning.run.costs import client_costs
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.settings import RunSettings
+from hosfl_lightning.run.wandb_controls import control_loggers
 
 KINDS: dict[str, type[Algorithm]] = {"frozen": Frozen, "first_order": SplitFedSGD}
 
@@ -36,7 +38,7 @@ def run_control(
 ) -> RunResult:
     """The rounds of ``trainer`` from the same start, seeds and batches; the model ends as trained as it was.
 
-    Its curves are written to ``controls/<name>/metrics.csv`` of the run folder.
+    Its curves are written to ``controls/<name>/metrics.csv`` of the run folder; and to W&B, if the run's are.
 
     Args:
         trainer: After its own run.
@@ -46,14 +48,18 @@ def run_control(
         first: The validation at that start.
     """
     name = named(control)
-    logger = CSVLogger(str(Path(trainer.log_dir) / "controls"), name=name, version="") if trainer.loggers else None
-    if logger is not None:
-        logger.resume(-1)  # a run that goes on runs its controls anew
+    method, loggers = _method(trainer, control), list[Logger]()
+    if trainer.loggers:
+        csv = CSVLogger(str(Path(trainer.log_dir) / "controls"), name=name, version="")
+        csv.resume(-1)  # a run that goes on runs its controls anew
+        loggers.append(csv)
     bar: list[Callback] = [RoundProgressBar(f"control: {name}")] if trainer.progress_bar_callback else []
-    runner = again(_method(trainer, control), _settings(trainer), bar, logger)
-    runner.follows = trainer.run.attempts
-    with _at_the_start(trainer.lightning_module, control, start) as model:
-        result = runner.rerun(model, trainer.datamodule, first)
+    written = trainer.loggers if trainer.is_global_zero else []
+    with control_loggers(written, name, method.name) as others:
+        runner = again(method, _settings(trainer), bar, [*loggers, *others])
+        runner.follows = trainer.run.attempts
+        with _at_the_start(trainer.lightning_module, control, start) as model:
+            result = runner.rerun(model, trainer.datamodule, first)
     return replace(result, costs=client_costs(runner))
 
 
