@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,13 @@ def by_cell(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> Fi
     A cell without a gap has no panel and is named below; one with more than `LINES` methods has two.
     """
     panels = [panel for name, found in cells(rows).items() for panel in _panels(name, found, styles)]
-    lines = [
-        max(len(found) for _, found in pair) for pair in zip_longest(panels[::2], panels[1::2], fillvalue=("", {}))
-    ]
+    lines = [max(len(found) for _, found in panels[n : n + 2]) for n in range(0, len(panels), 2)]
     figure = blank(12, 0.8 + sum(0.85 + 0.25 * number for number in lines))
     shape = {"height_ratios": [number + 1 for number in lines], "hspace": 0.06}
     grid = figure.subplots(len(lines), 2, sharex=True, squeeze=False, gridspec_kw=shape)
-    for axes, (name, found) in zip_longest(grid.flat, panels, fillvalue=("", {})):
-        if not found:
-            axes.set_axis_off()
-            continue
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, found) in zip(grid.flat, panels):
         for control, line in ((0, "--"), (100, "-.")):
             axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
         for place, (method, row) in enumerate(found.items()):
