@@ -238,6 +238,11 @@ class TestOverview:
         assert heads[0][:4] == ["task", FROZEN, FIRST_ORDER, "side adapter"]
         assert [len(table.splitlines()) - 2 for table in tables] == [2, 1]
 
+    def test_the_shipped_tables_are_those_of_the_shipped_figures(self) -> None:
+        shipped = Path(__file__).parent.parent / "docs" / "results" / "client_learning"
+        rows = json.loads((shipped / "client_learning.json").read_text())["rows"]
+        assert overview(rows) in (shipped / "table.md").read_text()
+
 
 class TestPictures:
     STYLES = {name: {"color": "#332288", "marker": "o"} for name in (FROZEN, FIRST_ORDER, "side adapter")}
