@@ -44,7 +44,7 @@ def control_loggers(loggers: Sequence[Logger], name: str, method: str) -> Iterat
     with ExitStack() as runs:
         made = []
         for logger in loggers:
-            if isinstance(logger, WandbLogger) and not logger.experiment.disabled:
+            if isinstance(logger, WandbLogger):
                 run = wandb.init(**_settings(logger, name, method))
                 made.append(WandbLogger(experiment=runs.enter_context(run)))
         yield made
