@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN
 from benchmarks.client_learning_overview import title
-from hosfl_lightning.compare.pictures import style
+from hosfl_lightning.compare.pictures import LINES, below, blank, facets, left_out, style
 
 #: Of every axis of gap closed, in per cent; what lies beyond is an arrow with its number.
 LIMITS = (-60.0, 220.0)
 #: Costs this near to each other, by the logarithm of their ratio, would have one number over the other.
 NEAR = 0.3
-#: Rows of a cell of the usual height.
-FEW = 6
+CONTROLS = (FROZEN, FIRST_ORDER)
+NO_GAP = "Not shown, as the controls have no gap between them"
 LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
 COSTS = {
     "client_forward_equivalents": "client arithmetic a round, in plain forwards of its half (log scale)",
@@ -39,8 +39,7 @@ def draw(rows: Iterable[dict[str, Any]], settings: dict[str, dict[str, Any]], ou
         out: Folder of ``gap_closed.png`` and ``gap_closed_over_*.png``.
     """
     rows = [*rows]
-    known = [row for row in rows if row["gap_closed"] is not None]
-    if not known:
+    if all(row["gap_closed"] is None for row in rows if row["method"] not in CONTROLS):
         return
     kinds = {name: {"algorithm": one["algorithm"]["class_path"].rpartition(".")[2]} for name, one in settings.items()}
     styles = {name: {"color": one["color"], "marker": one["marker"] or "s"}
@@ -48,61 +47,100 @@ def draw(rows: Iterable[dict[str, Any]], settings: dict[str, dict[str, Any]], ou
     with matplotlib.rc_context(LOOK):
         by_cell(rows, styles).savefig(out / "gap_closed.png")
         for cost, label in COSTS.items():
-            over(known, styles, cost, label).savefig(out / f"gap_closed_over_{cost}.png")
+            over(rows, styles, cost, label).savefig(out / f"gap_closed_over_{cost}.png")
 
 
 def by_cell(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> Figure:
-    """A band a cell, a dot a method in it with its interval; the controls are 0 and 100."""
-    cells: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault(title(row), {})[row["method"]] = row
-    names = [n for n in styles if n not in (FROZEN, FIRST_ORDER) and any(n in found for found in cells.values())]
-    figure = _figure(10.5, 1.3 + 0.42 * len(cells) + 0.24 * sum(len(found) > FEW for found in cells.values()))
-    axes, top, ticks = figure.subplots(), 0.0, []
-    for found in cells.values():
-        shown = [name for name in names if name in found]
-        height = max(1.0, len(shown) / 4)
-        ticks.append(top - height / 2)
-        for number, name in enumerate(shown):
-            _closed(axes, found[name], top - height * (number + 0.5) / len(shown), styles[name])
-        if all(row["gap_closed"] is None for row in found.values()):
-            axes.annotate("no gap between the controls", (50, ticks[-1]), ha="center", va="center", fontsize=8)
-        top -= height
-        axes.axhline(top, color="#dddddd", linewidth=0.8)
-    for control, line in ((0, "--"), (100, "-.")):
-        axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
-    for name in names:
-        axes.plot([], [], linestyle="", label=name, **styles[name])
-    axes.set(xlim=LIMITS, ylim=(top, 0), yticks=ticks, yticklabels=[*cells])
-    axes.set_xlabel(
-        "gap closed, % (0: frozen client, 100: first-order client; line: 95 % interval over seeds)", fontsize=9
-    )
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    """A panel a cell, a line a method with its interval; the controls are 0 and 100.
+
+    A cell without a gap has no panel and is named below; one with more than `LINES` methods has two.
+    """
+    panels = [panel for name, found in cells(rows).items() for panel in _panels(name, found, styles)]
+    lines = [max(len(found) for _, found in panels[n : n + 2]) for n in range(0, len(panels), 2)]
+    figure = blank(12, 0.8 + sum(0.85 + 0.25 * number for number in lines))
+    shape = {"height_ratios": [number + 1 for number in lines], "hspace": 0.06}
+    grid = figure.subplots(len(lines), 2, sharex=True, squeeze=False, gridspec_kw=shape)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, found) in zip(grid.flat, panels):
+        for control, line in ((0, "--"), (100, "-.")):
+            axes.axvline(control, color="#777777", linestyle=line, linewidth=1)
+        for place, (method, row) in enumerate(found.items()):
+            _closed(axes, row, place, {"color": styles[method]["color"], "marker": "o"})
+        axes.set(xlim=LIMITS, ylim=(len(found) - 0.4, -0.6), yticks=range(len(found)), yticklabels=[*found])
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.tick_params(labelbottom=True)
+        axes.grid(axis="x", alpha=0.25)
+    how = "gap closed, %: 0 the frozen client, 100 the first-order one; line: 95 % interval over seeds; arrow: goes on"
+    below(figure, how, *not_shown(rows))
     return figure
 
 
+def cells(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Rows by cell and method."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(title(row), {})[row["method"]] = row
+    return found
+
+
+def not_shown(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """In words, the cells and the single rows of which no picture can say anything."""
+    gaps, failed = list[str](), list[str]()
+    for name, found in cells(rows).items():
+        without = [method for method, row in found.items() if row["gap_closed"] is None]
+        if len(without) == len(found):
+            gaps.append(name)
+        else:
+            failed += [f"{method} in {name}" for method in without]
+    return [left_out(NO_GAP, gaps), left_out("Not shown, as no share is known of them", failed)]
+
+
+def _panels(
+    name: str, found: dict[str, dict[str, Any]], styles: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, dict[str, Any]]]]:
+    """A cell's rows that are to be drawn, in the order of the styles and in parts of equal size."""
+    shown = [n for n in styles if n not in CONTROLS and n in found and found[n]["gap_closed"] is not None]
+    count = math.ceil(len(shown) / LINES)
+    for part in range(count):
+        names = shown[part * len(shown) // count : (part + 1) * len(shown) // count]
+        yield f"{name} ({part + 1} of {count})" if count > 1 else name, {n: found[n] for n in names}
+
+
 def _closed(axes: Axes, row: dict[str, Any], place: float, chosen: dict[str, Any]) -> None:
-    """A row's share of the gap and its interval, if there is a gap."""
-    if row["gap_closed"] is None:
-        return
-    ends = [min(max(100 * end, LIMITS[0]), LIMITS[1]) for end in row["gap_closed_interval"]]
-    axes.plot(ends, [place, place], color=chosen["color"], linewidth=1.5)
+    """A row's share of the gap and its interval, with an arrow head where the axis cuts it."""
+    low, high = (100 * end for end in row["gap_closed_interval"])
+    if low < LIMITS[1] and high > LIMITS[0]:
+        ends = max(low, LIMITS[0]), min(high, LIMITS[1])
+        axes.plot(ends, [place, place], color=chosen["color"], linewidth=1.5)
+        for end, cut, head in ((ends[0], low < LIMITS[0], "<"), (ends[1], high > LIMITS[1], ">")):
+            if cut:
+                axes.plot(end, place, color=chosen["color"], marker=head, linestyle="", clip_on=False)
     _dot(axes, 100 * row["gap_closed"], place, chosen, upright=False)
 
 
 def over(rows: list[dict[str, Any]], styles: dict[str, dict[str, Any]], cost: str, label: str) -> Figure:
-    """A dot a row and cell."""
-    figure = _figure(8.4, 4.4)
-    axes = figure.subplots()
-    for name, chosen in styles.items():
-        found = [row for row in rows if row["method"] == name and row[cost]]
-        if found:
-            axes.plot([], [], linestyle="", label=name, **chosen)
-        for row in found:
-            _dot(axes, 100 * row["gap_closed"], row[cost], chosen, upright=True)
-    axes.set(xscale="log", ylim=LIMITS, xlabel=label, ylabel="gap closed, %")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    axes.grid(alpha=0.25)
+    """A dot a row and cell, a few methods a panel, the two controls hollow in each of them."""
+    known = [row for row in rows if row["gap_closed"] is not None and row[cost]]
+    names = [name for name in styles if any(row["method"] == name for row in known)]
+    panels = facets(names, CONTROLS)
+    figure = blank(8.4, 0.9 + 2.6 * len(panels))
+    for axes, shown in zip(figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False).flat, panels):
+        for name in shown:
+            look = styles[name] | ({"markerfacecolor": "none", "markersize": 10} if name in CONTROLS else {})
+            axes.plot([], [], linestyle="", label=name, **look)
+            for row in known:
+                if row["method"] == name:
+                    _dot(axes, 100 * row["gap_closed"], row[cost], look, upright=True)
+        axes.set(xscale="log", ylim=LIMITS, ylabel="gap closed, %")
+        if cost == "client_forward_equivalents":  # within a decade or two
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+        axes.grid(alpha=0.25)
+    axes.set_xlabel(label)
+    below(figure, "A dot a task and cut.", *not_shown(rows))
     return figure
 
 
@@ -120,10 +158,5 @@ def _dot(axes: Axes, value: float, place: float, chosen: dict[str, Any], upright
     near = sum(abs(math.log(other / x)) < NEAR for other in numbers) if upright else 0
     shift = (6, (6 + 11 * near) * inward) if upright else (8 * inward, 4)
     side = "left" if upright or inward > 0 else "right"
-    axes.annotate(f"{value:.0f} %", (x, y), shift, textcoords="offset points", ha=side, fontsize=8)
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    axes.annotate(f"{value:.0f} %", (x, y), shift, textcoords="offset points", ha=side, fontsize=8,
+                  color=chosen["color"])  # fmt: skip

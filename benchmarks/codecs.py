@@ -1,8 +1,8 @@
 """What z and λ cost in each codec, and what the loss pays for it.
 
-    python benchmarks/codecs.py --config recipes/quickstart.yaml
+    python benchmarks/codecs.py --config recipes/tiny_lm/hosfl_lora.yaml
 
-Runs the recipe once a pair of codecs, with its controls, and prints bytes per client and round beside the losses. What
+Runs the recipe once a pair of codecs, with its controls, and prints bytes per client and round, then the losses. What
 follows the benchmark's own arguments is handed to ``hosfl fit``.
 """
 
@@ -32,16 +32,21 @@ def run(pair: tuple[str, ...], folder: Path, arguments: list[str]) -> dict[str, 
     return json.loads(next(root.rglob("summary.json")).read_text())
 
 
-def row(pair: tuple[str, ...], summary: dict[str, Any], first: dict[str, Any]) -> str:
-    """One line of the table."""
-    sizes = summary["bytes_per_client_round"]
-    up, down = (sizes[kind] / 1024 for kind in ("smashed_data", "multiplier"))
-    ratio = sum(first["bytes_per_client_round"].values()) / sum(sizes.values())
+def sizes(pair: tuple[str, ...], summary: dict[str, Any], first: dict[str, Any]) -> str:
+    """A line of what is sent."""
+    sent = summary["bytes_per_client_round"]
+    up, down = (sent[kind] / 1024 for kind in ("smashed_data", "multiplier"))
+    ratio = sum(first["bytes_per_client_round"].values()) / sum(sent.values())
+    return f"{pair[0]:>5} {pair[1]:>5} {up:8.1f} {down:8.1f} {ratio:7.2f}"
+
+
+def losses(pair: tuple[str, ...], summary: dict[str, Any], first: dict[str, Any]) -> str:
+    """A line of what the loss pays."""
     loss, change = summary["val_loss_last"], summary["val_loss_last"] / first["val_loss_last"] - 1
     controls = [summary["controls"].get(name, {}).get("val_loss_last") for name in ("frozen", "first_order")]
     shown = " ".join("      –" if value is None else f"{value:7.4f}" for value in controls)
     gap = "      –" if summary["gap_closed"] is None else f"{summary['gap_closed']:+7.1%}"
-    return f"{pair[0]:>5} {pair[1]:>5} {up:8.1f} {down:8.1f} {ratio:7.2f} {loss:9.4f} {change:+8.2%} {shown} {gap}"
+    return f"{pair[0]:>5} {pair[1]:>5} {loss:9.4f} {change:+8.2%} {shown} {gap}"
 
 
 def main() -> None:
@@ -53,9 +58,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         summaries = [run(pair, Path(folder), arguments) for pair in pairs]
     print(f"{hardware(torch.device('cpu'))}: hosfl fit {' '.join(arguments)}")
-    print("    z     λ   up KiB down KiB   fewer  val loss   change  frozen 1st order   gap")
-    for pair, summary in zip(pairs, summaries):
-        print(row(pair, summary, summaries[0]))
+    heads = {sizes: "  up KiB down KiB   fewer", losses: " val loss   change  frozen 1st order   gap"}
+    for line, head in heads.items():
+        print(f"    z     λ {head}")
+        print("\n".join(line(pair, summary, summaries[0]) for pair, summary in zip(pairs, summaries)), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ import hosfl_lightning.data
 import hosfl_lightning.join
 import hosfl_lightning.models
 import hosfl_lightning.recipe  # noqa: F401
-from benchmarks import remote_peers, remote_quickstart, remote_steps
+from benchmarks import remote_peers, remote_rounds, remote_steps
 from benchmarks.remote_page import page
-from benchmarks.remote_quickstart import Place
+from benchmarks.remote_rounds import Place
 from hosfl_lightning.clients.connection import Backoff
 from hosfl_lightning.run.identity import hardware
 
@@ -45,7 +45,7 @@ class Size:
         clients: Of a step, one after the other.
         steps: In a block.
         blocks: Of each system, in turn.
-        rounds: Of the quickstart.
+        rounds: Of the recipe.
         repeats: Of its runs, and of kills.
         idle: Clients that are there before, and that join then.
         outages: Seconds without a server, and how often.
@@ -82,9 +82,9 @@ def steps(folder: Path, size: Size) -> Any:
 
 
 def rounds(folder: Path, size: Size) -> Any:
-    """Of the quickstart."""
+    """Of the recipe."""
     chosen = places()[:1] if size is QUICK else places()
-    return [remote_quickstart.compare(folder / str(i), size.rounds, size.repeats, place)
+    return [remote_rounds.compare(folder / str(i), size.rounds, size.repeats, place)
             for i, place in enumerate(chosen)]  # fmt: skip
 
 
@@ -105,8 +105,8 @@ def kills(folder: Path, size: Size) -> Any:
 
 
 def wire(folder: Path, size: Size) -> Any:
-    """Bytes at the sockets and in the ledger, of the quickstart."""
-    return [remote_quickstart.counted(folder / str(secure), size.rounds, secure, places()[0]) for secure in LINKS]
+    """Bytes at the sockets and in the ledger, of the recipe."""
+    return [remote_rounds.counted(folder / str(secure), size.rounds, secure, places()[0]) for secure in LINKS]
 
 
 PARTS: dict[str, Callable[[Path, Size], Any]] = {

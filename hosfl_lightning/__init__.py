@@ -9,11 +9,16 @@ if TYPE_CHECKING:
     from hosfl_lightning.algorithms import HOSFL
     from hosfl_lightning.models import SplitCausalLM, SplitImageClassifier, SplitSequenceClassifier
     from hosfl_lightning.orchestrator import Orchestrator
+    from hosfl_lightning.run.control import Control
 
 __version__ = "0.1.0"
-__all__ = ["HOSFL", "Orchestrator", "SplitCausalLM", "SplitImageClassifier", "SplitSequenceClassifier", "__version__"]
+__all__ = [
+    "HOSFL", "Control", "Orchestrator", "SplitCausalLM", "SplitImageClassifier", "SplitSequenceClassifier",
+    "__version__",
+]  # fmt: skip
 
 _PLACES = {
+    "Control": "run.control",
     "HOSFL": "algorithms",
     "Orchestrator": "orchestrator",
     "SplitCausalLM": "models",

@@ -21,7 +21,8 @@ from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
-from hosfl_lightning.run.controls import run_control
+from hosfl_lightning.run.control import Control
+from hosfl_lightning.run.controls import named, run_control
 from hosfl_lightning.run.evaluation import Loop, run_evaluation
 from hosfl_lightning.run.face import MetricSink, TrainerFace
 from hosfl_lightning.run.hooks import complete
@@ -34,7 +35,8 @@ from hosfl_lightning.run.serve import serve
 from hosfl_lightning.run.serving import Serving, default_clients
 from hosfl_lightning.run.session import check_model, check_weights, session
 from hosfl_lightning.run.settings import RunSettings
-from hosfl_lightning.run.summary import print_table, write_summary
+from hosfl_lightning.run.summary import write_summary
+from hosfl_lightning.run.table import print_table
 from hosfl_lightning.run.training import collect, train
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.wire import LIMIT, Codecs
@@ -58,7 +60,8 @@ class Orchestrator(TrainerFace):
             ``per_client``: one after the other, every message encoded and decoded, as remote clients would; the same
             bits on any number of processes. Equal to rounding, but for server dropout's masks.
         controls: Run the same rounds again with a client that is ``frozen`` and one that backpropagates
-            (``first_order``), from the same start, seeds and batches; the summary compares them.
+            (``first_order``), or with another client (`Control`), from the same start, seeds and batches; the summary
+            compares them.
         seed: Of client sampling and of the random directions.
         val_check_interval: Rounds between validations; the first is before round 1, the last after the last.
         log_every_n_steps: Rounds between rows of metrics.
@@ -96,7 +99,7 @@ class Orchestrator(TrainerFace):
         max_rounds: int = 100,
         clients_per_round: int | None = None,
         simulation: Literal["batched", "per_client"] | None = None,
-        controls: list[Literal["frozen", "first_order"]] | None = None,
+        controls: list[Literal["frozen", "first_order"] | Control] | None = None,
         seed: int = 0,
         val_check_interval: int = 50,
         log_every_n_steps: int = 1,
@@ -168,11 +171,11 @@ class Orchestrator(TrainerFace):
             model.export(str(Path(self.log_dir) / "adapter"))
         controls: dict[str, RunResult] = {}
         self.summary = write_summary(self, result, controls)
-        for name in self.settings.controls:
-            controls[name] = run_control(self, self._again, name, start, result.first)
+        for control in self.settings.controls:
+            controls[named(control)] = run_control(self, self._again, control, start, result.first)
             self.summary = write_summary(self, result, controls)
         if self.is_global_zero:
-            print_table(self.summary, result, controls, self.log_dir)
+            print_table(self.summary, self.log_dir)
         self.processes.wait()  # nobody goes on before everything is written
 
     def serve(

@@ -218,13 +218,30 @@ class TestOverview:
         other = next(cell for cell in CELLS if cell.clients == 1)
         for one in none["methods"].values():
             one["accuracy"] = one["perplexity"]
-        head, _, first, second = overview([*entries(CELL, gap), *entries(other, none)]).splitlines()
-        assert head == f"| task | metric | {FROZEN} | {FIRST_ORDER} | side adapter | side adapter, int4 |"
+        words, _, head, _, first, second = overview([*entries(CELL, gap), *entries(other, none)]).splitlines()
+        assert words.startswith("Both controls' test loss, then the gap closed")
+        assert head == f"| task | {FROZEN} | {FIRST_ORDER} | side adapter | side adapter, int4 |"
         controls = "3.0500 ± 0.0707 | 2.5000 ± 0.0000"
         named = "shakespeare, cut 3, strong server, 8 clients"
-        assert first == f"| {named} | test loss | {controls} | 64% [51%, 79%] | {DIVERGED} |"
+        assert first == f"| {named} | {controls} | 64% [51%, 79%] | {DIVERGED} |"
         assert second.startswith("| digits, cut 3, strong server, 1 client |")
         assert second.endswith(f"| {NO_GAP} | – |")
+
+    def test_of_many_methods_the_rarer_ones_are_in_a_table_of_their_own(self) -> None:
+        every = [name for name, _ in methods(TASKS["shakespeare"], strong=True)]
+        many = results(**{name: [2.6, 2.8] for name in every if name not in LOSSES})
+        few = next(cell for cell in CELLS if (cell.task, cell.cut) == ("shakespeare", 2))
+        tables = overview([*entries(few, results()), *entries(CELL, many)]).split("\n\n")[1:]
+        heads = [[name.strip() for name in table.splitlines()[0].split("|")[1:-1]] for table in tables]
+        assert [len(head) for head in heads] == [7, 7]
+        assert {name for head in heads for name in head} == {"task", *every}
+        assert heads[0][:4] == ["task", FROZEN, FIRST_ORDER, "side adapter"]
+        assert [len(table.splitlines()) - 2 for table in tables] == [2, 1]
+
+    def test_the_shipped_tables_are_those_of_the_shipped_figures(self) -> None:
+        shipped = Path(__file__).parent.parent / "docs" / "results" / "client_learning"
+        rows = json.loads((shipped / "client_learning.json").read_text())["rows"]
+        assert overview(rows) in (shipped / "table.md").read_text()
 
 
 class TestPictures:
@@ -234,10 +251,23 @@ class TestPictures:
         rows = [*table(results(**{"side adapter": [9.0, 9.1]})).values()]
         far = f"{100 * rows[-1]['gap_closed']:.0f} %"
         for figure in (by_cell(rows, self.STYLES), over(rows, self.STYLES, "bytes_up", "bytes")):
-            (axes,) = figure.axes
+            axes = figure.axes[0]
             assert [text.get_text() for text in axes.texts] == [far]
             assert {"<", "v"} & {line.get_marker() for line in axes.lines}
-            assert figure.texts == [] or far not in figure.texts[0].get_text()
+            assert far not in figure.get_supxlabel()
+
+    @pytest.mark.parametrize(
+        ("interval", "heads"), [([-1.0, 0.5], "<"), ([0.1, 3.0], ">"), ([-1.0, 3.0], "<>"), ([0.1, 2.0], "")]
+    )
+    def test_an_interval_that_leaves_the_axis_has_an_arrow_head_at_the_cut_end(
+        self, interval: list[float], heads: str
+    ) -> None:
+        rows = [*table(results()).values()]
+        rows[-1]["gap_closed_interval"] = interval
+        axes = by_cell(rows, self.STYLES).axes[0]
+        found = {line.get_marker(): [*line.get_xdata()] for line in axes.lines if line.get_marker() in ("<", ">")}
+        ends = {"<": [axes.get_xlim()[0]], ">": [axes.get_xlim()[1]]}
+        assert found == {head: ends[head] for head in heads}
 
     def test_numbers_of_rows_far_away_do_not_hide_each_other(self) -> None:
         rows = [*table(results(**{"side adapter": [9.0, 9.1]})).values()] + [
@@ -246,10 +276,31 @@ class TestPictures:
         (axes,) = over(rows, self.STYLES, "bytes_up", "bytes").axes
         assert len({text.xyann for text in axes.texts}) == len(axes.texts) == 2
 
-    def test_a_cell_without_a_gap_says_so(self) -> None:
-        rows = [*table(results(**{FIRST_ORDER: [2.9, 3.2]})).values()]
-        (axes,) = by_cell(rows, self.STYLES).axes
-        assert [text.get_text() for text in axes.texts] == ["no gap between the controls"]
+    def test_cells_without_a_gap_and_rows_that_failed_are_left_out_and_named_below(self) -> None:
+        failed = "side adapter, int4"
+        other = next(cell for cell in CELLS if (cell.task, cell.cut) == ("shakespeare", 2))
+        rows = [*table(results(**{FIRST_ORDER: [2.9, 3.2]}), other).values()]
+        rows += table(results(**{failed: [None, None]})).values()
+        styles = self.STYLES | {failed: {"color": "#332288", "marker": "o"}}
+        figures = by_cell(rows, styles), over(rows, styles, "bytes_up", "bytes")
+        there, gone = "shakespeare, cut 3, strong server, 8 clients", "shakespeare, cut 2, strong server, 8 clients"
+        for figure in figures:
+            words = figure.get_supxlabel().replace("\n", " ")
+            assert f"as the controls have no gap between them: {gone}." in words
+            assert f"as no share is known of them: {failed} in {there}." in words
+        assert [axes.get_title(loc="left") for axes in figures[0].axes if axes.axison] == [there]
+        assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["side adapter"]
+
+    def test_no_panel_has_more_than_eight_lines(self) -> None:
+        every = [name for name, _ in methods(TASKS["shakespeare"], strong=True)]
+        rows = [*table(results(**{name: [2.6, 2.8] for name in every if name not in LOSSES})).values()]
+        styles = {name: {"color": "#332288", "marker": "o"} for name in every}
+        cells, costs = by_cell(rows, styles), over(rows, styles, "bytes_up", "bytes")
+        assert [len(axes.get_yticks()) for axes in cells.axes] == [5, 5]
+        assert [axes.get_title(loc="left")[-8:] for axes in cells.axes] == ["(1 of 2)", "(2 of 2)"]
+        names = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in costs.axes]
+        assert [len(one) for one in names] == [5, 5, 6]
+        assert all({FROZEN, FIRST_ORDER} <= {*one} for one in names) and {*every} == {n for one in names for n in one}
 
     def test_a_dot_a_row_and_cell_over_its_cost(self) -> None:
         rows = [*table(results()).values(), *table(results(**{"side adapter": [2.9, 2.9]})).values()]

@@ -70,6 +70,16 @@ class TestLinks:
         assert named == {name(path) for path in PAGES if path.parent == DOCS}
 
 
+def columns_of(text: str) -> list[int]:
+    """Of each table."""
+    return [line.count("|") - 1 for line in re.findall(r"^\|[-:| ]+\|$", text, flags=re.MULTILINE)]
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.name)
+def test_no_table_is_wider_than_a_page_shows(path: Path) -> None:
+    assert max(columns_of(path.read_text()), default=0) <= 7
+
+
 class TestExamples:
     def test_there_are_some(self) -> None:
         assert sum(RUNNABLE in code for path in PAGES for code in python_of(path)) >= 3
@@ -144,7 +154,7 @@ class TestRecipes:
 
 
 def test_figures_of_choosing_are_rows_of_what_was_measured() -> None:
-    measured = {row for path in [ROOT / "README.md", *(DOCS / "results").glob("*.md")] for row in rows_of(path)}
+    measured = {row for path in (DOCS / "results").glob("*.md") for row in rows_of(path)}
     unlinked = {re.sub(r"\(results/", "(", row) for row in rows_of(DOCS / "choosing.md")}
     figures = {row for row in unlinked if FIGURES.search(row)}
     assert figures

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.remote_page import SECTIONS, page
 
-#: Those of a few seconds; the others run the quickstart.
+#: Those of a few seconds; the others run a recipe.
 PARTS = ["steps", "memory", "kills"]
 
 
@@ -61,3 +61,8 @@ def test_the_page_has_a_table_and_a_verdict_for_each_part(written: Path, found: 
     assert all(f"## {title}" in text for title, _ in SECTIONS.values())
     assert "| two cores | 6 | 1.200 s | 1.000 s | 1.20 | 1.20 | met |" in text
     assert "| plain | 2 | 600 | 500 | 1,000 | 1.1000 | missed |" in text
+
+
+def test_the_shipped_page_is_that_of_the_shipped_figures() -> None:
+    results = Path(__file__).parent.parent / "docs" / "results"
+    assert (results / "remote.md").read_text() == page(json.loads((results / "remote.json").read_text()))

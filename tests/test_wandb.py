@@ -18,7 +18,12 @@ import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 
+from hosfl_lightning import Control
+from hosfl_lightning.algorithms import SplitFedSGD
+from hosfl_lightning.optim import AdamW
 from hosfl_lightning.run.folder import make_loggers
+from hosfl_lightning.run.wandb_controls import control_loggers
+from hosfl_lightning.split import LoraHalf
 from tests.recipe_runs import OVERLAYS, QUICKSTART, header_commands, hosfl, load, small
 from tests.small_run import SmallRun
 
@@ -146,6 +151,91 @@ def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
     assert [list(part) for part in rows] == [[0, 1, 2, 3], [3, 4]]
     assert rows[0][3] == rows[1][3]
     assert [int(row["round"]) for row in after.csv] == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Logged]]:
+    """A run with two controls: what the file of each holds, by its job type and name."""
+    root = tmp_path_factory.mktemp("controls")
+    run = SmallRun(root)
+    controls = ["frozen", Control("first, a:b", SplitFedSGD(AdamW(lr=1e-2)), LoraHalf(r=2, target_modules=["o_proj"]))]
+    with offline(root):
+        logger = WandbLogger(offline=True, save_dir=root, project="mine", name="mine", tags=["a"])
+        run.fit(logger=logger, controls=controls)
+        assert wandb.run is logger.experiment
+        logger.experiment.log({"afterwards": 1.0})
+        wandb.finish()
+    files = [Logged(read_whole(file), run.folder) for file in root.glob("wandb/offline-*/*.wandb")]
+    return run.folder, {one.of("run")[0].get("display_name", ""): one for one in files}
+
+
+def test_controls_are_runs_of_the_runs_group(beside: tuple[Path, dict[str, Logged]]) -> None:
+    folder, logged = beside
+    known = json.loads((folder / "run.json").read_text())["wandb"]
+    ids = {"mine": known, "mine frozen": f"{known}-frozen", "mine first, a:b": f"{known}-first--a-b"}
+    assert {name: one.of("run")[0]["run_id"] for name, one in logged.items()} == ids
+    for name, one in logged.items():
+        (run, *_) = one.of("run")
+        assert (run["project"], run["run_group"], run["tags"]) == ("mine", known, ["a"])
+        assert run.get("job_type", "") == ("" if name == "mine" else "control")
+        assert [record["exit_code"] for record in one.of("exit")] == [0]
+
+
+def test_a_controls_curves_are_those_of_its_folder_and_its_config_says_what_it_is(
+    beside: tuple[Path, dict[str, Logged]],
+) -> None:
+    folder, logged = beside
+    for name, method in {"frozen": "Frozen", "first, a:b": "SplitFedSGD"}.items():
+        own, one = folder / "controls" / name, logged[f"mine {name}"]
+        rows = csv.DictReader((own / "metrics.csv").read_text().splitlines())
+        expected = {int(row["round"]): row["train/loss"] for row in rows if row["train/loss"]}
+        found = {row["round"]: row["train/loss"] for row in one.rows if "train/loss" in row}
+        assert found == {round: pytest.approx(float(loss)) for round, loss in expected.items()} and len(found) == 4
+        config = one.of("run")[0]["config"]["update"]
+        known = {"control": name, "control_of": logged["mine"].of("run")[0]["run_id"], "algorithm": method}
+        assert {key: config[key] for key in known} == known
+
+
+def test_the_runs_own_rows_are_its_own_and_it_is_open_afterwards(beside: tuple[Path, dict[str, Logged]]) -> None:
+    _, logged = beside
+    *rows, last = logged["mine"].rows
+    assert [int(row["round"]) for row in rows] == [int(row["round"]) for row in logged["mine"].csv] == [0, 1, 2, 3, 4]
+    assert last["afterwards"] == 1.0
+
+
+def test_a_group_that_was_given_is_the_controls_too(tmp_path: Path) -> None:
+    with offline(tmp_path):
+        logger = WandbLogger(offline=True, save_dir=tmp_path, project="mine", group="ours", id="abc")
+        SmallRun(tmp_path).fit(logger=logger, controls=["frozen"])
+        wandb.finish()
+    runs = [read_whole(file) for file in sorted(tmp_path.glob("wandb/offline-*/*.wandb"))]
+    found = {record["run"]["run_id"]: record["run"] for one in runs for record in one if record["type"] == "run"}
+    assert {name: run["run_group"] for name, run in found.items()} == {"abc": "ours", "abc-frozen": "ours"}
+    assert found["abc-frozen"]["display_name"] == "abc frozen"
+
+
+def test_a_control_that_fails_ends_its_run_as_failed(tmp_path: Path) -> None:
+    with offline(tmp_path):
+        logger = WandbLogger(offline=True, save_dir=tmp_path, id="abc")
+        with pytest.raises(KeyboardInterrupt), control_loggers([logger], "frozen", "Frozen"):
+            raise KeyboardInterrupt
+        assert wandb.run is logger.experiment
+        wandb.finish()
+    runs = [Logged(read_whole(file), tmp_path) for file in tmp_path.glob("wandb/offline-*/*.wandb")]
+    codes = {one.of("run")[0]["run_id"]: [record.get("exit_code", 0) for record in one.of("exit")] for one in runs}
+    assert codes["abc"] == [0] and codes["abc-frozen"] != [0]
+
+
+def test_without_controls_or_with_w_and_b_disabled_there_is_no_group_and_no_other_run(tmp_path: Path) -> None:
+    with offline(tmp_path):
+        SmallRun(tmp_path / "a").fit(logger=WandbLogger(offline=True, save_dir=tmp_path), max_rounds=1)
+        wandb.finish()
+        logger = WandbLogger(mode="disabled", save_dir=tmp_path)
+        SmallRun(tmp_path / "b").fit(logger=logger, max_rounds=1, controls=["frozen"])
+        wandb.finish()
+    (file,) = tmp_path.glob("wandb/offline-*/*.wandb")
+    (run,) = Logged(read_whole(file), tmp_path).of("run")
+    assert not run.get("run_group")
 
 
 def measured(row: dict[str, float]) -> dict[str, float]:

@@ -31,7 +31,7 @@ CLIENT = [
     Panel("Lagrangian term", "nats", ("client/lagrangian_term",)),
     Panel("Learning rate", "", ("client/lr",)),
 ]
-#: Of an Orchestrator's run. Controls are runs of the same project (docs/wandb.md), so a panel has a line a run and key.
+#: Of an Orchestrator's run. Controls are runs of its group (docs/wandb.md), so a panel has a line a run and key.
 ROUNDS: dict[str, list[Panel]] = {
     "Loss, beside the controls": [
         Panel("Validation loss", "nats", ("val/loss",)),

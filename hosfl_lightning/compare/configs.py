@@ -94,18 +94,19 @@ def write_config(job: Job, comparison: Comparison, base: dict[str, Any], rounds:
     write_whole(job.config, lambda file: file.write(text.encode()))
 
 
-def schedule(comparison: Comparison, spent: dict[str, float]) -> tuple[int, int]:
+def schedule(comparison: Comparison, spent: dict[str, float], slack: int = SLACK) -> tuple[int, int]:
     """Rounds of a run at most, and rounds between its validations.
 
     Args:
         comparison: Its budget and its number of validations.
         spent: What one round of the method spends, by kind of budget.
+        slack: How many times the rounds that ``spent`` foretells, where the budget is not of rounds.
     """
     budget = comparison.budget
     if budget.rounds is not None:
         return budget.rounds, ceil(budget.rounds / comparison.validations)
     expected = max(1, ceil(budget.value / spent[budget.kind]))
-    return SLACK * expected, ceil(expected / comparison.validations)
+    return slack * expected, ceil(expected / comparison.validations)
 
 
 def put(config: dict[str, Any], key: str, value: Any) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from math import isfinite
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from math import ceil, inf, isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -24,8 +25,12 @@ COLOURS = (
 )  # fmt: skip
 #: The two controls are the frame of a picture, not parties in it.
 CONTROLS = {FROZEN: ("#000000", "--"), FIRST_ORDER: ("#777777", "-.")}
-MARKERS = "osD^vPX<>*ph"
+#: No triangles: those are the arrow heads where something leaves the axes.
+MARKERS = "osDPX*pdh"
 SIZE, DPI = (8.4, 4.4), 130
+LOOK: Any = {"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}
+#: Lines of a panel at most; and beside the controls, where one panel does not do.
+LINES, BESIDE = 8, 4
 #: How far beyond the worst start a row is followed, in parts of the way that the best has gone.
 SLACK = 0.5
 AXES = {
@@ -38,14 +43,14 @@ AXES = {
 def draw(results: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Write every picture of which something is known; the files by name."""
     styles = style(results)
-    drawn: dict[str, Path] = {}
     metric = results["metric"] or "loss"
-    for abscissa, (name, label) in AXES.items():
-        with _picture(folder / f"{name}.png", drawn, name) as axes:
-            _curves(axes, results, styles, metric, abscissa)
-            axes.set(xlabel=label, ylabel=f"validation {metric}".replace("_", " "))
-    with _picture(folder / "memory.png", drawn, "memory") as axes:
-        _bars(axes, results, styles)
+    drawn: dict[str, Path] = {}
+    with matplotlib.rc_context(LOOK):
+        figures = {name: curves(results, styles, metric, abscissa) for abscissa, (name, _) in AXES.items()}
+        for name, figure in {**figures, "memory": bars(results, styles)}.items():
+            if figure is not None:
+                drawn[name] = folder / f"{name}.png"
+                figure.savefig(drawn[name])
     return drawn
 
 
@@ -64,33 +69,82 @@ def style(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _curves(axes: Axes, results: dict[str, Any], styles: dict[str, dict[str, Any]], metric: str, abscissa: str) -> None:
-    """Mean lines and bands; the legend stands in the order of the lines' ends, and names those that left the axes."""
+def facets(names: Sequence[str], controls: Collection[str]) -> list[list[str]]:
+    """The rows of each panel: all in one up to `LINES`, else both controls in each, and at most `BESIDE` others."""
+    others = [name for name in names if name not in controls]
+    count = 1 if len(names) <= LINES else ceil(len(others) / BESIDE)
+    cuts = [number * len(others) // count for number in range(count + 1)]
+    panels = [{*controls, *others[start:end]} for start, end in pairwise(cuts)]
+    return [[name for name in names if name in panel] for panel in panels]
+
+
+def curves(results: dict[str, Any], styles: dict[str, dict[str, Any]], metric: str, abscissa: str) -> Figure | None:
+    """Mean lines and bands of seeds, in panels with the same axes; None: no row has a value on this axis."""
+    points = {name: _points(row, metric, abscissa) for name, row in results["methods"].items()}
+    known = [name for name in points if points[name]]
+    if not known:
+        return None
+    panels = facets(known, [name for name in known if styles[name]["marker"] == ""])
+    width, height = SIZE
+    figure = blank(width, height if len(panels) == 1 else 0.6 + 0.65 * height * len(panels))
+    limits = _limits(results, metric)
+    for axes, names in zip(figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False).flat, panels):
+        if abscissa == "round":
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
+            axes.set_xscale("log")
+        if limits is not None:
+            axes.set_ylim(*limits)
+        _lines(axes, {name: points[name] for name in names}, styles, metric, abscissa, limits or (-inf, inf))
+        axes.set_ylabel(f"validation {metric}".replace("_", " "))
+    axes.set_xlabel(AXES[abscissa][1])
+    below(figure, left_out("Without a line, as nothing is known on these axes", [n for n in points if n not in known]))
+    return figure
+
+
+def _points(row: dict[str, Any], metric: str, abscissa: str) -> list[dict[str, Any]]:
+    """Of a curve, what the axes can show: methods differ by orders of magnitude in bytes and forwards, hence logs."""
+    found = [p for p in row["curve"] if p[abscissa] is not None and metric in p]
+    return found if abscissa == "round" else [p for p in found if p[abscissa] > 0]
+
+
+def _lines(
+    axes: Axes,
+    rows: dict[str, list[dict[str, Any]]],
+    styles: dict[str, dict[str, Any]],
+    metric: str,
+    abscissa: str,
+    limits: tuple[float, float],
+) -> None:
+    """The legend stands in the order of the lines' ends; arrow heads are where a line or its band leaves the axes."""
     ends: dict[Any, float] = {}
-    for name, row in results["methods"].items():
-        points = [p for p in row["curve"] if p[abscissa] is not None and metric in p]
-        if abscissa != "round":
-            points = [p for p in points if p[abscissa] > 0]  # methods differ by orders of magnitude: log scale
-        if not points:
-            continue
+    for name, points in rows.items():
         x = [p[abscissa] for p in points]
         low, middle, high = ([p[metric][which] for p in points] for which in ("low", "mean", "high"))
         (line,) = axes.plot(x, middle, label=name, linewidth=1.8, markersize=4.5, **styles[name])
         axes.fill_between(x, low, high, color=styles[name]["color"], alpha=0.13, linewidth=0)
         ends[line] = middle[-1]
-    if abscissa == "round":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    else:
-        axes.set_xscale("log")
-    limits = _limits(results, metric)
-    if limits is not None:
-        axes.set_ylim(*limits)
-        for line, end in ends.items():
-            if not limits[0] <= end <= limits[1]:
-                line.set_label(f"{line.get_label()} (off the axis)")
+        if not limits[0] <= middle[-1] <= limits[1]:
+            line.set_label(f"{name} (off the axis)")
+        for values, end, sign, head in ((low, limits[0], -1, "v"), (high, limits[1], 1, "^")):
+            place = _leaves(x, values, end, sign, log=abscissa != "round")
+            if place is not None:
+                axes.plot(place, end, color=styles[name]["color"], marker=head, linestyle="", clip_on=False, zorder=5)
     handles = sorted(ends, key=lambda line: -ends[line])
     axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, handlelength=2.6)
     axes.grid(alpha=0.25)
+
+
+def _leaves(x: Sequence[float], values: Sequence[float], end: float, sign: int, log: bool) -> float | None:
+    """Where the edge of a band first crosses the end of the axis, upward if ``sign`` is 1; None: it stays within."""
+    first = next((n for n, value in enumerate(values) if sign * value > sign * end), None)
+    if not first:
+        return None if first is None else x[0]
+    inside, outside = values[first - 1], values[first]
+    part = (end - inside) / (outside - inside)
+    if log:
+        return x[first - 1] * (x[first] / x[first - 1]) ** part
+    return x[first - 1] + part * (x[first] - x[first - 1])
 
 
 def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
@@ -109,28 +163,41 @@ def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-def _bars(axes: Axes, results: dict[str, Any], styles: dict[str, dict[str, Any]]) -> None:
-    """One client's peak; the mark is what inference alone would need."""
+def bars(results: dict[str, Any], styles: dict[str, dict[str, Any]]) -> Figure | None:
+    """One client's peak; the mark is what inference alone would need. None: it was measured of no row."""
     known = {name: row for name, row in results["methods"].items() if row.get("client_peak_bytes") is not None}
+    if not known:
+        return None
     names = sorted(known, key=lambda name: -known[name]["client_peak_bytes"])
     peaks = [known[name]["client_peak_bytes"] / 2**20 for name in names]
-    bars = axes.barh(names, peaks, color=[styles[name]["color"] for name in names], height=0.7)
-    axes.bar_label(bars, [size(known[name]["client_peak_bytes"]) for name in names], padding=3)
+    figure = blank(SIZE[0], max(2.0, 0.9 + 0.27 * len(names)))
+    axes = figure.subplots()
+    shown = axes.barh(names, peaks, color=[styles[name]["color"] for name in names], height=0.7)
+    axes.bar_label(shown, [size(known[name]["client_peak_bytes"]) for name in names], padding=3)
     for place, name in enumerate(names):
         inference = known[name]["client_inference_bytes"] / 2**20
         axes.plot([inference] * 2, [place - 0.35, place + 0.35], color="white", linewidth=2.5)
         axes.plot([inference] * 2, [place - 0.35, place + 0.35], color="black", linewidth=1.2, linestyle=":")
-    axes.set(xlabel="peak memory of one client, MiB (dotted: a plain forward)", xlim=(0, 1.15 * max(peaks, default=1)))
+    axes.set(xlabel="peak memory of one client, MiB (dotted: a plain forward)", xlim=(0, 1.15 * max(peaks)))
+    below(figure, left_out("Without a bar, as it was not measured", [n for n in results["methods"] if n not in known]))
+    return figure
 
 
-@contextmanager
-def _picture(path: Path, drawn: dict[str, Path], name: str) -> Iterator[Axes]:
-    """Axes to draw on; without a display, and without the state of pyplot."""
-    with matplotlib.rc_context({"font.size": 10.5, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        yield axes
-        if axes.lines or axes.patches:
-            figure.savefig(path)
-            drawn[name] = path
+def below(figure: Figure, *sentences: str) -> None:
+    """Write below a picture what it does not show, each sentence on lines of its own."""
+    width = int(11 * figure.get_figwidth())
+    text = "\n".join(fill(sentence, width) for sentence in sentences if sentence)
+    if text:
+        figure.supxlabel(text, fontsize=9)
+
+
+def left_out(why: str, names: Sequence[str]) -> str:
+    """For `below`; nothing if there are none."""
+    return f"{why}: {'; '.join(names)}." if names else ""
+
+
+def blank(width: float, height: float) -> Figure:
+    """To draw on; without a display, and without the state of pyplot. In inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

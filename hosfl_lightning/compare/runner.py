@@ -19,7 +19,7 @@ from jsonargparse import get_loader
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hosfl_lightning.compare import worker
+from hosfl_lightning.compare import plan, worker
 from hosfl_lightning.compare.conditions import CONDITIONS, unequal
 from hosfl_lightning.compare.configs import Job, schedule, write_config
 from hosfl_lightning.compare.preflight import see_data
@@ -55,7 +55,11 @@ class Runner:
             ComparisonError: A recipe is refused, or the methods do not meet equal conditions.
         """
         with self._lock(), self._pool() as each:
-            rehearsals = self._rehearse(each, self._known())
+            known = self._known()
+            _say(plan.announced(self.comparison))
+            rehearsals = self._rehearse(each, known)
+            left = plan.left(self.comparison, lambda *run: _done(self.job(*run), False))
+            _say(plan.estimated(self.comparison, rehearsals, left))
             self.plans = {name: schedule(self.comparison, one.spent) for name, one in rehearsals.items()}
             tuning, methods = self.comparison.tuning, self.comparison.methods
             points = range(self.comparison.grid_size)
@@ -237,6 +241,11 @@ class Runner:
                     )
 
             yield advance
+
+
+def _say(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _see_equal(jobs: Iterable[Job]) -> None:

@@ -12,7 +12,7 @@ PUT_BACK = "test loss, client put back"
 
 
 def columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
-    """What a table says of a method, by its head."""
+    """How well a method does, by the head of a table."""
     split, metric, target = results["evaluated_on"], results["metric"], results["target"]
     extra = {f"{split} {metric}": lambda row: pm(row[metric])} if metric else {}
     put_back = {PUT_BACK: lambda row: pm(row["client_put_back"])} if _put_back(results) else {}
@@ -24,35 +24,45 @@ def columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str
         "frozen − this": lambda row: pm(row["below_frozen"], sign=True),
         **put_back,
         reached: lambda row: rounds(row["rounds_to_target"]),
-        "learning rates": point,
     }
 
 
 def cost_columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
-    """What a table says of a method's costs, by its head."""
+    """At what learning rates, and what a client pays for it."""
     return {
+        "learning rates": point,
         "rounds": lambda row: number(row.get("rounds"), "{:,.0f}"),
         "client trains": lambda row: number(row.get("d_client"), "{:,.0f}"),
         "client peak": lambda row: sized(row.get("client_peak_bytes")),
+        "client time / round": lambda row: number(row.get("client_seconds_per_round"), "{:.3f} s"),
+        "client forwards / round": lambda row: number(row.get("client_forwards_per_round"), "{:.1f}"),
+    }
+
+
+def sent_columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """What travels, and the arithmetic of all clients."""
+    return {
         "up / client-round": lambda row: sized(row.get("bytes_up_per_client_round")),
         "down / client-round": lambda row: sized(row.get("bytes_down_per_client_round")),
         "up in total": lambda row: sized(row.get("bytes_up")),
         "down in total": lambda row: sized(row.get("bytes_down")),
-        "client time / round": lambda row: number(row.get("client_seconds_per_round"), "{:.3f} s"),
-        "client forwards / round": lambda row: number(row.get("client_forwards_per_round"), "{:.1f}"),
         "client forwards in total": lambda row: number(row.get("client_forwards"), "{:,.0f}"),
     }
 
 
+#: The tables; each has seven columns at most, so that a page can show it.
+TABLES = (columns, cost_columns, sent_columns)
+
+
 def markdown(results: dict[str, Any]) -> str:
-    """Both tables, what they leave out, and how they were made."""
-    parts = [_grid(results, columns(results)), _grid(results, cost_columns(results)), "\n".join(notes(results))]
+    """The tables, what they leave out, and how they were made."""
+    parts = [*(_grid(results, shown(results)) for shown in TABLES), "\n".join(notes(results))]
     return "\n\n".join(parts) + "\n"
 
 
 def rows(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and body of one wide table."""
-    shown = columns(results) | cost_columns(results)
+    shown = {head: cell for table in TABLES for head, cell in table(results).items()}
     return ["method", *shown], [_cells(name, row, shown) for name, row in results["methods"].items()]
 
 

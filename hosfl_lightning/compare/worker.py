@@ -7,8 +7,9 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -20,6 +21,7 @@ from typing_extensions import override
 from hosfl_lightning import recipe
 from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.callbacks import Budget
+from hosfl_lightning.compare.clock import Clock
 from hosfl_lightning.compare.conditions import CONDITIONS, conditions
 from hosfl_lightning.compare.configs import Job
 from hosfl_lightning.compare.settings import ComparisonError
@@ -46,6 +48,7 @@ class Rehearsal:
         validation: Number of validation examples.
         test: Number of test examples.
         data: The class of its data, and the settings that name a test set.
+        seconds: Of the ``round``, of a ``validation``, and of all else (``start``); empty: not measured.
     """
 
     spent: dict[str, float]
@@ -53,6 +56,7 @@ class Rehearsal:
     validation: int
     test: int
     data: str
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class ParseOnly(recipe.HOSFLCommand):
@@ -118,7 +122,9 @@ def rehearse(jobs: list[Job]) -> Rehearsal:
         for one in jobs:
             recipe.command(["fit", f"--config={one.config}"], ParseOnly)
         shutil.rmtree(job.folder, ignore_errors=True)
-        command = recipe.command(["fit", f"--config={job.config}"])
+        began = time.perf_counter()
+        command = recipe.command(["fit", f"--config={job.config}", f"--trainer.callbacks+={Clock.__module__}.Clock"])
+        took = time.perf_counter() - began
     except SystemExit as end:
         raise ComparisonError(f"methods.{job.method}: {end.__cause__ or end}") from None
     except recipe.USER_ERRORS as error:
@@ -129,6 +135,8 @@ def rehearse(jobs: list[Job]) -> Rehearsal:
         raise ComparisonError("trainer.callbacks: a ModelCheckpoint of the recipe leaves no last.ckpt; leave it out")
     _write(job.folder / CONDITIONS, conditions(data))
     budget = next(c for c in trainer.callbacks if isinstance(c, Budget))
+    validations = next(c for c in trainer.callbacks if isinstance(c, Clock)).validations
+    (round,) = trainer.run.result.seconds
     named = [name for name in inspect.signature(type(data)).parameters if name.startswith("test")]
     return Rehearsal(
         spent=budget.spent,
@@ -136,7 +144,10 @@ def rehearse(jobs: list[Job]) -> Rehearsal:
         validation=len(data.validation_set),
         test=len(data.test_set),
         data=f"{type(data).__name__} ({', '.join(f'data.init_args.{name}' for name in named)})",
-    )
+        seconds={
+            "start": took - round - sum(validations), "round": round, "validation": sum(validations) / len(validations)
+        },
+    )  # fmt: skip
 
 
 def run(job: Job, test: bool) -> str | None:

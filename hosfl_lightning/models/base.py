@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.arguments import given
 from hosfl_lightning.data.tokenization import Example
+from hosfl_lightning.models.another_client import AnotherClient
 from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.fingerprint import of_all, of_first
 from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
@@ -48,7 +49,7 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
 
 
-class SplitModule(L.LightningModule, ABC):
+class SplitModule(AnotherClient, L.LightningModule, ABC):
     r"""``ℓ(f_s(f_c(x; θ_c); θ_s), y)``, cut into a client half ``f_c`` and a server half ``f_s``.
 
     The server's step is an ordinary ``training_step`` on the smashed data; a subclass changes the loss by overriding

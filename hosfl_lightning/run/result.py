@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,12 @@ class Evaluation:
 
 @dataclass
 class RunResult:
-    """One run: the validations before the first and after the last round, and the seconds of each round."""
+    """One run: the validations before the first and after the last round, and the seconds of each round.
+
+    A control also has its ``costs``, as `run.costs.client_costs` measures them.
+    """
 
     first: Evaluation
     last: Evaluation
     seconds: list[float] = field(default_factory=list)
+    costs: dict[str, Any] = field(default_factory=dict)

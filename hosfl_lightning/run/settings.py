@@ -8,6 +8,7 @@ from typing import Any, Literal
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.run.control import Control
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.wire import Codecs
 
@@ -28,7 +29,7 @@ class RunSettings:
     max_rounds: int = 100
     clients_per_round: int | None = None
     simulation: Literal["batched", "per_client"] | None = None
-    controls: list[str] = field(default_factory=list)
+    controls: list[str | Control] = field(default_factory=list)
     seed: int = 0
     val_check_interval: int = 50
     log_every_n_steps: int = 1
@@ -57,9 +58,7 @@ class RunSettings:
         if self.on_too_few not in ("repeat", "stop"):
             raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
         self._check_precision()
-        for name in self.controls:
-            if name not in CONTROLS:
-                raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}")
+        self._check_controls()
         if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
             raise ValueError(f"trainer.gradient_clip_val must be > 0, or null for none, got {self.gradient_clip_val}")
         if not 0 <= self.seed < 2**64:
@@ -78,6 +77,19 @@ class RunSettings:
             if count > 1 and self.simulation == "batched":
                 raise ValueError(
                     f"trainer.simulation=batched is one batch in one process; with trainer.{name} > 1 leave it out"
+                )
+
+    def _check_controls(self) -> None:
+        names = [one.name if isinstance(one, Control) else one for one in self.controls]
+        for name, one in zip(names, self.controls):
+            if not isinstance(one, Control) and name not in CONTROLS:
+                raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}, nor a Control")
+            if names.count(name) > 1:
+                raise ValueError(f"trainer.controls: {name} is there twice")
+            if isinstance(one, Control) and not _step_by_step(one.algorithm):
+                raise ValueError(
+                    f"trainer.controls: a round of {one.algorithm.name} ({name}) is not a control's (one minibatch a "
+                    "client, one step of a server that backpropagates); compare it with hosfl compare"
                 )
 
     def _check_precision(self) -> None:
@@ -105,7 +117,7 @@ class RunSettings:
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         algorithm.check(model)
-        if self.controls and (algorithm.local_steps > 1 or not algorithm.joint or algorithm.server_order != "first"):
+        if self.controls and not _step_by_step(algorithm):
             raise ValueError(
                 f"trainer.controls: a round of {algorithm.name} is not a round of theirs (one minibatch a client, one "
                 "step of a server that backpropagates); set it to [], and compare with hosfl compare"
@@ -163,3 +175,8 @@ class RunSettings:
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
         }
+
+
+def _step_by_step(algorithm: Algorithm) -> bool:
+    """Whether its rounds are those of a control."""
+    return algorithm.local_steps == 1 and algorithm.joint and algorithm.server_order == "first"

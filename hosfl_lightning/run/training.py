@@ -23,6 +23,7 @@ from hosfl_lightning.run.nodes import check_same
 from hosfl_lightning.run.record import compare, record_of
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
+from hosfl_lightning.run.wandb_controls import join_group
 from hosfl_lightning.server import Replica, RoundWatcher, Server
 from hosfl_lightning.server.configured import configured
 from hosfl_lightning.wire import decode, encode
@@ -47,6 +48,8 @@ def train(
     initial, started = digest(model.trained_state()), starts(model.trained_state())
     if resumed is not None:
         folder.adopt(trainer.loggers, resumed)
+    if trainer.settings.controls:
+        join_group(trainer.loggers)
     with session(trainer, model, data, TrainerFn.FITTING):
         trainer.run.result = RunResult(first, first) if first is not None else None
         set_up(trainer, model)

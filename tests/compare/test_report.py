@@ -62,6 +62,20 @@ def test_a_run_with_random_signs_is_a_row_of_its_own(compared: Compared, tmp_pat
     assert report.notes(groups) == []
 
 
+def test_no_table_has_more_than_seven_columns(compared: Compared, reported: Compared) -> None:
+    results = reported.results
+    assert all(row["client_put_back"] for name, row in results["methods"].items() if name != "Frozen")
+    for text in (compared.table, reported.table):
+        tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("|")]
+        widths = [[line.count("|") - 1 for line in table] for table in tables]
+        assert [max(one) for one in widths] == [min(one) for one in widths] == [7, 7, 6]
+    shown = [
+        name.strip() for part in reported.table.split("\n\n")[:3] for name in part.splitlines()[0].split("|")[1:-1]
+    ]
+    head, _ = rows(results)
+    assert [name for name in shown if name != "method"] == head[1:]
+
+
 def test_without_test_results_the_validation_set_is_shown_and_said(compared: Compared, tmp_path: Path) -> None:
     run = Path(shutil.copytree(chosen(compared)[0], tmp_path / "run"))
     (run / "test.json").unlink()

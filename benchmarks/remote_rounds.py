@@ -1,4 +1,4 @@
-"""The quickstart with its clients as processes, by the commands themselves, beside the same run in one process."""
+"""A recipe with its clients as processes, by the commands themselves, beside the same run in one process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.remote_proxy import proxy
 from benchmarks.remote_stub import Stage
 from hosfl_lightning.cli import main as hosfl
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "tiny_lm" / "hosfl_lora.yaml"
 CLIENTS = 8
 
 

@@ -1,0 +1,34 @@
+"""What a run asks of a client: memory, bytes, forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
+from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.split.side import of_side
+
+
+def client_costs(trainer: TrainerFace) -> dict[str, Any]:
+    """Of a client, measured in the run; sizes in bytes, times in seconds, arithmetic in plain forwards of its half."""
+    memory = next(c for c in trainer.callbacks if isinstance(c, PeakMemoryMonitor)).report
+    communication = next(c for c in trainer.callbacks if isinstance(c, CommunicationMonitor))
+    return {
+        "trains": trainer.algorithm.client_trains,
+        "adapter": _adapter(list(trainer.endpoint.trained)),
+        "d_client": sum(p.numel() for p in trainer.endpoint.trained.values()),
+        "client_peak_bytes": memory.get("client_peak_bytes"),
+        "client_forward_bytes": memory.get("client_forward_bytes"),
+        "client_forwards_per_round": memory.get("client_forwards"),
+        "client_seconds_per_round": memory.get("client_seconds"),
+        "bytes_per_client_round": communication.per_client_round,
+        "up_per_client_round": communication.up_bytes / max(communication.client_rounds, 1),
+    }
+
+
+def _adapter(names: list[str]) -> str:
+    """What is trained of a client, in words."""
+    side = [name for name in names if of_side(name)]
+    kinds = {"side adapter": side, "LoRA": [name for name in names if "lora_" in name and name not in side]}
+    found = [kind for kind, of_kind in kinds.items() if of_kind]
+    return " and ".join(found) or "all weights"
