@@ -9,22 +9,19 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.arguments import given
 from hosfl_lightning.data.tokenization import Example
-from hosfl_lightning.models.another_client import AnotherClient
 from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
+from hosfl_lightning.models.evaluated import Batch, Evaluated
 from hosfl_lightning.models.fingerprint import of_all, of_first
 from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
 from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
-from hosfl_lightning.padding import drop_unpredictable
 from hosfl_lightning.split import (
     Lora,
     Placement,
@@ -40,16 +37,13 @@ from hosfl_lightning.split import (
 from hosfl_lightning.split.adapters import dropouts, training
 from hosfl_lightning.wire import SmashedData
 
-Batch = dict[str, Tensor]
-Metrics = dict[str, Metric]
-
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
     """The server's optimizer unless the recipe says otherwise."""
     return torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0)
 
 
-class SplitModule(AnotherClient, L.LightningModule, ABC):
+class SplitModule(Evaluated, ABC):
     r"""``ℓ(f_s(f_c(x; θ_c); θ_s), y)``, cut into a client half ``f_c`` and a server half ``f_s``.
 
     The server's step is an ordinary ``training_step`` on the smashed data; a subclass changes the loss by overriding
@@ -109,10 +103,7 @@ class SplitModule(AnotherClient, L.LightningModule, ABC):
             self._server_trainable = tuple(n for n, p in server.named_parameters() if p.requires_grad)
         self.label_names: Sequence[str] | None = None
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
-        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
-        for metric in self.metrics.modules():
-            if isinstance(metric, Metric):
-                metric.sync_on_compute = False  # every process evaluates all of the data
+        self.make_metrics()
 
     # ---- what a subclass says about its model
 
@@ -171,18 +162,6 @@ class SplitModule(AnotherClient, L.LightningModule, ABC):
     @abstractmethod
     def count(self, labels: Tensor) -> int:
         """``n``: how many terms `loss` averages over; client weights are ``w_k = n_k / Σ n``."""
-
-    def build_metrics(self) -> dict[str, Metric]:
-        """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
-        return {"loss": MeanMetric(nan_strategy="disable")}  # by default it leaves NaN out of the mean
-
-    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
-        """Take one evaluation batch into the metrics."""
-        metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
-
-    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
-        """The values to log at the end of an evaluation, by name."""
-        return {name: metric.compute() for name, metric in metrics.items()}
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:
         """Refuse data that the model cannot take, with the setting to mend instead of an index error mid-run.
@@ -285,26 +264,6 @@ class SplitModule(AnotherClient, L.LightningModule, ABC):
         """
         return self.loss(self.server_half(batch["z"], batch["attention_mask"]), batch["labels"])
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """Both halves on raw data; the batch's loss, None where nothing in it is labelled."""
-        return self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
-        """As `validation_step`."""
-        return self._evaluate(batch, "test")
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """``argmax`` of the logits: a class an example, or the next token at every position."""
-        return self.logits(self.prepare(batch)).argmax(-1)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/…``."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/…``."""
-        self._log_metrics("test")
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The server's optimizer over θ_s; the clients' is the algorithm's."""
         optimizer = self.make_optimizer(list(self.server_parameters.values()))
@@ -335,22 +294,3 @@ class SplitModule(AnotherClient, L.LightningModule, ABC):
                 "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
             )
         export_adapter(self.whole, directory, resolve(self.pretrained), self.label_names)
-
-    def _evaluate(self, batch: Batch, stage: str) -> Tensor | None:
-        """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""
-        batch = self.prepare(batch)
-        logits = self.logits(batch)
-        labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
-        if not self.count(labels):
-            return None
-        self.update_metrics(self._metrics(stage), logits, labels)
-        return self.loss(logits, labels)
-
-    def _metrics(self, stage: str) -> Metrics:
-        return dict(self.metrics[stage].items())  # type: ignore[operator]
-
-    def _log_metrics(self, stage: str) -> None:
-        metrics = self._metrics(stage)
-        self.log_dict({f"{stage}/{name}": value for name, value in self.computed(metrics).items()})
-        for metric in metrics.values():
-            metric.reset()

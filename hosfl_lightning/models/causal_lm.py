@@ -10,8 +10,9 @@ from torchmetrics import MeanMetric, Metric
 from transformers import AutoModelForCausalLM
 
 from hosfl_lightning.data.tokenization import Example
-from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.models.base import SplitModule
 from hosfl_lightning.models.checks import check_token_labels
+from hosfl_lightning.models.evaluated import Metrics
 from hosfl_lightning.wire import SmashedData
 
 IGNORE = -100

@@ -12,7 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig
 
-from hosfl_lightning.models.base import Metrics, SplitModule
+from hosfl_lightning.models.base import SplitModule
+from hosfl_lightning.models.evaluated import Metrics
 from hosfl_lightning.wire import SmashedData
 
 

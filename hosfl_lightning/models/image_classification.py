@@ -11,8 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from hosfl_lightning.models.base import Batch, default_optimizer
+from hosfl_lightning.models.base import default_optimizer
 from hosfl_lightning.models.classification import SplitClassifier, check_classes
+from hosfl_lightning.models.evaluated import Batch
 from hosfl_lightning.models.halves import Part
 from hosfl_lightning.models.pretrained import PretrainedError, load_model, seeded
 from hosfl_lightning.split import (

@@ -16,6 +16,7 @@ from hosfl_lightning.algorithms import Algorithm, Frozen, SplitFedSGD
 from hosfl_lightning.callbacks import RoundProgressBar
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.another_client import with_client
 from hosfl_lightning.run.control import Control
 from hosfl_lightning.run.costs import client_costs
 from hosfl_lightning.run.face import TrainerFace
@@ -91,7 +92,7 @@ def _method(trainer: TrainerFace, control: str | Control) -> Algorithm:
 def _at_the_start(model: SplitModule, control: str | Control, start: dict[str, Tensor]) -> Iterator[SplitModule]:
     """The model with the control's client, and the server as it was before the first round."""
     if isinstance(control, Control):
-        other = model.with_client(control.lora, control.side)
+        other = with_client(model, control.lora, control.side)
         server = {name: tensor for name, tensor in start.items() if name.startswith("server_half.")}
         other.load_trained_state(other.trained_state() | server)
         yield other

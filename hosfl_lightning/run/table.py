@@ -34,9 +34,9 @@ def losses_table(summary: dict[str, Any]) -> Table:
     table.add_column("client", no_wrap=True)
     for head in (*(name.removeprefix("val/").replace("_", " ") for name in names), "gap closed", "sends", "memory"):
         table.add_column(head, justify="right", no_wrap=True)
-    table.add_row("before", *(f"{summary['metrics_first'][name]:.4f}" for name in names), "", "", "", end_section=True)
+    table.add_row("before", *(_number(summary["metrics_first"][name]) for name in names), "", "", "", end_section=True)
     for label, run in runs(summary).items():
-        metrics = (f"{run['metrics_last'][name]:.4f}" for name in names)
+        metrics = (_number(run["metrics_last"][name]) for name in names)
         table.add_row(label, *metrics, _share(run["gap_closed"]), _sent(run), _needed(run))
     return table
 
@@ -83,6 +83,10 @@ def _in_words(run: dict[str, Any]) -> str:
     sent = {kind: value for kind, value in run["bytes_per_client_round"].items() if value}
     named = ", ".join(f"{kind.replace('_', ' ')} {size(value)}" for kind, value in sent.items())
     return "; ".join([*parts, f"a round: {named}"])
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _share(value: float | None) -> str:

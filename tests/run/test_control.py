@@ -10,6 +10,7 @@ import torch
 
 from hosfl_lightning import HOSFL, Control, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import FedAvg, Frozen, SplitFedSGD
+from hosfl_lightning.models.another_client import with_client
 from hosfl_lightning.optim import SGD, Uncompressed
 from hosfl_lightning.run.table import cost_lines, losses_table
 from hosfl_lightning.split import Lora, LoraHalf, Side
@@ -80,13 +81,13 @@ def test_the_one_called_first_order_closes_the_gap(
 
 def test_another_client_beside_the_same_server(make_model: MakeModel) -> None:
     model = make_model(**SIDE)
-    other = model.with_client(CLIENT, 0)
+    other = with_client(model, CLIENT, 0)
     assert other.side == Side(client=0, taps="all", server=3) and other.lora == Lora(CLIENT, SERVER)
     assert [*server_of(other)] == [*server_of(model)]
     assert all(torch.equal(bits, server_of(other)[name]) for name, bits in server_of(model).items())
     assert not {*other.client_parameters} & {*model.client_parameters}
     assert type(other) is type(model) and other.make_optimizer is model.make_optimizer
-    assert make_model(lora=Lora(CLIENT, SERVER)).with_client(CLIENT, 0).side is None
+    assert with_client(make_model(lora=Lora(CLIENT, SERVER)), CLIENT, 0).side is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +101,7 @@ def test_a_client_that_cannot_be_is_refused(
     lora: LoraHalf | None, side: int, own: dict[str, Any], says: str, make_model: MakeModel
 ) -> None:
     with pytest.raises(ValueError, match=says):
-        make_model(**own).with_client(lora, side)
+        with_client(make_model(**own), lora, side)
 
 
 @pytest.mark.parametrize(

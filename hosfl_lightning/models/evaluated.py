@@ -1,0 +1,82 @@
+"""How a cut model is evaluated: both halves on raw data, with torchmetrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+from hosfl_lightning.padding import drop_unpredictable
+
+Batch = dict[str, Tensor]
+Metrics = dict[str, Metric]
+
+
+class Evaluated(L.LightningModule):
+    """The hooks of Trainer's evaluation loops; a subclass says what the logits, the loss and its terms are."""
+
+    prepare: Any
+    logits: Any
+    loss: Any
+    count: Any
+
+    def make_metrics(self) -> None:
+        """One set for each of ``val`` and ``test``."""
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(self.build_metrics()) for stage in ("val", "test")})
+        for metric in self.metrics.modules():
+            if isinstance(metric, Metric):
+                metric.sync_on_compute = False  # every process evaluates all of the data
+
+    def build_metrics(self) -> dict[str, Metric]:
+        """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
+        return {"loss": MeanMetric(nan_strategy="disable")}  # by default it leaves NaN out of the mean
+
+    def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
+        """Take one evaluation batch into the metrics."""
+        metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
+
+    def computed(self, metrics: Metrics) -> dict[str, Tensor]:
+        """The values to log at the end of an evaluation, by name."""
+        return {name: metric.compute() for name, metric in metrics.items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """Both halves on raw data; the batch's loss, None where nothing in it is labelled."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> STEP_OUTPUT:
+        """As `validation_step`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        """``argmax`` of the logits: a class an example, or the next token at every position."""
+        return self.logits(self.prepare(batch)).argmax(-1)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/…``."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/…``."""
+        self._log_metrics("test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> Tensor | None:
+        """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""
+        batch = self.prepare(batch)
+        logits = self.logits(batch)
+        labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
+        if not self.count(labels):
+            return None
+        self.update_metrics(self._metrics(stage), logits, labels)
+        return self.loss(logits, labels)
+
+    def _metrics(self, stage: str) -> Metrics:
+        return dict(self.metrics[stage].items())  # type: ignore[operator]
+
+    def _log_metrics(self, stage: str) -> None:
+        metrics = self._metrics(stage)
+        self.log_dict({f"{stage}/{name}": value for name, value in self.computed(metrics).items()})
+        for metric in metrics.values():
+            metric.reset()
