@@ -25,10 +25,15 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "runs" / "version_0" / "summary.json").is_file()
 
 
-def test_the_step_by_hand_is_the_one_that_is_tested() -> None:
-    [_, by_hand] = BLOCKS
-    assert by_hand.startswith("class ForwardOnly")
-    assert by_hand in (README.parent / "docs" / "manual_optimization.md").read_text()
+def test_a_first_screen_in_its_order() -> None:
+    """What and why, a picture, the commands and what they print, Python, the callback, who it is for, links."""
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 120
+    screen = lines[: next(i for i, line in enumerate(lines) if line.startswith("## "))]
+    assert len(screen) <= 40
+    marks = ["**Fine-tune", "![", "    pip install", "| client |", "```python", "In a Light", "**Is it for me?", "["]
+    places = [next(i for i, line in enumerate(screen) if line.startswith(mark)) for mark in marks]
+    assert places == sorted(places)
 
 
 def test_links_and_pictures_are_there() -> None:
