@@ -90,10 +90,17 @@ def _comparable(name: str, data: bytes) -> Any:
         rows = csv.DictReader(io.StringIO(data.decode(), newline=""))
         return [{key: v for key, v in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
     if name == "summary.json":
-        return {key: value for key, value in json.loads(data).items() if "seconds" not in key}
+        return unmeasured(json.loads(data))
     if ".ckpt" in name:
         return plain(torch.load(io.BytesIO(data), weights_only=True))
     return data
+
+
+def unmeasured(summary: Any) -> Any:
+    """A summary, or a part of it, without what a clock has measured."""
+    if isinstance(summary, dict):
+        return {key: unmeasured(value) for key, value in summary.items() if "seconds" not in key}
+    return summary
 
 
 def plain(value: Any) -> Any:

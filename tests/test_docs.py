@@ -89,6 +89,7 @@ class TestExamples:
         for code in python_of(path):
             compile(code, name(path), "exec")
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own look at its inputs
     @pytest.mark.parametrize("path", [p for p in PAGES if any(RUNNABLE in c for c in python_of(p))], ids=name)
     def test_run_one_after_the_other(self, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ from peft import PeftModel
 
 from hosfl_lightning.recipe import HOSFLCommand
 from hosfl_lightning.run.checkpoint import load as load_checkpoint
-from tests.recipe_runs import OVERLAYS, QUICKSTART, RECIPES, header_commands, hosfl, load, name_of, small, stand_in_hub
+from tests.recipe_runs import (
+    OVERLAYS,
+    QUICKSTART,
+    RECIPES,
+    ROOT,
+    header_commands,
+    hosfl,
+    load,
+    name_of,
+    small,
+    stand_in_hub,
+)
 
 SUMMARY_KEYS = {
     "algorithm", "rounds", "clients", "clients_per_round", "probes", "d_client", "val_loss_first", "val_loss_last",
@@ -187,7 +199,8 @@ def test_every_overlay_on_the_quickstart(overlay: Path, tmp_path: Path) -> None:
     assert (run.folder / "metrics.csv").is_file()
     assert run.summary["rounds"] == 2
     assert math.isfinite(run.summary["val_loss_last"])
-    beside = run.recipe["trainer"].get("controls", load(QUICKSTART)["trainer"]["controls"])
+    base = next(load(ROOT / word) for before, word in pairwise(words) if before == "--config")
+    beside = run.recipe["trainer"].get("controls", base["trainer"]["controls"])
     assert list(run.summary["controls"]) == names_of(beside)
 
 

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from hosfl_lightning.data.federated import FederatedDataModule
 
+#: What makes batches of examples.
+BATCHES = ("collate", "client_batch", "val_dataloader")
+
 
 class DataContractError(ValueError):
     """A data module breaks its contract; the message names the class."""
@@ -49,14 +52,16 @@ def check_held_out(data: FederatedDataModule) -> None:
 
 
 def check_examples(data: FederatedDataModule, examples: Sequence[Any], owner: str) -> None:
-    """Refuse what `FederatedDataModule.collate` cannot make a batch of; another ``collate`` knows what an example is.
+    """Refuse what `FederatedDataModule.collate` cannot make a batch of.
+
+    A class that makes its batches in another way knows itself what an example is.
 
     An example has ``input_ids``, T >= 1 integers, and ``labels``: T integers, or one; all of them the one or the other.
 
     Raises:
         DataContractError: Names the class, whose example it is, and what an `Example` is.
     """
-    if type(data).collate is not FederatedDataModule.collate:
+    if any(getattr(type(data), way) is not getattr(FederatedDataModule, way) for way in BATCHES):
         return
     kinds = set()
     for number, example in enumerate(examples):

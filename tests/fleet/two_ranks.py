@@ -31,6 +31,7 @@ from hosfl_lightning.run.checkpoint import load
 from hosfl_lightning.split import Lora, LoraHalf
 from hosfl_lightning.wire import Message, Multiplier, StepRequest
 from tests.conftest import RandomTokens
+from tests.small_run import unmeasured
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 LENGTHS = [[9, 12, 7, 12, 5, 8], [6, 10, 10, 4], [12, 11, 3, 9, 12]]
@@ -152,7 +153,7 @@ def left(folder: Path) -> dict[str, Any]:
     for name in ("updates.log", "run.json", "adapter/adapter_model.safetensors"):
         found[name] = (folder / name).read_bytes()
     summary = json.loads((folder / "summary.json").read_text())
-    return found | {"summary": {k: v for k, v in summary.items() if "seconds" not in k}}
+    return found | {"summary": unmeasured(summary)}
 
 
 def plain(value: Any, folder: str) -> Any:

@@ -112,6 +112,7 @@ def rank(spec: dict[str, Any]) -> None:
 def server(spec: dict[str, Any]) -> None:
     from hosfl_lightning import Orchestrator, orchestrator
     from hosfl_lightning.link.limits import Limits
+    from hosfl_lightning.server import CatchUp
     from tests.fleet.test_pipe import CASES
     from tests.remote.deaths import DieAt, StopAt
 
@@ -120,7 +121,11 @@ def server(spec: dict[str, Any]) -> None:
     case = CASES[spec["case"]]
     callbacks: list[Any] = [StopAt(spec["stop"])] if "stop" in spec else []
     callbacks += [DieAt(at["round"], at["stage"], once(at["flag"])) for at in spec.get("deaths", [])]
-    settings = {"max_rounds": 3, "clients_per_round": 2, "val_check_interval": 2, "enable_progress_bar": False}
+    settings: dict[str, Any] = {
+        "max_rounds": 3, "clients_per_round": 2, "val_check_interval": 2, "enable_progress_bar": False,
+    }  # fmt: skip
+    if "policy" in spec:
+        settings["catch_up"] = CatchUp(spec["policy"])
     algorithm = case.algorithm()
     if spec.get("constant_rate"):
         algorithm.make_scheduler = None

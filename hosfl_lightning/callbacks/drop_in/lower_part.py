@@ -89,7 +89,9 @@ class LowerPart:
         """Watch ``training_step`` from now on."""
         # First of all hooks: those at the cut are above it, and a replay of a holder passes through its others again.
         cut = self.module.get_submodule(self.cut)
-        handles = [cut.register_forward_pre_hook(self._at_cut, prepend=True, with_kwargs=True)]
+        # The upper part may be compiled, and a compiled module takes its hooks into the graph.
+        at_cut = self._at_cut if cut._compiled_call_impl is None else torch.compiler.disable(self._at_cut)
+        handles = [cut.register_forward_pre_hook(at_cut, prepend=True, with_kwargs=True)]
         for holder in self.holders:
             handles.append(holder.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
             handles.append(holder.register_forward_hook(self._leave))
