@@ -9,6 +9,8 @@ from rich.table import Table
 
 from hosfl_lightning.run.summary import size
 
+#: Of the kinds of messages, those that a newcomer knows by another name.
+WORDS = {"smashed_data": "z", "multiplier": "λ", "projected_gradients": "its answer"}
 #: Of a control without a name of its own.
 TITLES = {"frozen": "frozen (control)", "first_order": "first order (control)"}
 
@@ -81,7 +83,7 @@ def _in_words(run: dict[str, Any]) -> str:
         peak, forward = run["client_peak_bytes"], run["client_forward_bytes"]
         parts.append(f"peaks at {size(peak)}, {peak / forward:.2f} x a plain forward")
     sent = {kind: value for kind, value in run["bytes_per_client_round"].items() if value}
-    named = ", ".join(f"{kind.replace('_', ' ')} {size(value)}" for kind, value in sent.items())
+    named = ", ".join(f"{WORDS.get(kind, kind.replace('_', ' '))} {size(value)}" for kind, value in sent.items())
     return "; ".join([*parts, f"a round: {named}"])
 
 
@@ -90,7 +92,7 @@ def _number(value: float | None) -> str:
 
 
 def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+    return "" if value is None else f"{round(value, 2) + 0.0:.0%}"  # no -0%
 
 
 def _sent(run: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from hosfl_lightning import HOSFL, Control, Orchestrator, SplitCausalLM
 from hosfl_lightning.algorithms import FedAvg, Frozen, SplitFedSGD
 from hosfl_lightning.models.another_client import with_client
 from hosfl_lightning.optim import SGD, Uncompressed
-from hosfl_lightning.run.table import cost_lines, losses_table
+from hosfl_lightning.run.table import _share, cost_lines, losses_table
 from hosfl_lightning.split import Lora, LoraHalf, Side
 from tests.random_tokens import RandomTokens
 
@@ -139,4 +139,5 @@ def test_the_table_says_what_each_client_reached_sent_and_needed(
     trained = sum(p.numel() for p in trainer.lightning_module.client_parameters.values())
     assert f"trains {trained:,} numbers (side adapter)" in lines["HOSFL, side adapter"]
     assert "numbers (LoRA); computes 3.0 forwards" in lines["as published"]
-    assert "projected gradients" in lines["as published"] and "gradients" not in lines["frozen (control)"]
+    assert "its answer" in lines["as published"] and "its answer" not in lines["frozen (control)"]
+    assert _share(-0.001) == "0%"
