@@ -122,18 +122,26 @@ def test_what_is_exported_is_what_was_trained(
     model = moved(build(folder(family), client_parameters=word, lora=lora, side=Side(client=4) if beside else None))
     model.export(str(tmp_path / "adapter"))
     model.export(str(tmp_path / "adapter"))  # in the place of the one that is there
-    auto = {"bert": AutoModelForSequenceClassification, "ViT": AutoModelForImageClassification}
-    base: Any = auto.get(family, AutoModelForCausalLM).from_pretrained(folder(family), **heads(family)).eval()
+    base = base_of(family, folder)
     if word == "ia3":
         base = PeftModel.from_pretrained(base, tmp_path / "adapter" / "ia3").get_base_model()
         del base.peft_config  # else PEFT warns
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded), logits(model))
     assert (tmp_path / "adapter" / "ia3").exists() == (word == "ia3")
+    if word != "ia3":  # and PEFT, which knows of all of it, saves all of it
+        loaded.save_pretrained(str(tmp_path / "again"))
+        again = PeftModel.from_pretrained(base_of(family, folder), tmp_path / "again").eval()
+        assert torch.equal(logits(again), logits(model))
 
 
-def heads(family: str) -> dict[str, int]:
-    return {"bert": {"num_labels": 3}, "ViT": {"num_labels": CLASSES}}.get(family, {})
+def base_of(family: str, folder: Folder) -> Any:
+    kinds: dict[str, tuple[Any, dict[str, int]]] = {
+        "bert": (AutoModelForSequenceClassification, {"num_labels": 3}),
+        "ViT": (AutoModelForImageClassification, {"num_labels": CLASSES}),
+    }
+    auto, head = kinds.get(family, (AutoModelForCausalLM, {}))
+    return auto.from_pretrained(folder(family), **head).eval()
 
 
 def test_ia3_goes_into_the_base_model(folder: Folder, tmp_path: Path) -> None:
@@ -261,4 +269,6 @@ def test_words_of_any_module() -> None:
     assert select(module, "norm") == ["1.weight", "1.bias"]
     assert select(module, "bias") == ["0.bias", "1.bias", "2.bias", "3.bias"]
     assert select(module, "first_layer") == ["2.weight", "2.bias"]
+    beside = nn.ModuleDict({"lora_side": nn.Conv2d(2, 2, 1), "own": nn.Conv2d(2, 2, 1, bias=False)})
+    assert select(beside, "first_layer") == ["own.weight"]
     assert select(module, "ia3") == select(module, "nothing") == []

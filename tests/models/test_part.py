@@ -139,7 +139,7 @@ def test_the_start_is_drawn_under_the_seed(folder: Callable[[str], Path]) -> Non
     assert not any(torch.equal(one, starts[1][name]) for name, one in starts[0].items())
 
 
-@pytest.mark.parametrize("adapters", ["lora", "side and lora", "all weights"])
+@pytest.mark.parametrize("adapters", ["lora", "side and lora", "norm", "ia3", "all weights"])
 def test_in_bf16(adapters: str, folder: Callable[[str], Path]) -> None:
     both, alone = (build(folder("llama"), part, dtype="bfloat16", **ADAPTERS[adapters]) for part in ("both", "client"))
     assert_same_client(alone, both)
