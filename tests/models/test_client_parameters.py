@@ -27,6 +27,9 @@ from hosfl_lightning.models.another_client import with_client
 from hosfl_lightning.networks import ConvNet
 from hosfl_lightning.optim import SGD
 from hosfl_lightning.run.checkpoint import CheckpointError
+from hosfl_lightning.run.folder import LOG
+from hosfl_lightning.run.rebuild import rebuild
+from hosfl_lightning.server.replay_log import ReplayLog
 from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
 from hosfl_lightning.split.client_parameters import select
 from tests.random_tokens import RandomTokens
@@ -226,8 +229,11 @@ def test_a_run_goes_on_to_the_same_bits_and_not_with_others(
     def fit(rounds: int, word: str = word, ckpt_path: str | None = None) -> SplitModule:
         model = build(folder("llama"), client_parameters=word)
         method = HOSFL(probes=2, client_optimizer=SGD(lr=0.1))
-        trainer = make_orchestrator(method, max_rounds=rounds, enable_checkpointing=True)
+        trainer = make_orchestrator(method, max_rounds=rounds, enable_checkpointing=True, replay_log=True)
         trainer.fit(model, data, ckpt_path=ckpt_path)
+        again, log = build(folder("llama"), client_parameters=word), ReplayLog.read(Path(trainer.log_dir) / LOG)
+        rebuild(again, again.client_parameters, log, rounds, method)
+        assert all(torch.equal(p, again.client_parameters[name]) for name, p in model.client_parameters.items())
         assert trainer.summary["adapter"] == {"norm": "norms", "ia3": "(IA)³"}[word]
         assert trainer.summary["d_client"] == sum(p.numel() for p in model.client_parameters.values())
         return model
