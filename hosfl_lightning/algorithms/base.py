@@ -135,7 +135,7 @@ class Algorithm(ABC):
         if self.client_trains and not self.parameters(module):
             raise ValueError(
                 f"{self.name} trains the clients, but with model.init_args.lora.client: null and no side adapter at "
-                "them they have nothing to train; set lora.client or side, or take Frozen"
+                "them they have nothing to train; set lora.client, side or client_parameters, or take Frozen"
             )
 
     def check_codecs(self, codecs: Codecs, sizes: Sequence[int]) -> None:

@@ -35,6 +35,7 @@ from hosfl_lightning.split import (
     split,
 )
 from hosfl_lightning.split.adapters import dropouts, training
+from hosfl_lightning.split.client_parameters import ClientParameters, in_place
 from hosfl_lightning.wire import SmashedData
 
 
@@ -60,9 +61,13 @@ class SplitModule(Evaluated, ABC):
         client_holds: ``half``: a client never holds more than the layers before the cut. ``whole``: the server's half
             may be given to the clients as well, which methods without a cut need (FedAvg, ZOFL).
         side: A side adapter from the client's layers to the cut. Then nothing else of the client is trained but the
-            LoRA that ``lora.client`` asks for; without ``lora`` the server's half is trained whole.
+            LoRA that ``lora.client`` and what ``client_parameters`` ask for; without ``lora`` the server's half is
+            trained whole.
         part: ``both`` halves, or the ``client``'s alone, for a device that joins a run: equal to the client half of
             ``both``, bit for bit, and nothing of the server's half is read or allocated (see `load_client`).
+        client_parameters: Few parameters to train at the client, in place of LoRA (``lora.client: null``) or beside it:
+            ``norm`` (weights and biases of norms), ``bias``, ``first_layer`` (the first convolution or patch
+            embedding), ``ia3`` (in place of LoRA alone). Nothing else of the client is trained but the adapters.
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -87,11 +92,12 @@ class SplitModule(Evaluated, ABC):
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
         part: Part = "both",
+        client_parameters: ClientParameters | None = None,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
         self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
-        self.client_holds, self.part = client_holds, part
+        self.client_holds, self.part, self.trains_at_client = client_holds, part, client_parameters
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.made_with = given(self, inspect.currentframe())
         self.client_half, server, whole = hold(self, part, dtype, seed, **model_kwargs)
@@ -293,4 +299,5 @@ class SplitModule(Evaluated, ABC):
             raise SplitError(
                 "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
             )
-        export_adapter(self.whole, directory, resolve(self.pretrained), self.label_names)
+        plain = in_place(self.client_parameters, self.trains_at_client)
+        export_adapter(self.whole, directory, resolve(self.pretrained), self.label_names, plain)

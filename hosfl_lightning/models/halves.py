@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from hosfl_lightning.models.pretrained import load_client, resolve
 from hosfl_lightning.split import SplitError, add_lora
-from hosfl_lightning.split.side import of_side
+from hosfl_lightning.split.client_parameters import choose
 
 Part = Literal["both", "client"]
 
@@ -41,7 +41,11 @@ def hold(module: Any, part: Part, dtype: str, seed: int, **model_kwargs: Any) ->
 
 def client_alone(module: Any, dtype: str, seed: int, **model_kwargs: Any) -> Any:
     """The client's half of a saved text model, without the other one."""
-    adapters: dict[str, Any] = {"lora": module.lora, "side": module.side}
+    adapters: dict[str, Any] = {
+        "lora": module.lora,
+        "side": module.side,
+        "client_parameters": module.trains_at_client,
+    }
     return load_client(
         module.auto_class, module.pretrained, module.cut, seed=seed, dtype=dtype, **adapters, **model_kwargs
     )
@@ -80,7 +84,5 @@ def _cut(module: Any, dtype: str, seed: int, model_kwargs: dict[str, Any]) -> Ha
     elif placement is not None:
         placement.attach(base)
     client, server = module.split_whole(base)
-    if side is not None and side.client and lora is None:
-        for name, parameter in client.named_parameters():
-            parameter.requires_grad_(of_side(name))
+    choose(client, module.trains_at_client, lora, side)
     return Halves(client, server, whole)

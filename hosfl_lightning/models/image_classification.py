@@ -27,6 +27,7 @@ from hosfl_lightning.split import (
     place_side_images,
     split_images,
 )
+from hosfl_lightning.split.client_parameters import ClientParameters
 from hosfl_lightning.wire import SmashedData
 
 
@@ -59,6 +60,7 @@ class SplitImageClassifier(SplitClassifier):
         part: ``both`` halves, or the ``client``'s alone. An image model is loaded whole for that, and the server's half
             dropped once it is cut: a device needs room for all of it for that moment. `auxiliary_head` is there all the
             same, as it copies nothing of the server.
+        client_parameters: As in `SplitModule`; at the client it decides alone, whatever ``frozen`` says.
 
     Raises:
         PretrainedError: The model cannot be loaded, or not one of ``pretrained`` and ``network`` is given.
@@ -85,8 +87,9 @@ class SplitImageClassifier(SplitClassifier):
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
         part: Part = "both",
+        client_parameters: ClientParameters | None = None,
     ) -> None:
-        if (pretrained is None) == (network is None) or isinstance(network, nn.Module):
+        if bool(pretrained) == (network is not None) or isinstance(network, nn.Module):
             raise PretrainedError(
                 "model.init_args: give one of pretrained (a folder or hub name) and network (a class, which is made "
                 "anew under seed; not a module)"
@@ -94,7 +97,7 @@ class SplitImageClassifier(SplitClassifier):
         self.num_labels, self.image_size, self.channels = check_classes(num_labels), image_size, channels
         super().__init__(
             pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
-            part, network=network, frozen=frozen,
+            part, client_parameters, network=network, frozen=frozen,
         )  # fmt: skip
 
     def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
@@ -131,7 +134,8 @@ class SplitImageClassifier(SplitClassifier):
         """Cut by `split_images`."""
         client, server = split_images(whole, self.cut, self.image_size, self.channels)
         for role, half in (("client", client), ("server", server)):
-            if not any(p.requires_grad for p in half.parameters()):
+            settled = self.lora is not None or (role == "client" and self.trains_at_client is not None)
+            if not settled and not any(p.requires_grad for p in half.parameters()):
                 raise SplitError(
                     f"model.init_args.frozen: it leaves the {role}'s half of {self.pretrained!r} nothing to train; "
                     "freeze less, or move the cut"

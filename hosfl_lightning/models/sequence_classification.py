@@ -13,6 +13,7 @@ from hosfl_lightning.models.base import default_optimizer
 from hosfl_lightning.models.classification import SplitClassifier, check_classes
 from hosfl_lightning.models.halves import Part
 from hosfl_lightning.split import Lora, Side
+from hosfl_lightning.split.client_parameters import ClientParameters
 
 
 class SplitSequenceClassifier(SplitClassifier):
@@ -38,11 +39,12 @@ class SplitSequenceClassifier(SplitClassifier):
         client_holds: Literal["half", "whole"] = "half",
         side: Side | None = None,
         part: Part = "both",
+        client_parameters: ClientParameters | None = None,
     ) -> None:
         self.num_labels = check_classes(num_labels)
         super().__init__(
             pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, part,
-            num_labels=num_labels,
+            client_parameters, num_labels=num_labels,
         )  # fmt: skip
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.split import LoraHalf
+from hosfl_lightning.split.client_parameters import ClientParameters
 
 
 @dataclass
@@ -19,6 +20,8 @@ class Control:
             backpropagates.
         lora: LoRA on the client's layers; None: none.
         side: Width of the client's side adapter, its taps those of the model's; 0: none.
+        client_parameters: As the model takes it; null: none. Without any of the three every weight of the client, where
+            the model has no LoRA.
 
     Example::
 
@@ -32,6 +35,7 @@ class Control:
     algorithm: Algorithm
     lora: LoraHalf | None = None
     side: int = 0
+    client_parameters: ClientParameters | None = None
 
     def __post_init__(self) -> None:
         if not self.name or self.name.startswith(".") or PurePath(self.name).name != self.name:

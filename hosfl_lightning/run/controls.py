@@ -92,7 +92,7 @@ def _method(trainer: TrainerFace, control: str | Control) -> Algorithm:
 def _at_the_start(model: SplitModule, control: str | Control, start: dict[str, Tensor]) -> Iterator[SplitModule]:
     """The model with the control's client, and the server as it was before the first round."""
     if isinstance(control, Control):
-        other = with_client(model, control.lora, control.side)
+        other = with_client(model, control.lora, control.side, control.client_parameters)
         server = {name: tensor for name, tensor in start.items() if name.startswith("server_half.")}
         other.load_trained_state(other.trained_state() | server)
         yield other

@@ -6,7 +6,12 @@ from typing import Any
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
 from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.split.client_parameters import ClientParameters
 from hosfl_lightning.split.side import of_side
+
+TOLD: dict[ClientParameters, str] = {
+    "norm": "norms", "bias": "biases", "first_layer": "first layer", "ia3": "(IA)³"
+}  # fmt: skip
 
 
 def client_costs(trainer: TrainerFace) -> dict[str, Any]:
@@ -15,7 +20,7 @@ def client_costs(trainer: TrainerFace) -> dict[str, Any]:
     communication = next(c for c in trainer.callbacks if isinstance(c, CommunicationMonitor))
     return {
         "trains": trainer.algorithm.client_trains,
-        "adapter": _adapter(list(trainer.endpoint.trained)),
+        "adapter": _adapter(list(trainer.endpoint.trained), trainer.lightning_module.trains_at_client),
         "d_client": sum(p.numel() for p in trainer.endpoint.trained.values()),
         "client_peak_bytes": memory.get("client_peak_bytes"),
         "client_forward_bytes": memory.get("client_forward_bytes"),
@@ -26,9 +31,9 @@ def client_costs(trainer: TrainerFace) -> dict[str, Any]:
     }
 
 
-def _adapter(names: list[str]) -> str:
+def _adapter(names: list[str], word: ClientParameters | None) -> str:
     """What is trained of a client, in words."""
     side = [name for name in names if of_side(name)]
     kinds = {"side adapter": side, "LoRA": [name for name in names if "lora_" in name and name not in side]}
-    found = [kind for kind, of_kind in kinds.items() if of_kind]
+    found = [kind for kind, of_kind in kinds.items() if of_kind] + ([TOLD[word]] if word and names else [])
     return " and ".join(found) or "all weights"

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hosfl_lightning.split.adapters import Lora, add_client_lora
+from hosfl_lightning.split.client_parameters import ClientParameters, choose
 from hosfl_lightning.split.cut import (
     check_cut,
     check_shared,
@@ -56,6 +57,7 @@ def build_client_half(
     *,
     lora: Lora | None = None,
     side: Side | None = None,
+    client_parameters: ClientParameters | None = None,
     seed: int = 0,
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
@@ -69,24 +71,26 @@ def build_client_half(
         cut: number of layers the client holds, from 1 to the number of layers - 1.
         lora: of both halves; the server's is not looked at. ``None``: the server trains its half whole.
         side: as `place_side` takes it; the server's bottleneck is not attached.
+        client_parameters: as `choose` takes it.
         seed: of the adapters' start.
         auto_class: ``AutoModelForCausalLM`` or ``AutoModelForSequenceClassification``: which model is cut.
         **kwargs: for ``from_pretrained``, such as ``dtype`` or ``revision``.
 
     Raises:
-        SplitError: as :func:`load_client_half`, `add_lora`, `place_side` and :func:`split` of the whole.
+        SplitError: as :func:`load_client_half`, `add_lora`, `place_side`, `choose` and :func:`split` of the whole.
     """
     check = check_tied_head if lora is None else None
     model, structure = _load(path, cut, auto_class, prune_to_client, kwargs, check)
     half, layers = ClientHalf(model, structure, cut), structure.layers
     placement = place_client_side(model, layers, cut, side, seed, half) if side is not None and side.client else None
-    if lora is not None or placement is not None:
+    if lora is not None:
         half.requires_grad_(False)
     if lora is not None and lora.client is not None:
         add_client_lora(model, layers, cut, lora.client, seed=seed)
     if placement is not None:
         placement.attach(model)
-    return half.eval()
+    choose(half.eval(), client_parameters, lora, side)
+    return half
 
 
 def load_server_half(

@@ -32,6 +32,7 @@ from tests.split.test_build import tensors_read
 from tests.split.tiny_images import CLASSES, images, tiny_image_model
 
 LAYERS, CUT = 4, 2
+ADDED = re.compile(r"\.(lora_|ia3_)")
 ALL = LoraHalf(r=2, target_modules="all-linear")
 #: Whether the head is the embedding.
 FAMILIES = {
@@ -45,6 +46,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "side and lora": {"side": Side(client=4, taps="all", server=3), "lora": Lora(ALL, ALL)},
     "nothing at the client": {"lora": Lora(None, ALL)},
     "side at the server": {"side": Side(client=0, server=3), "lora": Lora(ALL, ALL)},
+    "norm": {"client_parameters": "norm", "lora": Lora(None, ALL)},
+    "ia3": {"client_parameters": "ia3", "lora": Lora(None, ALL)},
+    "norm, lora and side": {"client_parameters": "norm", "side": Side(client=4), "lora": Lora(ALL, ALL)},
+    "norm alone": {"client_parameters": "norm", "lora": None},
+    "ia3 and side alone": {"client_parameters": "ia3", "side": Side(client=4), "lora": None},
     "all weights": {"lora": None},
     "side alone": {"side": Side(client=4, server=3), "lora": None},
     "all weights, side at the server": {"side": Side(client=0, server=3), "lora": None},
@@ -119,7 +125,7 @@ def test_a_client_alone_is_the_client_of_the_whole(
     of_server = re.compile(r"(layers|layer|h)\.[23]\.")
     assert read and not any(of_server.search(name) for name in read)
     if family != "mixtral":  # whose experts are fused as they are read
-        assert len(read) == len([n for n in dict(alone.client_half.named_parameters()) if "lora_" not in n])
+        assert len(read) == len([n for n, _ in alone.client_half.named_parameters() if not ADDED.search(n)])
     assert {id(p) for p in alone.parameters()} == {id(p) for p in alone.client_half.parameters()}
     assert set(alone.trained_state()) == {f"client_half.{name}" for name in both.client_parameters}
     assert_same_client(alone, both)
@@ -133,7 +139,7 @@ def test_the_start_is_drawn_under_the_seed(folder: Callable[[str], Path]) -> Non
     assert not any(torch.equal(one, starts[1][name]) for name, one in starts[0].items())
 
 
-@pytest.mark.parametrize("adapters", ["lora", "side and lora", "all weights"])
+@pytest.mark.parametrize("adapters", ["lora", "side and lora", "norm", "ia3", "all weights"])
 def test_in_bf16(adapters: str, folder: Callable[[str], Path]) -> None:
     both, alone = (build(folder("llama"), part, dtype="bfloat16", **ADAPTERS[adapters]) for part in ("both", "client"))
     assert_same_client(alone, both)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.optim.compiled import compiled_around
+from hosfl_lightning.split.client_parameters import select
 
 #: Relative error up to which two gradients of one function agree, in any precision.
 TOLERANCE = 0.05
@@ -28,6 +29,8 @@ class CutError(ValueError):
 def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """θ_c by name, in ``named_parameters()`` order.
 
+    A pattern that matches no name may be a word of `split.client_parameters`: what it means of all before the cut.
+
     Raises:
         CutError: There is no such cut or it is never called, a pattern matches nothing, a parameter is inside the
             module at the cut, or nothing is left to train there or above.
@@ -37,9 +40,10 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
         raise CutError(f"cut: the module has no submodule {cut!r}; the nearest names are {_nearest(cut, modules)}")
     _refuse_container(cut, module.get_submodule(cut))
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    earlier = ["", *modules[: modules.index(cut)]]
+    before = {name for name in trainable if name.rpartition(".")[0] in earlier}
     if client is None:
-        earlier = ["", *modules[: modules.index(cut)]]
-        wanted = {name for name in trainable if name.rpartition(".")[0] in earlier}
+        wanted = before
         if not wanted:
             raise CutError(f"cut: no trainable parameter is registered before {cut!r}; name them in client=[...]")
     else:
@@ -47,6 +51,7 @@ def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None)
         for pattern in client:
             prefixed = {n for n in trainable if pattern.endswith(".") and n.startswith(pattern)}
             matches = prefixed or {n for n in trainable if re.match(rf"(?:{pattern})(?:\.|$)", n)}
+            matches = matches or before & {*select(module, pattern)}
             if not matches:
                 raise CutError(f"client: {pattern!r} matches no trainable parameter; the nearest names are "
                                f"{_nearest(pattern, list(trainable))}")  # fmt: skip

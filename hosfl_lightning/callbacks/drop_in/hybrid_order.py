@@ -72,7 +72,8 @@ class HybridOrder(Callback):
     Args:
         cut: Dotted name, in the LightningModule, of the submodule whose input is the smashed data z.
         rule: Update rule below the cut. Its learning rate is that at the peak of the schedule, also when resuming.
-        client: Names of θ_c, as prefixes that end at a dot or as regular expressions. None: every trainable parameter
+        client: Names of θ_c, as prefixes that end at a dot or as regular expressions; or ``norm``, ``bias``,
+            ``first_layer`` (the first convolution), ``ia3`` for those before the cut. None: every trainable parameter
             registered before the cut. All that is trained below the cut must be in it.
         probes: ``P``, forwards of the lower part a batch (``2P`` when central); unused when local.
         mu: ``μ``, smoothing length; unused when local.

@@ -335,3 +335,32 @@ def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_cut() -> None:
         ValueError, match=r"at step 0 the loss or its gradient at the cut is not finite; lower rule\.lr"
     ):
         fit(Diverges(*mlp().net), hybrid())
+
+
+def normed(*frozen: int) -> Sequential:
+    module = Sequential(
+        nn.Linear(FEATURES, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, CLASSES), nn.LayerNorm(CLASSES)
+    )
+    for layer in frozen:
+        module.net[layer].requires_grad_(False)
+    return module
+
+
+def test_a_word_names_what_is_before_the_cut() -> None:
+    module = normed(0)
+    norms = client_parameters(module, "net.3", ["norm"])
+    assert [*norms] == ["net.1.weight", "net.1.bias"]
+    assert [*client_parameters(normed(), "net.3", ["bias", "net.0"])] == ["net.0.weight", "net.0.bias", "net.1.bias"]
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(module, hybrid("net.3", client="norm"))
+    moved = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(before) - {"net.0.weight", "net.0.bias"}
+    with pytest.raises(CutError, match=r"net.0.weight, net.0.bias are trained and used before 'net.3'"):
+        fit(normed(), hybrid("net.3", client="norm"))
+    with pytest.raises(CutError, match="'first_layer' matches no trainable parameter"):
+        client_parameters(module, "net.3", ["first_layer"])
+
+
+def test_a_name_goes_before_a_word() -> None:
+    module = nn.ModuleDict({"norm": nn.Linear(2, 2), "other": nn.LayerNorm(2), "head": nn.Linear(2, 2)})
+    assert [*client_parameters(module, "head", ["norm"])] == ["norm.weight", "norm.bias"]
