@@ -260,7 +260,7 @@ class TestCommand:
         assert self.error(capsys, f"--run={tmp_path}", out) == (
             f"--run: {tmp_path} is no run folder: there is no config.yaml in it"
         )
-        assert "replay.run" in self.error(capsys, out)
+        assert "--run" in self.error(capsys, out)
         assert not (tmp_path / "out").exists()
 
     def test_a_damaged_log_gets_one_line(
