@@ -50,7 +50,8 @@ class SplitModule(Evaluated, ABC):
     `loss` and `count`. The clients never see this module, only ``client_half``.
 
     Args:
-        pretrained: ``tiny_lm`` (ships with the package), a folder, or a hub name.
+        pretrained: ``tiny_lm`` (ships with the package), a folder, a hub name, or a ``.gguf`` file, whose weights are
+            unpacked (extra ``gguf``).
         cut: Number of layers the client holds, 1 .. layers − 1.
         lora: Adapters on both halves; None trains every weight of both halves.
         optimizer: The server's optimizer.
