@@ -46,6 +46,7 @@ class RoundLoop:
             self.trainer.row.drop()  # what is measured at a start stands in the run's first row
         self.number()
         if run.result is None:
+            trainer.narrate("validating before round 1")
             first = self.validate()
             run.result = RunResult(first, first)
         result = run.result
