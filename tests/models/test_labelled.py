@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from hosfl_lightning import SplitCausalLM
 from hosfl_lightning.data import ClassificationData
@@ -59,6 +59,32 @@ def test_loss_and_gradients_are_those_of_all_positions(family: str, monkeypatch:
         torch.testing.assert_close(mine, loss)
         for one, other in zip(torch.autograd.grad(mine, wanted), torch.autograd.grad(loss, wanted, retain_graph=True)):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+class Forward(LlamaForCausalLM):
+    """Of a family that asks at which position a logit stands, or for more of its backbone than an output."""
+
+    asks = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        weights = self.model.norm.weight.mean() if self.asks else 1
+        out.logits = out.logits * torch.arange(1, out.logits.shape[1] + 1)[:, None] * weights
+        return out
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_family_of_which_it_is_not_true_takes_the_plain_way(saved: str, asks: bool) -> None:
+    model = SplitCausalLM(saved, 2, lora=Lora(None, LoraHalf(r=2, target_modules="all-linear"))).eval()
+    vars(model.server_half)["_whole"].__class__ = Forward
+    vars(model.server_half)["_whole"].asks = asks
+    assert not reads_alike(model.server_half)
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        z, mask = model.client_half(tokens), torch.ones_like(tokens)
+        loss = model.training_step({"z": z, "attention_mask": mask, "labels": tokens}, 0)
+        torch.testing.assert_close(loss, plain(model.server_half, z, mask, tokens), rtol=0, atol=0)
+    assert evaluated(model, tokens, tokens)["loss"] == loss.item()
 
 
 @pytest.mark.parametrize("kind", ["bf16", "autocast"])
