@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.data import FederatedDataModule
+from hosfl_lightning.data.notice import say
 from hosfl_lightning.files import plain, write_whole
 from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.models import SplitModule
@@ -140,6 +141,21 @@ class HOSFLCommand(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Nothing: no settings are in our checkpoints, and a bad file is the Orchestrator's to refuse."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Say what takes long before anything else can be said, unless bars are not wanted."""
+        config = self.config[self.subcommand]
+        if config.trainer.enable_progress_bar:
+            given = config.model.get("init_args", {})
+            say(f"loading {given.get('pretrained', config.model.class_path)}")
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Likewise for what follows."""
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.narrates = self.config[self.subcommand].trainer.enable_progress_bar
+        return trainer
 
     def after_validate(self) -> None:
         """Print what was measured."""

@@ -287,3 +287,16 @@ def test_an_interrupt_ends_with_a_line_that_says_how_to_go_on(
         cli.main(["fit"])
     assert ended.value.code == 130
     assert capsys.readouterr().err == "hosfl: interrupted; go on with --ckpt_path=runs/version_0\n"
+
+
+def test_a_run_says_what_it_is_at_before_its_first_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loading, tokenizing and the first validation may take minutes; where bars are off, so are these lines."""
+    given = small(TEXT, tmp_path)
+    command = ["fit", f"--config={TEXT}", *given, "--trainer.max_rounds=1", "--trainer.controls=null"]
+    model = next(arg.partition("=")[2] for arg in given if arg.startswith("--model.init_args.pretrained="))
+    lines = [f"loading {model}", "reading and tokenizing the data", "validating before round 1"]
+    capsys.readouterr()
+    hosfl(*command)
+    assert not set(lines) & {*capsys.readouterr().out.splitlines()}
+    hosfl(*command, "--trainer.enable_progress_bar=true")
+    assert [line for line in capsys.readouterr().out.splitlines() if line in lines] == lines

@@ -33,7 +33,7 @@ LAYERS = [
     ["optim"],
     ["wire", "loggers"],
     ["data", "availability", "link"],
-    ["rng", "files", "networks", "moved", "parts", "rendering", "arguments"],
+    ["rng", "files", "networks", "moved", "parts", "rendering", "arguments", "gguf"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 #: Lines of a file at most; of those that once grew, fewer.

@@ -11,7 +11,7 @@ from typing_extensions import override
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
 from hosfl_lightning.data.labels import LabelSet, check_from_zero, infer_labels, read_label_names
 from hosfl_lightning.data.partition import Partitioner, spelled
-from hosfl_lightning.data.prompt import PromptEncoder
+from hosfl_lightning.data.prompt import LabelWords, PromptEncoder
 from hosfl_lightning.data.readers import Reader
 from hosfl_lightning.data.records import RecordData
 from hosfl_lightning.data.rows import OnMissing, Row
@@ -134,6 +134,7 @@ class ClassificationData(RecordData):
         self.label_words = label_words
         self.max_length = max_length
         self.label_set = LabelSet(0)
+        self._told_apart_by: LabelWords | None = None
 
     @property
     @override
@@ -166,6 +167,11 @@ class ClassificationData(RecordData):
         row.text(self.text_field, "text_field")
         row.field(self.label_field, "label_field")
 
+    @property
+    @override
+    def told_apart_by(self) -> LabelWords | None:
+        return self._told_apart_by
+
     def _find_labels(self, train: list[Row], known: list[str] | None) -> LabelSet:
         """The classes, from the first of: names, the number given, the label words, the training set."""
         names = read_label_names(self.labels) if self.labels is not None else known
@@ -190,7 +196,9 @@ class ClassificationData(RecordData):
         texts = [row.text(self.text_field, "text_field") for row in rows]
         labels = [self.label_set.index(row, self.label_field) for row in rows]
         if self.prompt is not None and self.label_words is not None:
-            return PromptEncoder(self.prompt, self.label_words, tokenizer, self.max_length)(texts, labels)
+            encoder = PromptEncoder(self.prompt, self.label_words, tokenizer, self.max_length)
+            self._told_apart_by = encoder.told_apart_by()
+            return encoder(texts, labels)
         if not texts:
             return []
         encoded = tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)

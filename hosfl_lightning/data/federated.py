@@ -17,6 +17,7 @@ from typing_extensions import override
 from hosfl_lightning.arguments import given
 from hosfl_lightning.data.checks import check_at_least
 from hosfl_lightning.data.partition import Examples, Partitioner, deal
+from hosfl_lightning.data.prompt import LabelWords
 from hosfl_lightning.data.tokenization import collate, load_tokenizer, pad_token_id
 from hosfl_lightning.rng import Domain, permutation
 
@@ -104,6 +105,11 @@ class FederatedDataModule(L.LightningDataModule):
     @property
     def label_names(self) -> Sequence[str] | None:
         """The names of the classes by index, known after `setup`; None where there are none."""
+        return None
+
+    @property
+    def told_apart_by(self) -> LabelWords | None:
+        """By which token of a labelled word the classes differ, known after `setup`; None where there are no such."""
         return None
 
     def deal(self, examples: Sequence[Any], partitioner: Partitioner, **known: Any) -> None:

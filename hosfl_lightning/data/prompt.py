@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.data.tokenization import IGNORE_INDEX, Example, leading_special_tokens
 
 _SLOT = "{text}"
+
+
+class LabelWords(NamedTuple):
+    """By which of their tokens label words differ.
+
+    Attributes:
+        place: Of that token within a word, from 0: the first in which not all words are alike.
+        tokens: There, of each class, by index; all different.
+    """
+
+    place: int
+    tokens: tuple[int, ...]
 
 
 class PromptEncoder:
@@ -61,6 +75,16 @@ class PromptEncoder:
         words = [self.label_words[label] for label in labels]
         asked, answered = self._encode(texts, [""] * len(texts)), self._encode(texts, words)
         return [self._example(*parts) for parts in zip(asked, answered, words)]
+
+    def told_apart_by(self) -> LabelWords | None:
+        """The token by which the words differ; None where one does not tell all of them apart."""
+        asked = len(self._encode([""], [""])[0])
+        words = [self._encode([""], [word])[0][asked:] for word in self.label_words]
+        for place, tokens in enumerate(zip_longest(*words)):
+            if len(set(tokens)) > 1:
+                apart = None not in tokens and len(set(tokens)) == len(tokens)
+                return LabelWords(place, tokens) if apart else None
+        return None
 
     def _example(self, asked: list[int], answered: list[int], word: str) -> Example:
         if answered[: len(asked)] != asked or len(answered) == len(asked):

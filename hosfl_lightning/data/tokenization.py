@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from hosfl_lightning.gguf import read_tokenizer
 
 IGNORE_INDEX = -100
 
@@ -26,7 +28,7 @@ class Example(NamedTuple):
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """A tokenizer from its name, its folder or itself.
+    """A tokenizer from its name, its folder, its model's GGUF file or itself.
 
     Raises:
         ValueError: If none was given, or the name cannot be loaded.
@@ -36,7 +38,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase | None) -> PreTraine
     if not isinstance(tokenizer, str):
         return tokenizer
     try:
-        return AutoTokenizer.from_pretrained(tokenizer)
+        return read_tokenizer(tokenizer)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[:1]
         raise ValueError(f"tokenizer={tokenizer!r} cannot be loaded: {' '.join(reason)}") from error

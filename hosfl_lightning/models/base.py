@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from hosfl_lightning.arguments import given
+from hosfl_lightning.data.prompt import LabelWords
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.evaluated import Batch, Evaluated
@@ -51,7 +52,8 @@ class SplitModule(Evaluated, ABC):
     `loss` and `count`. The clients never see this module, only ``client_half``.
 
     Args:
-        pretrained: ``tiny_lm`` (ships with the package), a folder, or a hub name.
+        pretrained: ``tiny_lm`` (ships with the package), a folder, a hub name, or a ``.gguf`` file, whose weights are
+            unpacked (extra ``gguf``).
         cut: Number of layers the client holds, 1 .. layers − 1.
         lora: Adapters on both halves; None trains every weight of both halves.
         optimizer: The server's optimizer.
@@ -180,6 +182,9 @@ class SplitModule(Evaluated, ABC):
     def name_labels(self, names: Sequence[str]) -> None:
         """Take the names of the classes from the data; they are exported with the adapter."""
         self.label_names = list(names)
+
+    def choose_among(self, words: LabelWords | None) -> None:
+        """Take the label words of the data, None where it has none; a model that tells classes by words counts hits."""
 
     def objection(self, message: SmashedData) -> str | None:
         """Why the server cannot take what a client sent, in words; None: it can. A subclass adds what its loss asks."""

@@ -48,6 +48,7 @@ class Evaluated(L.LightningModule):
     logits: Any
     loss: Any
     count: Any
+    server_half: Any
 
     def make_metrics(self) -> None:
         """One set for each of ``val`` and ``test``."""
@@ -63,6 +64,18 @@ class Evaluated(L.LightningModule):
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Take one evaluation batch into the metrics."""
         metrics["loss"].update(self.loss(logits, labels), weight=self.count(labels))
+
+    def take(self, metrics: Metrics, batch: Batch, labels: Tensor) -> Tensor:
+        """Take a prepared batch of raw data into the metrics; its loss. ``labels`` are those that count."""
+        return self._taken(metrics, self.logits(batch), labels)
+
+    def take_smashed(self, metrics: Metrics, z: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The same of what a client sent: ``z (B, S, h)``, ``attention_mask (B, S)``, ``labels``."""
+        return self._taken(metrics, self.server_half(z, attention_mask), labels)
+
+    def _taken(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> Tensor:
+        self.update_metrics(metrics, logits, labels)
+        return self.loss(logits, labels)
 
     def computed(self, metrics: Metrics) -> dict[str, Tensor]:
         """The values to log at the end of an evaluation, by name."""
@@ -91,12 +104,8 @@ class Evaluated(L.LightningModule):
     def _evaluate(self, batch: Batch, stage: str) -> Tensor | None:
         """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""
         batch = self.prepare(batch)
-        logits = self.logits(batch)
         labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
-        if not self.count(labels):
-            return None
-        self.update_metrics(self._metrics(stage), logits, labels)
-        return self.loss(logits, labels)
+        return self.take(self._metrics(stage), batch, labels) if self.count(labels) else None
 
     def _metrics(self, stage: str) -> Metrics:
         return dict(self.metrics[stage].items())  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Where a pretrained model and its tokenizer come from: the one that ships, a folder, or the hub."""
+"""Where a pretrained model and its tokenizer come from: the one that ships, a folder, a GGUF file, or the hub."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hosfl_lightning.gguf import named_after, opened, read_tokenizer, weights
 from hosfl_lightning.models.checks import check_sizes
 from hosfl_lightning.split import ClientHalf, SplitError, build_client_half
 
@@ -44,10 +45,12 @@ def load_model(
         PretrainedError: Not a folder and not to be had from the hub; the message names the setting.
         SplitError: A tensor has another size than the config says.
     """
-    with seeded(seed), quiet_loading(), named("model", pretrained):
+    path = resolve(pretrained)
+    with seeded(seed), quiet_loading(), named("model", pretrained), opened(path) as (folder, more):
         model, found = auto_class.from_pretrained(
-            resolve(pretrained), ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            folder, ignore_mismatched_sizes=True, output_loading_info=True, **more, **weights(path), **kwargs
         )
+        named_after(path, model)
     line = check_sizes(found["mismatched_keys"], pretrained, model.base_model_prefix if fresh_head else "")
     if line:
         rank_zero_info(f"{line}, drawn under seed={seed}")
@@ -72,7 +75,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
         PretrainedError: As for the model.
     """
     with named("tokenizer", pretrained):
-        return AutoTokenizer.from_pretrained(resolve(pretrained))
+        return read_tokenizer(resolve(pretrained))
 
 
 @contextmanager
@@ -116,5 +119,5 @@ def _message(what: str, pretrained: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
         f"model.init_args.pretrained: no {what} at {pretrained!r}; give {TINY_LM!r}, a folder with a saved model, "
-        f"or a hub name while the hub can be reached ({reason})"
+        f"a .gguf file, or a hub name while the hub can be reached ({reason})"
     )

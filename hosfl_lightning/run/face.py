@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.data.notice import say
 from hosfl_lightning.fleet import Fleet, Processes
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.run.hooks import fire
@@ -92,6 +93,7 @@ class TrainerFace:
         self.state = TrainerState()
         self.run = RunState()
         self.announces = True  # a control does not
+        self.narrates = False
         self.follows: list[int] | None = None  # a control's: at which attempt each round of the run succeeded
         self.callback_metrics: dict[str, Tensor] = {}
         self.logged_metrics: dict[str, Tensor] = {}
@@ -104,6 +106,11 @@ class TrainerFace:
         self.ckpt_path: str | None = None
         self.has_validated = False
         self._asking: str | None = None
+
+    def narrate(self, line: str) -> None:
+        """Say what a run is at before its first round, where bars are wanted and a command line asked for it."""
+        if self.narrates:
+            say(line)
 
     def __getattr__(self, name: str) -> Any:
         # Only for what was not found. Private names and `copy`'s probes keep Python's own message.

@@ -52,9 +52,8 @@ def validate_on_clients(trainer: TrainerFace, prefix: str) -> Evaluation:
         if not module.count(batch["labels"]):
             continue
         with trainer.fabric.autocast():
-            logits = module.server_half(batch["z"], batch["attention_mask"].long())
-            module.update_metrics(metrics, logits, batch["labels"])
-            losses.append(float(module.loss(logits, batch["labels"])))
+            loss = module.take_smashed(metrics, batch["z"], batch["attention_mask"].long(), batch["labels"])
+            losses.append(float(loss))
     for client, reason in fleet.refused.items():
         warnings.warn(f"validation of round {trainer.global_step}: client {client}: {reason}", stacklevel=2)
     fleet.refused.clear()

@@ -41,6 +41,8 @@ class RoundLoop:
     def train(self) -> RunResult:
         """From ``on_train_start`` to ``on_fit_end``."""
         trainer, run = self.trainer, self.run
+        if run.result is None:
+            trainer.narrate("validating before round 1")  # a line of its own: the bar begins after it
         trainer.call("on_train_start")
         if run.global_step:
             self.trainer.row.drop()  # what is measured at a start stands in the run's first row

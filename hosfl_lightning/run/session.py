@@ -108,11 +108,13 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         data.tokenizer, data.tokenizer_of = model.tokenizer(), model.pretrained
     elif data.tokenizer_of not in (None, model.pretrained):
         raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
+    trainer.narrate(f"{'reading' if data.tokenizer is None else 'reading and tokenizing'} the data")
     data.prepare_data()
     data.setup(fn.value)
     if data.label_names is not None:
         model.name_labels(data.label_names)
     check_data(data, model, fn, None if trainer.serving is None else trainer.serving.validate)
+    model.choose_among(data.told_apart_by)
     if fn is TrainerFn.FITTING:
         trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
     owners = [*data.clients, data.validation_set, data.test_set]

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from hosfl_lightning.gguf import named_after, opened, weights
 from hosfl_lightning.split.adapters import Lora, add_client_lora
 from hosfl_lightning.split.client_parameters import ClientParameters, choose
 from hosfl_lightning.split.cut import (
@@ -36,7 +37,8 @@ def load_client_half(
     The half has no adapter; `build_client_half` gives it its own.
 
     Args:
-        path: folder or hub name of a model saved as safetensors, in one file or in shards.
+        path: folder or hub name of a model saved as safetensors, in one file or in shards; or a GGUF file, whose
+            other tensors are read one at a time and dropped.
         cut: number of layers the client holds, from 1 to the number of layers - 1.
         auto_class: ``AutoModelForCausalLM`` or ``AutoModelForSequenceClassification``: which model is cut.
         **kwargs: for ``from_pretrained``, such as ``dtype`` or ``revision``.
@@ -67,7 +69,8 @@ def build_client_half(
     What asks for a gradient is what the client trains: the adapters; without any, every weight.
 
     Args:
-        path: folder or hub name of a model saved as safetensors, in one file or in shards.
+        path: folder or hub name of a model saved as safetensors, in one file or in shards; or a GGUF file, whose
+            other tensors are read one at a time and dropped.
         cut: number of layers the client holds, from 1 to the number of layers - 1.
         lora: of both halves; the server's is not looked at. ``None``: the server trains its half whole.
         side: as `place_side` takes it; the server's bottleneck is not attached.
@@ -118,8 +121,9 @@ def _load(
     check: Check | None = None,
 ) -> tuple[PreTrainedModel, Structure]:
     # All of them: some change the config, such as num_hidden_layers.
-    config = AutoConfig.from_pretrained(path, **{name: value for name, value in kwargs.items() if name != "dtype"})
-    with torch.random.fork_rng(devices=[]):
+    others = {name: value for name, value in kwargs.items() if name != "dtype"}
+    with torch.random.fork_rng(devices=[]), opened(str(path)) as (folder, more):
+        config = AutoConfig.from_pretrained(folder, **more, **others)
         with FakeTensorMode(allow_non_fake_inputs=True), torch.device("meta"):
             empty = auto_class.from_config(config)
             structure, kind = find_structure(empty), type(empty)
@@ -127,7 +131,9 @@ def _load(
         if check is not None:
             check(empty)
             check_shared(empty, structure)
-        model = _pruned(kind, structure, cut, prune).from_pretrained(path, **kwargs)
+        pruned = _pruned(kind, structure, cut, prune)
+        model = pruned.from_pretrained(folder, **more, **weights(str(path)), **kwargs)
+        named_after(str(path), model)
     model.__class__ = kind
     return model, structure
 
