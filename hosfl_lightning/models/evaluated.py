@@ -5,14 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from hosfl_lightning.padding import drop_unpredictable
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, Metric]
+
+
+class TermMean(Metric):
+    """``Σ_b n_b m_b / Σ_b n_b`` of batch means ``m_b`` over ``n_b`` terms; a NaN among them stays.
+
+    torchmetrics' ``MeanMetric`` leaves NaN out of the mean, or, told not to, the weights.
+    """
+
+    full_state_update = False
+    total: Tensor
+    terms: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("terms", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, weight: float) -> None:
+        """Take in a batch's mean over ``weight`` terms."""
+        self.total += weight * mean.detach().float()
+        self.terms += weight
+
+    def compute(self) -> Tensor:
+        """The mean over all terms."""
+        return self.total / self.terms
 
 
 class Evaluated(L.LightningModule):
@@ -32,7 +58,7 @@ class Evaluated(L.LightningModule):
 
     def build_metrics(self) -> dict[str, Metric]:
         """torchmetrics of one evaluation, by name; ``loss`` is always among them."""
-        return {"loss": MeanMetric(nan_strategy="disable")}  # by default it leaves NaN out of the mean
+        return {"loss": TermMean()}
 
     def update_metrics(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> None:
         """Take one evaluation batch into the metrics."""
