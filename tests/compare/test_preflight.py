@@ -102,4 +102,4 @@ def test_it_comes_before_any_method_and_in_one_line(
     assert end.value.code == 2
     assert "hosfl: error: recipe: num_clients=5000 is more than the" in told.err
     assert "One round of each" not in told.out
-    assert not (tmp_path / "out" / "comparison.json").exists()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
