@@ -49,7 +49,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"data.init_args.num_clients": 5000}, {}, "num_clients=5000 is more than the"),
         ({"data.init_args.num_clients": None}, {}, "num_clients: partition=iid needs the number of clients"),
-        ({"data.init_args.files": ["none.txt"]}, {}, "files: there is no file 'none.txt'"),
+        ({"data.init_args.files": ["none.txt"]}, {}, "files: there is no file or folder 'none.txt'"),
         ({"data.init_args.partitioner": SKEWED}, {}, "Dirichlet needs the label of each example, which TextData"),
         ({"data.init_args.partitioner": {"class_path": "Dirichlett"}}, {}, "Dirichlett"),
         ({"data.init_args.partitioner": {"class_path": "Shards", "init_args": {"shards_per_client": 0}}}, {},
