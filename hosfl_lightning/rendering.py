@@ -55,6 +55,11 @@ def readable(message: str) -> str:
     return with_hint(said)
 
 
+def listed(names: Iterable[str], by: str = ", ") -> str:
+    """``a, b``; a name that itself holds a comma or semicolon stands in quotes."""
+    return by.join(f"'{name}'" if {*name} & {*",;"} else name for name in names)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean max_rounds?``, of one or two that are about as near, or nothing where none is."""
     near = get_close_matches(name, {*known} - {name}, n=2, cutoff=0.7)

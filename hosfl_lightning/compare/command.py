@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, fields
 from importlib import import_module
@@ -32,6 +33,7 @@ from hosfl_lightning.compare.settings import (
 )
 from hosfl_lightning.compare.table import markdown
 from hosfl_lightning.files import write_json, write_whole
+from hosfl_lightning.rendering import listed
 
 #: Settings that have settings.
 PARTS: dict[str, type] = {"budget": Limits, "tuning": Tuning, "target": Target, "wandb": Publish}
@@ -126,11 +128,11 @@ def _group(runner: Runner, name: str, point: int | None) -> Group:
 
 
 def at_edge(grid: list[dict[str, Any]], point: int) -> bool:
-    """Whether a number of the chosen point is the lowest or the highest that the grid has for it."""
+    """Whether a number of the chosen point is the lowest or the highest of more than two that the grid has for it."""
     for key, value in grid[point].items():
         tried = {one.get(key) for one in grid}
         numbers = sorted(one for one in tried if isinstance(one, int | float))
-        if len(numbers) > 1 and value in (numbers[0], numbers[-1]):
+        if len(numbers) > 2 and value in (numbers[0], numbers[-1]):
             return True
     return False
 
@@ -150,7 +152,7 @@ def untuned(comparison: Comparison) -> list[str]:
         wanted |= tried[name] if any(client in point for point in points) else set()
     if all(wanted <= values for values in tried.values()):
         return []
-    shown = "; ".join(f"{name}: {', '.join(sorted(values))}" for name, values in tried.items())
+    shown = "; ".join(f"{listed([name])}: {', '.join(sorted(values))}" for name, values in tried.items())
     return [f"**Unequally tuned servers** ({shown}): a server's learning rate can pass for a client's gain, or hide it"]
 
 
@@ -175,6 +177,8 @@ def parse(settings: type, prog: str, args: list[str]) -> Any:
     # Plain, not instantiated: the classes that it names are those of the runs.
     values = json.loads(parser.dump(config, skip_unset=False, format="json"))
     given = {field.name: values[field.name] for field in fields(settings)}
+    if kinds := re.findall(r"^--budget\.(\w+)", "\n".join(args), flags=re.MULTILINE):
+        given["budget"] = {kinds[-1]: given["budget"][kinds[-1]]}  # the file's may be of another kind
     for name, part in PARTS.items():
         if given.get(name) is not None:
             given[name] = part(**given[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from math import ceil, inf, isfinite
 from pathlib import Path
@@ -13,9 +13,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from hosfl_lightning.compare.results import FIRST_ORDER, FROZEN
+from hosfl_lightning.rendering import listed
 from hosfl_lightning.run.summary import size
 
 #: Paul Tol's "muted" and "bright" for colour-blind readers, ordered so that neighbours differ in lightness as well.
@@ -87,12 +88,13 @@ def curves(results: dict[str, Any], styles: dict[str, dict[str, Any]], metric: s
     panels = facets(known, [name for name in known if styles[name]["marker"] == ""])
     width, height = SIZE
     figure = blank(width, height if len(panels) == 1 else 0.6 + 0.65 * height * len(panels))
-    limits = _limits(results, metric)
+    limits = _limits(results, metric, points.values())
     for axes, names in zip(figure.subplots(len(panels), sharex=True, sharey=True, squeeze=False).flat, panels):
         if abscissa == "round":
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         else:
             axes.set_xscale("log")
+            _mark(axes, [p[abscissa] for name in known for p in points[name]], abscissa)
         if limits is not None:
             axes.set_ylim(*limits)
         _lines(axes, {name: points[name] for name in names}, styles, metric, abscissa, limits or (-inf, inf))
@@ -147,18 +149,31 @@ def _leaves(x: Sequence[float], values: Sequence[float], end: float, sign: int, 
     return x[first - 1] + part * (x[first] - x[first - 1])
 
 
-def _limits(results: dict[str, Any], metric: str) -> tuple[float, float] | None:
-    """Of the axis: no row is followed far beyond where the rows started, or one that diverged would hide all others."""
+def _mark(axes: Axes, values: Sequence[float], abscissa: str) -> None:
+    """Ticks of an axis of logarithms: 1, 2 and 5 of each decade where there are few, labels like ``20 MB``."""
+    few = max(values) < 100 * min(values)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,), numticks=8))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B" if abscissa == "bytes" else ""))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _limits(
+    results: dict[str, Any], metric: str, drawn: Iterable[Sequence[dict[str, Any]]]
+) -> tuple[float, float] | None:
+    """Of the axis, by what is drawn on it: no row is followed far beyond where the rows started.
+
+    One that diverged would hide all others.
+    """
     curves = [[p[metric] for p in row["curve"] if metric in p] for row in results["methods"].values()]
     begins = [c[0]["mean"] for c in curves if c and isfinite(c[0]["mean"])]
     if not begins:
         return None
     rises = results["metric"] is not None and results["mode"] == "max"  # the loss falls, whatever the mode
     sign, worst = (-1, min(begins)) if rises else (1, max(begins))
-    values = [value for c in curves for p in c for value in p.values() if isfinite(value)]
+    values = [value for points in drawn for p in points for value in p[metric].values() if isfinite(value)]
     far = SLACK * max((sign * (worst - value) for value in values), default=0)
-    ends = [value for value in values if sign * (value - worst) <= far]
-    low, high = min([worst, *ends]), max([worst, *ends])
+    ends = [value for value in values if sign * (value - worst) <= far] or [worst]
+    low, high = min(ends), max(ends)
     margin = 0.05 * (high - low) or 0.05
     return low - margin, high + margin
 
@@ -193,7 +208,7 @@ def below(figure: Figure, *sentences: str) -> None:
 
 def left_out(why: str, names: Sequence[str]) -> str:
     """For `below`; nothing if there are none."""
-    return f"{why}: {'; '.join(names)}." if names else ""
+    return f"{why}: {listed(names, '; ')}." if names else ""
 
 
 def blank(width: float, height: float) -> Figure:

@@ -13,15 +13,20 @@ from hosfl_lightning.compare.worker import Rehearsal
 
 def announced(comparison: Comparison) -> Iterator[str]:
     """How many runs there are, then what is amiss with the controls."""
-    methods, points, seeds = len(comparison.methods), comparison.grid_size, len(_seeds(comparison))
-    total, parts = methods * seeds, [f"{_many(methods, 'method')} x {_many(seeds, 'seed')}"]
+    methods, points, seeds = len(comparison.methods), comparison.grid_size, len(further_seeds(comparison))
+    parts = [f"{_many(methods, 'method')} x {_many(seeds, 'seed')}"]
     if points > 1:
-        total += methods * points
         parts = [f"{_many(methods, 'method')} x {points} grid points at seed {comparison.tuning.seed}"]
         parts += [f"then the chosen point of each x {_many(seeds, 'more seed')}"] if seeds else []
-    yield f"{_many(total, 'run')}: {', '.join(parts)}"
+    yield f"{_many(total(comparison), 'run')}: {', '.join(parts)}"
     if lacking := [*_lacking(comparison)]:
         yield f"Warning: no gap closed will be shown: {'; '.join(lacking)}"
+
+
+def total(comparison: Comparison) -> int:
+    """How many runs there are, each counted once."""
+    trials = comparison.grid_size if comparison.grid_size > 1 else 0
+    return len(comparison.methods) * (trials + len(further_seeds(comparison)))
 
 
 def _lacking(comparison: Comparison) -> Iterator[str]:
@@ -57,7 +62,7 @@ def left(comparison: Comparison, done: Callable[[str, int, int], bool]) -> Count
     for name in comparison.methods:
         if len(points) > 1:
             runs[name] += sum(not done(name, point, comparison.tuning.seed) for point in points)
-        runs[name] += sum(not any(done(name, point, seed) for point in points) for seed in _seeds(comparison))
+        runs[name] += sum(not any(done(name, point, seed) for point in points) for seed in further_seeds(comparison))
     return runs
 
 
@@ -79,7 +84,7 @@ def _seconds(comparison: Comparison, rehearsal: Rehearsal) -> float:
     return one["start"] + rounds * one["round"] + (comparison.validations + 1) * one["validation"]
 
 
-def _seeds(comparison: Comparison) -> list[int]:
+def further_seeds(comparison: Comparison) -> list[int]:
     """Those that are run beside the trials."""
     return [seed for seed in comparison.seeds if comparison.grid_size == 1 or seed != comparison.tuning.seed]
 

@@ -54,7 +54,7 @@ class Runner:
         Raises:
             ComparisonError: A recipe is refused, or the methods do not meet equal conditions.
         """
-        with self._lock(), self._pool() as each:
+        with self._lock(), self._tidy(), self._pool() as each:
             known = self._known()
             _say(plan.announced(self.comparison))
             rehearsals = self._rehearse(each, known)
@@ -64,12 +64,11 @@ class Runner:
             tuning, methods = self.comparison.tuning, self.comparison.methods
             points = range(self.comparison.grid_size)
             trials = [self.job(name, p, tuning.seed) for p in points for name in methods] if len(points) > 1 else []
-            chosen_runs = len(methods) * len(self.comparison.seeds)
-            with self._progress(len(trials) + chosen_runs) as advance:
+            with self._progress() as advance:
                 self._run(each, trials, False, advance)
                 chosen = {name: self.choose(name) for name in methods}
                 found = [(name, point) for name, point in chosen.items() if point is not None]
-                for _ in range((len(methods) - len(found)) * len(self.comparison.seeds)):
+                for _ in range((len(methods) - len(found)) * len(plan.further_seeds(self.comparison))):
                     advance(None, None)
                 final = [self.job(name, point, seed) for seed in self.comparison.seeds for name, point in found]
                 self._run(each, final, bool(next(iter(rehearsals.values())).test), advance)
@@ -226,19 +225,34 @@ class Runner:
             yield
 
     @contextmanager
-    def _progress(self, total: int) -> Iterator[Callable[[Job | None, str | None], None]]:
-        """One bar over all runs, and a line for each that ends."""
+    def _tidy(self) -> Iterator[None]:
+        """Of a comparison that is refused no rehearsal stays behind."""
+        try:
+            yield
+        except (ComparisonError, KeyboardInterrupt):
+            shutil.rmtree(self.out / "rehearsal", ignore_errors=True)
+            raise
+
+    @contextmanager
+    def _progress(self) -> Iterator[Callable[[Job | None, str | None], None]]:
+        """One bar over all runs, each counted once; where standard error is no terminal a line for each that ends."""
         bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*bar, console=Console(stderr=True)) as progress:
+        console, total, counted = Console(stderr=True), plan.total(self.comparison), set[Job]()
+        with Progress(*bar, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("runs", total=total)
 
             def advance(job: Job | None, failure: str | None) -> None:
-                progress.advance(task)
-                if job is not None and failure is not None:
-                    point = self.comparison.methods[job.method].grid[job.point]
-                    progress.console.print(
-                        f"{job.method} {point} seed {job.seed} failed: {failure}", markup=False, soft_wrap=True
-                    )
+                new = job is None or job not in counted  # a chosen trial comes again, for the test set
+                progress.advance(task, int(new))
+                if job is None:
+                    return
+                counted.add(job)
+                said = f"{job.method} {self.comparison.methods[job.method].grid[job.point]} seed {job.seed}"
+                if failure is not None:
+                    console.print(f"{said} failed: {failure}", markup=False, highlight=False, soft_wrap=True)
+                elif new and not console.is_terminal:
+                    done = f"{progress.tasks[0].completed:.0f}/{total}"
+                    console.print(f"{done} {said}", markup=False, highlight=False, soft_wrap=True)
 
             yield advance
 

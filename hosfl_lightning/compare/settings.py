@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from jsonargparse.typing import Path_fr
 
-from hosfl_lightning.rendering import nearest
+from hosfl_lightning.rendering import listed, nearest
 
 #: Keys by which a grid may name the two learning rates.
 SHORT = {
@@ -119,6 +119,7 @@ class Comparison:
         validations: Points of a curve, without the one at the start.
         jobs: Runs at a time, 1 or 2.
         only: Names of the methods to compare; null: all.
+        point: Number of the one grid point to take of every method, from 0 on; null: all are tried.
         wandb: Log the results to W&B as well.
     """
 
@@ -136,6 +137,7 @@ class Comparison:
     validations: int = 10
     jobs: int = 2
     only: list[str] | None = None
+    point: int | None = None
     wandb: Publish | None = None
     catalogue: Path_fr | None = None  # type: ignore[valid-type]
 
@@ -149,7 +151,7 @@ class Comparison:
             if method.algorithm is not None:
                 continue
             if name not in catalogue:
-                known = f"; it has {', '.join(catalogue)}" if catalogue else ""
+                known = f"; it has {listed(catalogue)}" if catalogue else ""
                 raise ComparisonError(f"methods.{name}: give its algorithm, or a catalogue that has it{known}")
             entry = catalogue[name]
             overrides = {**flat(entry.get("overrides", {})), **flat(method.overrides)}
@@ -163,10 +165,10 @@ class Comparison:
         """
         for name in self.only or ():
             if name not in self.methods:
-                known = ", ".join(self.methods)
+                known = listed(self.methods)
                 raise ComparisonError(f"only: {name!r} is not one of {known}{nearest(name, self.methods)}")
         if self.first_order is not None and self.first_order not in self.methods:
-            raise ComparisonError(f"first_order: {self.first_order!r} is not one of {', '.join(self.methods)}")
+            raise ComparisonError(f"first_order: {self.first_order!r} is not one of {listed(self.methods)}")
         self.methods = {name: self.methods[name] for name in self.only or self.methods}
         given = [f"{name}={value}" for name, value in vars(self.budget).items() if value is not None]
         if len(given) != 1 or not self.budget.value > 0:
@@ -183,6 +185,11 @@ class Comparison:
             raise ComparisonError(f"validations={self.validations}: must be at least 1")
         self._check_grids()
         self._check_keys()
+        if self.point is not None and self.grid_size > 1:
+            if not 0 <= self.point < self.grid_size:
+                raise ComparisonError(f"point={self.point}: the grids have points 0 to {self.grid_size - 1}")
+            for method in self.methods.values():
+                method.grid = [method.grid[self.point]]
 
     @property
     def grid_size(self) -> int:
@@ -192,7 +199,7 @@ class Comparison:
     def _check_grids(self) -> None:
         sizes = {name: len(method.grid) for name, method in self.methods.items()}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
-            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            shown = ", ".join(f"{listed([name])} {size}" for name, size in sizes.items())
             raise ComparisonError(
                 f"methods: grids of different or no points ({shown}); every row gets the same number of learning "
                 "rates, at least one, or the best-tuned method wins"

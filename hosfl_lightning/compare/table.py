@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hosfl_lightning.rendering import listed
 from hosfl_lightning.run.summary import size
 
 NONE = "–"
@@ -16,7 +17,7 @@ def columns(results: dict[str, Any]) -> dict[str, Callable[[dict[str, Any]], str
     split, metric, target = results["evaluated_on"], results["metric"], results["target"]
     extra = {f"{split} {metric}": lambda row: pm(row[metric])} if metric else {}
     put_back = {PUT_BACK: lambda row: pm(row["client_put_back"])} if _put_back(results) else {}
-    reached = f"rounds to {target['metric']} {target['value']:.4f}" if target else "rounds to target"
+    reached = f"rounds to val {target['metric']} {target['value']:.4f}" if target else "rounds to target"
     return {
         f"{split} loss": lambda row: pm(row["loss"]),
         **extra,
@@ -83,7 +84,7 @@ def notes(results: dict[str, Any]) -> list[str]:
     if results["evaluated_on"] == "validation":
         lines.append("**On the validation set**: not every run has touched a test set.")
     if any(row.get("edge") for row in methods.values()):
-        lines.append("† at the edge of its grid: a value beyond it might be better.")
+        lines.append("† at the edge of its grid, which has more than two values there: one beyond it might be better.")
     reasons: dict[str, list[str]] = {}
     for name, row in methods.items():
         if row["no_gap_closed"] and row["seeds"]:
@@ -92,7 +93,7 @@ def notes(results: dict[str, Any]) -> list[str]:
             reasons.setdefault(f"**Failed** under seed {seed} ({reason})", []).append(name)
         for tried in row.get("failed_points", ()):
             reasons.setdefault(f"**Failed** at {_named(tried['point'])} ({tried['reason']})", []).append(name)
-    lines += [f"{reason}: {', '.join(names)}." for reason, names in reasons.items()]
+    lines += [f"{reason}: {listed(names)}." for reason, names in reasons.items()]
     lines += [f"{note}." for note in (results["no_target"], *results.get("notes", ())) if note]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return [f"- {line}" for line in (*lines, f"{made['date']}; `{made['command']}`", made["machine"], versions)]

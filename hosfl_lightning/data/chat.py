@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from hosfl_lightning.data.responses import Part
-from hosfl_lightning.data.rows import Row
+from hosfl_lightning.data.rows import MissingError, Row
 
 Message = dict[str, Any]
 
@@ -54,6 +54,9 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.source = _own(tokenizer) if template == OWN else _read(template)
         self.marked = _MARK.search(self.source) is not None
+        #: Whether a response so far ended in a token that can end a turn.
+        self.stops = False
+        self._tokens = (*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens)
 
     def parts(self, messages: Sequence[Message], where: str) -> list[Part]:
         """The rendered conversation; at least one part is a response.
@@ -76,6 +79,7 @@ class ChatTemplate:
             )
         borders = [0, *(border for span in spans for border in span), len(text)]
         parts = [Part(text[a:b], index % 2 == 1) for index, (a, b) in enumerate(pairwise(borders))]
+        self.stops |= any(part.response and part.text.rstrip().endswith(self._tokens) for part in parts)
         return [part for part in parts if part.text]
 
     def _marked(self, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
@@ -108,26 +112,34 @@ class ChatTemplate:
     def _end(self, answered: str) -> int:
         """Without the white space behind the token that ends a turn: nobody waits for it."""
         stripped = answered.rstrip()
-        ended = stripped.endswith(tuple(self.tokenizer.get_added_vocab()))
-        return len(stripped) if ended else len(answered)
+        return len(stripped) if stripped.endswith(self._tokens) else len(answered)
 
 
 def read_messages(row: Row, field: str) -> list[Message]:
     """The conversation of a record: role and content of each message are strings, other keys are the template's.
 
     Raises:
-        ValueError: It is no list of messages, or nobody answers in it; with the record's place.
+        MissingError: Nothing is said in it: it is empty, a content is null, or nobody answers; with the record's place.
+        ValueError: It is of another form.
     """
     messages = row.field(field, "messages_field")
-    if not isinstance(messages, list | tuple) or not messages:
+    if not isinstance(messages, list | tuple):
         raise ValueError(f"{row.where}: {field} must be a list of messages with role and content, not {messages!r:.60}")
+    if not messages:
+        raise MissingError(f"{row.where}: {field} is an empty list")
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(
-                f"{row.where}: {field}[{number}] must have a role and a content that are strings, not {message!r:.60}"
-            )
+        where = f"{row.where}: {field}[{number}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must have a role and a content that are strings, not {message!r:.60}")
+        if "content" in message and message["content"] is None:
+            raise MissingError(f"{where} has a content that is null")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"{where} must have a role and a content that are strings, not {message!r:.60}")
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        raise ValueError(f"{row.where}: {field} has no message of role assistant that says anything; leave it out")
+        roles = ", ".join(dict.fromkeys(message["role"] for message in messages))
+        raise MissingError(
+            f"{row.where}: {field} has no message of role assistant that says anything; its roles are {roles}"
+        )
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 

@@ -53,7 +53,8 @@ class ClassificationData(RecordData):
         partitioner: In place of the four before: an object that says which client holds which examples; it is told
             their labels and fields.
         prompt: Template with "{text}", such as "{text} It was"; makes it a language-modelling task.
-        label_words: One word per class, by index, such as [" terrible", " great"].
+        label_words: One word per class, by index, such as [" terrible", " great"]. Labels are then integers from 0 on,
+            or names listed in a file for `labels`: which word is which name is never guessed.
         max_length: Most tokens of an example; longer texts lose their end.
         max_train_examples: Use only so many training examples, the same for every seed.
         max_validation_examples: Use only so many validation examples.
@@ -155,6 +156,8 @@ class ClassificationData(RecordData):
             return
         (train, known), (validation, _), (test, _) = (self.read(split) for split in ("train", "validation", "test"))
         self.label_set = self._find_labels(train, known.get(self.label_field))
+        for row in (*train, *validation, *test):  # in their order, before any are held out at random
+            self.label_set.index(row, self.label_field)
         train, validation, test = map(self.limited, (train, validation, test), ("train", "validation", "test"))
         train, validation = self.hold_out(train, validation)
         self.validation_set = self._encode(validation)
@@ -180,6 +183,8 @@ class ClassificationData(RecordData):
             found = LabelSet(len(names), names)
         elif words is not None:  # they are by index, and the order of names is not for us to guess
             found = LabelSet(words)
+            if self.num_labels is None:
+                check_from_zero(train, self.label_field, words)
         else:
             found = infer_labels(train, self.label_field)
             if found.names is None and self.num_labels is not None:

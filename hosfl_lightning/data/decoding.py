@@ -9,6 +9,8 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+from hosfl_lightning.data.rows import EmptyError
+
 _MARKS = {  # the longer one first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
@@ -53,7 +55,8 @@ def read_text(path: str, setting: str, encoding: str = "utf-8") -> str:
 
     Raises:
         FileNotFoundError: If the path is not a file.
-        ValueError: If it is empty, not of that encoding, or holds NUL; the message names the line.
+        EmptyError: If it is empty.
+        ValueError: If it is not of that encoding, or holds NUL; the message names the line.
     """
     content = read_bytes(path, setting)
     if codecs.lookup(encoding).name == "utf-8":
@@ -64,15 +67,15 @@ def read_text(path: str, setting: str, encoding: str = "utf-8") -> str:
         line = _line(content[: error.start].decode(encoding, errors="ignore"))
         raise ValueError(
             f"{setting}: {path!r} line {line} is not {encoding} text (byte {error.start} is "
-            f"0x{content[error.start]:02x}); {_advice(content)}"
+            f"0x{content[error.start]:02x}); {_advice(content, encoding)}"
         ) from error
     if "\0" in text:
         raise ValueError(
             f"{setting}: {path!r} line {_line(text[: text.index(chr(0))])} holds a NUL byte, so it is not {encoding} "
-            f"text; {_advice(content)}, or remove the byte"
+            f"text; {_advice(content, encoding)}, or remove the byte"
         )
     if not text.strip():
-        raise ValueError(f"{setting}: {path!r} is empty")
+        raise EmptyError(f"{setting}: {path!r} is empty")
     return text
 
 
@@ -80,9 +83,20 @@ def _line(before: str) -> int:
     return 1 + len(re.findall(r"\r\n|\r|\n", before))
 
 
-def _advice(content: bytes) -> str:
-    """UTF-16 without a mark has NUL as every other byte of plain letters."""
+def _advice(content: bytes, failed: str) -> str:
+    """Another encoding than the one that failed; UTF-16 without a mark has NUL as every other byte of plain letters."""
     even, odd = content[::2].count(0), content[1::2].count(0)
-    if 4 * max(even, odd) < len(content) // 2:
-        return "set encoding, such as cp1252 or utf-16"
-    return f"set encoding: {'utf-16-be' if even > odd else 'utf-16-le'}"
+    wide = 4 * max(even, odd) >= len(content) // 2
+    likely = ["utf-16-be" if even > odd else "utf-16-le"] if wide else ["utf-8", "cp1252", "latin-1"]
+    others = [one for one in likely if codecs.lookup(one).name != codecs.lookup(failed).name and _is(content, one)]
+    if not others:
+        return "it may be damaged, or of a rarer encoding, which encoding names"
+    return f"set encoding: {others[0]}" if wide or others[0] == "utf-8" else f"set encoding, such as {others[0]}"
+
+
+def _is(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -62,7 +62,8 @@ class InstructionData(RecordData):
         seed: Fixes the partition and every client's order.
         encoding: Of text files.
         delimiter: Between the columns of a CSV; None: a comma, of a .tsv a tab.
-        on_missing: `error`, or `skip` records without what is needed, which are counted and printed.
+        on_missing: `error`, or `skip` records without what is needed, which are counted and printed; also
+            conversations that are empty, have a content that is null, or in which nobody answers.
 
     Example::
 
@@ -151,7 +152,7 @@ class InstructionData(RecordData):
     @override
     def needs(self, row: Row) -> None:
         if self.messages_field is not None:
-            row.field(self.messages_field, "messages_field")
+            read_messages(row, self.messages_field)
         else:
             self._prompt(row)
             self._response(row)
@@ -164,8 +165,14 @@ class InstructionData(RecordData):
             encoded: list[Example | None] = [pairs(self._prompt(r), self._response(r), r.where) for r in rows]
             shortened = pairs.shortened
         else:
-            chats = ChatEncoder(ChatTemplate(self.chat_template, tokenizer), self.max_length, everything)
+            template = ChatTemplate(self.chat_template, tokenizer)
+            chats = ChatEncoder(template, self.max_length, everything)
             encoded = [chats(self._messages(row), row.where) for row in rows]
+            if split == "train" and not template.stops:
+                say(
+                    "Warning: chat_template: no response ends in a special token of the tokenizer, so the model is not "
+                    "taught to stop; end what the assistant says with {{ eos_token }}"
+                )
             shortened = chats.shortened
         if rows and shortened[DROPPED] == len(rows):
             raise ValueError(f"max_length={self.max_length}: too short for any response of {split}; raise it")

@@ -38,8 +38,11 @@ def json_document(source: str, name: str) -> Iterator[Row]:
     if isinstance(whole, dict) and len(whole) == 1 and isinstance(next(iter(whole.values())), list):
         whole = next(iter(whole.values()))
     if not isinstance(whole, list):
+        by_column = isinstance(whole, dict) and any(isinstance(value, dict | list) for value in whole.values())
+        pandas = '; pandas writes it with to_json(path, orient="records")' if by_column else ""
         raise ValueError(
             f"{name}: must hold a list of JSON objects, an object with one key and such a list, or an object a line"
+            f"{pandas}"
         )
     halves = _has_halves(source)
     return (_row(fields, f"{name} record {number}", halves) for number, fields in enumerate(whole))
@@ -53,7 +56,9 @@ def _loads(text: str, where: str, numbered: bool) -> Any:
         raise ValueError(f"{where}: not valid JSON (nested too deeply)") from error
     except json.JSONDecodeError as error:
         place = where if numbered else f"{where} line {error.lineno}"
-        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(
+            f"{place}: not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
+        ) from error
     except ValueError as error:  # a number of more digits than Python takes
         raise ValueError(f"{where}: not valid JSON ({error})") from error
 

@@ -16,6 +16,8 @@ from hosfl_lightning.data.rows import Row
 #: In the run folder and beside an exported adapter.
 LABELS = "labels.json"
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_TRUTH = {"false": 0, "true": 1}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class LabelSet:
 
     A label that reads as a whole number is that number, however a file writes it: 1, 1.0, "1" and "01" are one label.
     Where there are names it is first looked for among them. Where none of the names is a number, or there are no names,
-    it is the index of the class.
+    it is the index of the class. False and true are names, in every file and case; where there are no names, 0 and 1.
 
     Attributes:
         count: Number of classes; valid indices are 0..count - 1.
@@ -44,6 +46,8 @@ class LabelSet:
         text = label_text(value)
         if text in self._indices:
             return self._indices[text]
+        if self.names is None and text in _TRUTH:
+            text = str(_TRUTH[text])
         numbered = any(_WHOLE.fullmatch(name) for name in self._indices if name is not None)
         if text is None or numbered or not _WHOLE.fullmatch(text):
             known = "there are no names, set labels" if self.names is None else f"the names are {_some(self.names)}"
@@ -51,7 +55,8 @@ class LabelSet:
             raise ValueError(f"{row.where}: label {value!r} is {what}; {known}")
         if not 0 <= int(text) < self.count:
             raise ValueError(
-                f"{row.where}: label {text} is out of range, the {self.count} classes are 0..{self.count - 1}"
+                f"{row.where}: label {text} is out of range, the {self.count} classes are 0..{self.count - 1}: "
+                "counting starts at 0; a file for labels names classes that are counted otherwise"
             )
         return int(text)
 
@@ -62,14 +67,15 @@ class LabelSet:
 
 def label_text(value: Any) -> str | None:
     """A label as a name that does not depend on the type in which a file holds it; None: it can be no label."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
+    if not isinstance(value, bool | int | float | str):
         return None
-    text = value.strip()
-    return str(int(text.split(".")[0])) if _WHOLE.fullmatch(text) else text
+    text = str(value).strip()
+    if _WHOLE.fullmatch(text):
+        return str(int(text.split(".")[0]))
+    if _NUMBER.fullmatch(text):
+        number = float(text)
+        return str(int(number)) if number.is_integer() else str(number)
+    return text.lower() if text.lower() in _TRUTH else text
 
 
 def read_label_names(path: str) -> list[str]:
@@ -98,28 +104,44 @@ def write_label_names(names: Sequence[str]) -> bytes:
 
 
 def infer_labels(rows: Sequence[Row], label_field: str) -> LabelSet:
-    """The classes of a training set: 0..largest if every label is an integer, else its names in sorted order."""
+    """The classes of a training set: 0..largest if every label is an integer, else its names in sorted order.
+
+    Raises:
+        ValueError: A label is neither, or a number that is no whole one; with its place.
+    """
     texts = [label_text(row.field(label_field, "label_field")) for row in rows]
+    numbered = any(text is not None and _WHOLE.fullmatch(text) for text in texts)
     for row, text in zip(rows, texts):
-        if text is None:
-            value = row.fields[label_field]
+        value = row.fields[label_field]
+        if text is None or (numbered and text in _TRUTH):
             raise ValueError(f"{row.where}: label {value!r} is neither an integer nor a name; write 0, 1, ... or names")
+        if _NUMBER.fullmatch(text) and not _WHOLE.fullmatch(text):
+            raise ValueError(
+                f"{row.where}: label {value!r} is no whole number; write 0, 1, ... or names, or list the "
+                "values in a file for labels"
+            )
     known = sorted({text for text in texts if text is not None})
     if all(_WHOLE.fullmatch(text) for text in known):
         return LabelSet(max(map(int, known)) + 1)
     return LabelSet(len(known), known)
 
 
-def check_from_zero(rows: Sequence[Row], label_field: str) -> None:
+def check_from_zero(rows: Sequence[Row], label_field: str, count: int | None = None) -> None:
     """Refuse integers of which 0 is not the smallest: they may be names (one to five stars), or count from 1.
 
+    Args:
+        rows: The training set.
+        label_field: Its field with the label.
+        count: The number of classes, if it is known.
+
     Raises:
-        ValueError: With the place of one.
+        ValueError: With the place of the first that has the smallest.
     """
     numbers = [int(text) for row in rows if (text := label_text(row.fields[label_field])) and _WHOLE.fullmatch(text)]
     if len(numbers) == len(rows) and min(numbers) != 0:
-        where, smallest = rows[numbers.index(min(numbers))].where, min(numbers)
-        index = f", or set num_labels: {max(numbers) + 1} if class 0 has no example" if smallest > 0 else ""
+        where, smallest, largest = rows[numbers.index(min(numbers))].where, min(numbers), max(numbers)
+        may_lack = smallest > 0 and (count is None or largest < count)
+        index = f", or set num_labels: {count or largest + 1} if class 0 has no example" if may_lack else ""
         raise ValueError(
             f"{where}: label {smallest} is the smallest, but without names classes count from 0; list the names "
             f"in a file for labels{index}"

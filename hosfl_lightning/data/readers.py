@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hosfl_lightning.data.checks import check_choice
 from hosfl_lightning.data.csv_rows import csv_rows
 from hosfl_lightning.data.decoding import check_encoding, read_text
 from hosfl_lightning.data.json_rows import json_document, json_lines
-from hosfl_lightning.data.rows import OnMissing, Row, complete
+from hosfl_lightning.data.rows import EmptyError, MissingError, OnMissing, Row, complete
 from hosfl_lightning.data.sources import RECORDS, SAVED, TEXTS, Source, find_sources
 from hosfl_lightning.data.tables import ClassNames, open_hub, read_saved, read_table
+
+T = TypeVar("T")
 
 
 class Records(NamedTuple):
@@ -51,7 +56,8 @@ class Reader:
     Args:
         encoding: Of text, JSON and CSV files. With the default, UTF-16 and UTF-32 with a byte order mark are read too.
         delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
-        on_missing: What becomes of records without a value: `error` refuses the first, `skip` leaves them out.
+        on_missing: What becomes of records without a value, and of files without a record or text: `error` refuses the
+            first, `skip` leaves them out.
         hub: Name of a dataset for `datasets.load_dataset`.
         hub_config: Its configuration, if it has several.
 
@@ -86,7 +92,7 @@ class Reader:
             ImportError: If it needs the extra `hub`, and that is not installed.
             ValueError: If a file or a record is bad, or lacks what it must have; the message names file and line.
         """
-        parts = [self._records(one, setting) for one in self._find(source, setting, RECORDS)]
+        parts = self._each(self._find(source, setting, RECORDS), setting, lambda one: self._records(one, setting))
         rows = [row for part in parts for row in part.rows]
         return Records(complete(rows, needs, self.on_missing, setting), parts[0].class_names)
 
@@ -98,14 +104,35 @@ class Reader:
             ImportError: As for `rows`.
             ValueError: As for `rows`.
         """
-        found = []
-        for one in self._find(source, setting, TEXTS + RECORDS):
+
+        def documents(one: Source) -> Texts:
             if one.kind in TEXTS:
-                found.append(Texts(one.path, [read_text(one.path, setting, self.encoding)]))
-                continue
+                return Texts(one.path, [read_text(one.path, setting, self.encoding)])
             rows = self._records(one, setting).rows
             kept = complete(rows, lambda row: row.text(text_field, "text_field"), self.on_missing, one.name)
-            found.append(Texts(one.path, [row.fields[text_field] for row in kept]))
+            return Texts(one.path, [row.fields[text_field] for row in kept])
+
+        return self._each(self._find(source, setting, TEXTS + RECORDS), setting, documents)
+
+    def _each(self, sources: Sequence[Source], setting: str, read: Callable[[Source], T]) -> list[T]:
+        """What is read of each file; of those that are empty, or lack everything, what `on_missing` says."""
+        found, empty = [], list[str]()
+        for one in sources:
+            try:
+                found.append(read(one))
+            except EmptyError as error:
+                if self.on_missing == "error" and len(sources) > 1:
+                    raise EmptyError(f"{error}; remove it, or leave such files out with on_missing: skip") from error
+                empty.append(str(error))
+            except MissingError as error:
+                if self.on_missing == "error":
+                    raise
+                empty.append(str(error))
+        if not found:
+            files = f"{setting}: all {len(empty)} files are empty, the first: " if len(empty) > 1 else ""
+            raise EmptyError(f"{files}{empty[0]}")
+        if empty:
+            rank_zero_info(f"{setting}: {len(empty)} of {len(sources)} files are skipped, the first: {empty[0]}")
         return found
 
     def _find(self, source: str | Sequence[str], setting: str, kinds: Sequence[str]) -> list[Source]:
@@ -122,12 +149,14 @@ class Reader:
         elif source.kind == SAVED:
             rows, names = read_saved(source, setting)
         elif source.kind in (".parquet", ".arrow"):
+            if not os.path.getsize(source.path):
+                raise EmptyError(f"{setting}: {source.path!r} is empty")
             rows, names = read_table(source, setting)
         else:
             rows = self._parse(read_text(source.path, setting, self.encoding), source)
         records = Records([row._replace(file=source.path) for row in rows], names)
         if not records.rows:
-            raise ValueError(f"{setting}: {source.path!r} has no records")
+            raise EmptyError(f"{setting}: {source.path!r} has no records")
         return records
 
     def _parse(self, text: str, source: Source) -> Any:

@@ -14,6 +14,10 @@ class MissingError(ValueError):
     """A record lacks a value that is asked of it."""
 
 
+class EmptyError(MissingError):
+    """A file holds no record or text."""
+
+
 class Row(NamedTuple):
     """One record of a dataset.
 

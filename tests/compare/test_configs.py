@@ -84,6 +84,7 @@ def test_schedule(tmp_path: Path, limit: dict[str, Any], spent: dict[str, float]
     [
         ([{"a": 1}, {"a": 3}, {"a": 2}], [True, True, False]),
         ([{"a": 1}, {"a": 1}], [False, False]),
+        ([{"a": 1}, {"a": 3}], [False, False]),
         (
             [{"a": 2, "b": 1}, {"a": 1, "b": 2}, {"a": 3, "b": 2}, {"a": 2, "b": 3}, {"a": 2, "b": 2}],
             [True] * 4 + [False],

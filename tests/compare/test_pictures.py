@@ -40,6 +40,23 @@ def test_without_a_metric_the_loss_falls_whatever_the_mode() -> None:
     assert low < 1.0 < 4.0 < high
 
 
+def test_axes_of_logarithms_are_of_what_is_drawn_on_them_and_have_few_ticks() -> None:
+    """The start has spent nothing, and is on no such axis."""
+    told = results("min", good=1.0)
+    told["methods"]["good"]["curve"].insert(1, {"round": 5, "m": dict.fromkeys(("low", "mean", "high"), 1.5)})
+    for point, spent in zip(told["methods"]["good"]["curve"], (0, 3e6, 17e6)):
+        point["bytes"] = spent
+    figure = pictures.curves(told, pictures.style(told), "m", "bytes")
+    assert figure is not None
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_ylim() == pytest.approx((0.87, 1.53))
+    low, high = axes.get_xlim()
+    labels = [tick.label1.get_text() for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert labels == ["5 MB", "10 MB"]
+    assert not any(tick.label1.get_text() for tick in axes.xaxis.get_minor_ticks())
+
+
 def test_a_row_without_a_finite_start_sets_no_axis() -> None:
     told = results("min", good=1.0, lost=2.0)
     told["methods"]["lost"]["curve"][0]["m"] = dict.fromkeys(("low", "mean", "high"), float("inf"))

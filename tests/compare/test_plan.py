@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ from hosfl_lightning.compare.settings import Comparison, Limits, Method, Tuning
 from hosfl_lightning.compare.worker import Rehearsal
 from tests.compare.conftest import Compared, hosfl
 from tests.compare.tiny import METHODS, write
+
+
+class Recipe:
+    """In the place of the one that a comparison names."""
+
+    absolute = os.devnull
+
 
 SECONDS = {"start": 10.0, "round": 2.0, "validation": 5.0}
 
@@ -43,6 +51,24 @@ def test_the_number_of_runs_is_how_it_comes_about(own: dict[str, Any], words: st
     made = comparison(**own)
     assert next(announced(made)) == words
     assert words.startswith(f"{left(made, lambda *run: False).total()} runs:")
+
+
+def test_without_a_terminal_each_run_of_those_announced_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = comparison(names=("frozen", "first order"), seeds=[0, 1], out=str(tmp_path), recipe=Recipe())
+    runner = Runner(made)
+    with runner._progress() as advance:
+        for point in range(2):
+            for name in made.methods:
+                advance(runner.job(name, point, 0), None)
+        advance(None, None)  # of first order every point has failed
+        advance(runner.job("frozen", 1, 0), None)  # again, for the test set
+        advance(runner.job("frozen", 1, 1), "it diverged")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["1/6", "2/6", "3/6", "4/6", "frozen"]
+    assert lines[1].startswith("2/6 first order {'client_lr': 0.01} seed 0")
+    assert lines[4].endswith("seed 1 failed: it diverged")
 
 
 def test_runs_that_are_made_are_not_left() -> None:

@@ -163,6 +163,34 @@ def test_settings_on_the_command_line(folder: Path) -> None:
     assert flat(given.overrides) == {"model.init_args.cut": 1}
 
 
+def test_a_budget_on_the_command_line_takes_the_place_of_the_files(folder: Path) -> None:
+    config = write(folder, budget={"samples": 480})
+    args = [f"--config={config}", f"--out={folder}/out"]
+    assert (parse(Comparison, "", args).budget.kind, parse(Comparison, "", args).budget.value) == ("samples", 480)
+    for own in (["--budget.rounds", "2"], ["--budget.bytes=9", "--budget.rounds=2"]):
+        given = parse(Comparison, "", [*args, *own])
+        given.check()
+        assert (given.budget.kind, given.budget.value) == ("rounds", 2)
+
+
+def test_one_grid_point_alone(folder: Path) -> None:
+    given = comparison(folder, "--point=1", "--only=[HO-SFL, frozen]")
+    for _ in range(2):  # the second changes nothing
+        given.check()
+        assert [method.grid for method in given.methods.values()] == [[METHODS[n]["grid"][1]] for n in given.methods]
+    with pytest.raises(ComparisonError, match="point=2: the grids have points 0 to 1"):
+        comparison(folder, "--point=2")
+
+
+def test_names_with_commas_are_told_apart(folder: Path) -> None:
+    named = {"HO-SFL, dense": METHODS["HO-SFL"], "frozen": METHODS["frozen"]}
+    given = parse(
+        Comparison, "", [f"--config={write(folder, methods=named)}", f"--out={folder}/out", "--only=[nobody]"]
+    )
+    with pytest.raises(ComparisonError, match="only: 'nobody' is not one of 'HO-SFL, dense', frozen"):
+        given.check()
+
+
 def test_overrides_on_the_command_line_stand_beside_each_other_and_over_the_file(folder: Path) -> None:
     own = {"data.init_args.num_clients": 2, "model": {"init_args": {"cut": 2}}}
     args = ["--overrides.data.init_args.train=[a, b]", "--overrides.data.init_args.test", "e",

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hosfl_lightning.data.chat import ChatTemplate, read_messages
 from hosfl_lightning.data.instruction_encoding import DROPPED, PROMPT, RESPONSE, TURNS, ChatEncoder
-from hosfl_lightning.data.readers import Row
 from hosfl_lightning.data.responses import Part, tokenize_parts
+from hosfl_lightning.data.rows import MissingError, Row
 from hosfl_lightning.data.tokenization import Example
 from tests.data.chat_models import CHAT_MODELS, CHATML, LLAMA_3, MISTRAL, ChatModel
 
@@ -142,18 +142,33 @@ class TestRefused:
         ("messages", "reason"),
         [
             ("hello", " must be a list of messages with role and content, not 'hello'"),
-            ([], " must be a list of messages"),
+            ({}, " must be a list of messages"),
+            ([{"role": "user"}], r"\[0\] must have a role and a content"),
             (
                 [{"from": "human", "value": "a"}],
                 r"\[0\] must have a role and a content that are strings, not \{'f",
             ),
             ([{"role": "user", "content": ["a"]}], r"\[0\] must have a role and a content"),
-            ([{"role": "user", "content": "a"}], " has no message of role assistant that says anything; leave it out"),
-            ([{"role": "assistant", "content": " "}], " has no message of role assistant that says anything"),
         ],
     )
     def test_no_conversation(self, messages: Any, reason: str) -> None:
         with pytest.raises(ValueError, match=f"^c.jsonl line 7: messages{reason}"):
+            read_messages(Row("c.jsonl line 7", {"messages": messages}), "messages")
+
+    @pytest.mark.parametrize(
+        ("messages", "reason"),
+        [
+            ([], " is an empty list"),
+            ([{"role": "user", "content": None}], r"\[0\] has a content that is null"),
+            (
+                [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}],
+                " has no .*; its roles are human, gpt",
+            ),
+            ([{"role": "assistant", "content": " "}], " has no message of role assistant that says anything"),
+        ],
+    )
+    def test_nothing_said(self, messages: Any, reason: str) -> None:
+        with pytest.raises(MissingError, match=f"^c.jsonl line 7: messages{reason}"):
             read_messages(Row("c.jsonl line 7", {"messages": messages}), "messages")
 
 

@@ -238,6 +238,33 @@ def test_words_of_a_prompt_are_never_matched_to_names_by_guessing(
         make(tokenizer, path, validation=path, prompt="{text}:", label_words=[" a", " b"])
 
 
+@pytest.mark.parametrize("written", [int, str])
+def test_label_words_count_from_0_as_all_classes_do(
+    write: Write, tokenizer: PreTrainedTokenizerBase, written: Callable[[int], Any]
+) -> None:
+    """Trained by one off, 1 would be the second word and 2 out of range."""
+    stars = write("a.jsonl", [{"text": f"film {i}", "label": written(i % 2 + 1)} for i in range(12)])
+    ask: dict[str, Any] = {"prompt": "{text}:", "num_clients": 1, "validation": stars}
+    with pytest.raises(ValueError, match=r"a.jsonl line 1: label 1 is the smallest, .* a file for labels$"):
+        make(tokenizer, stars, **ask, label_words=[" a", " b"])
+    with pytest.raises(ValueError, match=r"label 1 is the smallest, .* for labels, or set num_labels: 3 if class 0"):
+        make(tokenizer, stars, **ask, label_words=[" none", " a", " b"])
+    for settings in (
+        {"labels": write("labels.txt", "1\n2"), "label_words": [" a", " b"]},
+        {"num_labels": 3, "label_words": [" none", " a", " b"]},
+    ):
+        data = make(tokenizer, stars, **ask, **settings)
+        assert [tokenizer.decode(e.input_ids) for e in data.validation_set[:2]] == ["film 0: a", "film 1: b"]
+
+
+def test_the_first_bad_label_in_the_file_is_reported(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = write("a.jsonl", [{"text": "x", "label": min(i, 9)} for i in range(40)])
+    with pytest.raises(
+        ValueError, match=r"a.jsonl line 3: label 2 is out of range.*counting starts at 0; .* for labels"
+    ):
+        make(tokenizer, path, prompt="{text}:", label_words=[" a", " b"])
+
+
 def test_num_labels_and_names_that_differ(write: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = write("a.jsonl", [{"text": "x", "label": "no"}, {"text": "x", "label": "yes"}])
     with pytest.raises(ValueError, match="num_labels: 3 classes, but there are 2"):

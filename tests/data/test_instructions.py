@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -121,6 +122,30 @@ class TestChats:
         with pytest.raises(ValueError, match="max_length=20: too short for any response of train; raise it"):
             make(CHATML.tokenizer, write("a.jsonl", CHATS), messages_field="messages", chat_template="chatml",
                  max_length=20)  # fmt: skip
+
+    def test_conversations_without_an_answer_can_be_skipped(
+        self, write: Write, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        nothing = [{"messages": []}, {"messages": [{"role": "assistant", "content": None}]}, {"messages": None}]
+        settings: dict[str, Any] = {"messages_field": "messages", "chat_template": "chatml", "num_clients": 2}
+        path = write("a.jsonl", [*CHATS, *nothing])
+        with caplog.at_level(logging.INFO):
+            data = make(CHATML.tokenizer, path, **settings, on_missing="skip")
+        assert len(all_of(data)) == len(CHATS)
+        assert "train: 3 of 23 records are skipped, the first: a.jsonl line 21: messages is an empty" in caplog.text
+        with pytest.raises(ValueError, match=r"line 21: messages is an empty list; on_missing: skip leaves such"):
+            make(CHATML.tokenizer, path, **settings)
+
+    @pytest.mark.parametrize("end", ["<|im_end|>", "", "{% endgeneration %}<|im_end|>{% generation %}"])
+    def test_a_template_that_does_not_teach_to_stop_is_told_of(
+        self, write: Write, capsys: pytest.CaptureFixture[str], end: str
+    ) -> None:
+        said = "{% generation %}{{ m['content'] }}" + end + "{% endgeneration %}\n"
+        template = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% else %}" + said
+        template += "{% endif %}{% endfor %}"
+        make(CHATML.tokenizer, write("a.jsonl", CHATS), messages_field="messages", chat_template=template)
+        warned = "Warning: chat_template: no response ends in a special token" in capsys.readouterr().out
+        assert warned == (end != "<|im_end|>")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_out_of_range_has_the_line_and_the_range(label: Any) -> None:
         LabelSet(3).index(row(label), "label")
 
 
-@pytest.mark.parametrize("label", ["maybe", 1.5, "1.5", True, [1], {}])
+@pytest.mark.parametrize("label", ["maybe", 1.5, "1.5", [1], {}])
 def test_unknown_labels(label: Any) -> None:
     with pytest.raises(ValueError, match=r"a.csv line 5: label .* is neither .* the names are no, yes$"):
         LabelSet(2, ["no", "yes"]).index(row(label), "label")
@@ -65,6 +65,21 @@ def test_inference() -> None:
     assert infer_labels([row("b"), row(1), row("1.0")], "label") == LabelSet(2, ["1", "b"])
     with pytest.raises(ValueError, match=r"a.csv line 5: label True is neither an integer nor a name; write 0, 1"):
         infer_labels([row(0), row(True)], "label")
+
+
+@pytest.mark.parametrize("values", [(False, True), ("False", "True"), ("false", " TRUE")])
+def test_false_and_true_are_the_same_names_in_every_file(values: tuple[Any, Any]) -> None:
+    assert infer_labels([row(values[1]), row(values[0])], "label") == LabelSet(2, ["false", "true"])
+    assert [LabelSet(2).index(row(value), "label") for value in values] == [0, 1]
+    assert [LabelSet(2, ["True", "False"]).index(row(value), "label") for value in values] == [1, 0]
+
+
+@pytest.mark.parametrize("value", [1.5, "1.5", "0.5e-1", ".5"])
+def test_a_number_that_is_no_whole_one_is_a_class_only_where_it_is_listed(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"a.csv line 5: label .* is no whole number; .* or list .* for labels$"):
+        infer_labels([row("0"), row(value), row("1")], "label")
+    assert LabelSet(2, ["0", str(value)]).index(row(value), "label") == 1
+    assert label_text(1e3) == label_text("1e3") == "1000"
 
 
 @pytest.mark.parametrize(

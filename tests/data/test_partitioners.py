@@ -165,7 +165,11 @@ class TestDirichlet:
         """Of one class and with alpha near 0, one client has everything."""
         found = sizes(Dirichlet(alpha=1e-8, min_examples_per_client=3), classes=1, clients=5)
         assert sorted(found) == [3, 3, 3, 3, N - 12]
-        assert "and 12 example(s) moved" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "and 12 example(s) moved" in said
+        assert "far from" not in said
+        sizes(Dirichlet(alpha=1e-8, min_examples_per_client=8), classes=1, clients=5)
+        assert f"; {32 / N:.0%} of all, so this is far from the partition that is asked for" in capsys.readouterr().out
         two = parts(Dirichlet(alpha=1e-8, min_examples_per_client=20), classes=2, clients=12)
         assert [len(part) for part in two] == [20] * 12
 
@@ -267,7 +271,9 @@ class TestByFile:
         assert [part.tolist() for part in found] == [[0, 1, 3], [2]]
 
     def test_files_of_one_name_keep_their_paths(self) -> None:
-        assert deal(ByFile(), Examples(2, files=["x/a.txt", "y/a.txt"]), 0)[0] == ["x/a.txt", "y/a.txt"]
+        files = ["x/a.txt", "y/a.txt", "y/b.txt", "z/c.txt", "z/c.md", "r/s/d.txt", "q/s/d.txt"]
+        names = ["x/a", "y/a", "b", "z/c.txt", "z/c.md", "r/s/d.txt", "q/s/d.txt"]
+        assert deal(ByFile(), Examples(7, files=files), 0)[0] == names
 
 
 class Gives(Partitioner):
@@ -364,13 +370,20 @@ class TestSettings:
         assert (found.alpha, found.min_examples_per_client) == (0.2, 3)
 
     @pytest.mark.parametrize("setting", [{"alpha": 0.1}, {"field": "a"}, {"min_examples_per_client": 0}])
-    def test_both_ways_at_once_are_refused(self, setting: dict[str, Any]) -> None:
-        with pytest.raises(
-            ValueError, match=f"{next(iter(setting))}=.*, and partitioner=Dirichlet is given; leave it out"
-        ):
-            spelled(Dirichlet(), "iid", **setting)
-        with pytest.raises(ValueError, match=r"partition=by_file: .* partitioner=IID is given; .* \(partition=iid\)"):
-            spelled(IID(), "by_file")
+    def test_what_is_not_used_is_said(self, setting: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+        """An object wins over the words, as what lies over a recipe can leave none of its keys out."""
+        given, shown = Dirichlet(), ", ".join(f"{key}={value}" for key, value in setting.items())
+        assert spelled(given, "iid", **setting) is given
+        assert spelled(given, "by_file", **setting) is given
+        assert isinstance(spelled(None, "iid", **setting), IID)
+        assert capsys.readouterr().out.splitlines() == [
+            f"Not used: {shown}, as partitioner=Dirichlet",
+            f"Not used: partition=by_file, {shown}, as partitioner=Dirichlet",
+            f"Not used: {shown}, as partition=iid",
+        ]
+        spelled(None, "dirichlet", alpha=0.1, min_examples_per_client=0)
+        spelled(None, "field", field="a", alpha=0.5)
+        assert capsys.readouterr().out == ""
 
     def test_what_is_no_partitioner_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"partitioner: a function is no hosfl_lightning.data.Partitioner"):

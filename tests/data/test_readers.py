@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,16 @@ class TestEncodings:
             read(write(name, content))
         assert "\n" not in str(caught.value)
 
+    def test_what_failed_is_not_recommended(self, write: Write) -> None:
+        for encoding, content, advice in (
+            ("utf-16", b"text\ncaf\xe9", "such as cp1252$"),
+            ("utf-32", b"text", "set encoding: utf-8$"),
+            ("cp1252", b"text\n\x81\xff", "such as latin-1$"),
+            ("utf-16-le", "text".encode("utf-16-le") + b"x", "it may be damaged"),
+        ):
+            with pytest.raises(ValueError, match=f" is not {encoding} text .*; .*{advice}"):
+                read(write("a.csv", content), encoding=encoding)
+
     def test_a_text_file_too(self, write: Write) -> None:
         path = write("a.txt", "é".encode("utf-16-le"))
         assert Reader(encoding="utf-16-le").texts(path, "text", "files")[0].documents == ["é"]
@@ -142,6 +153,9 @@ DEEP = "[" * 100_000
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"a": 1}\n{"a": \n', "a.jsonl line 2: not valid JSON .Expecting value at column"),
+        ("a.jsonl", '{"a": "x\ty"}', "line 1: not valid JSON .Invalid control character at column 9"),
+        ("a.json", '{"a": {"0": 1}, "b": {"0": 2}}', r'an object a line; pandas writes it with .*orient="records"'),
+        ("a.json", '{"columns": ["a"], "index": [0], "data": [[1]]}', r'pandas writes it with .*orient="records"'),
         ("a.jsonl", "[1]\n", "a.jsonl line 1: must be a JSON object"),
         ("a.jsonl", '{"a": 1}\n\n{"b": "\\ud800"}', "a.jsonl line 3: field 'b' holds half of a surrogate pair"),
         ("a.jsonl", '{"b": {"c": ["\\uDC00 "]}}', "a.jsonl line 1: field 'b' holds half of a surrogate pair"),
@@ -318,3 +332,32 @@ class TestHub:
         assert names == {}
         with pytest.raises(ValueError, match="split 'test'"):
             read("test", hub=str(tmp_path / "set"))
+
+
+class TestEmptyFiles:
+    FILES = ("a.jsonl", "b.csv", "c.json", "d.parquet", "e.txt")
+    CONTENT = ('{"text": "x"}\n', "text,label\n", " ", b"", "")
+
+    @pytest.fixture
+    def folder(self, write: Write) -> str:
+        paths = [write(f"set/{name}", content) for name, content in zip(self.FILES, self.CONTENT)]
+        return str(Path(paths[0]).parent)
+
+    def test_can_be_skipped_and_are_counted(self, folder: str, caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.INFO):
+            assert fields(folder, on_missing="skip") == [{"text": "x"}]
+            texts = Reader(on_missing="skip").texts(folder, "text", "files")
+        assert [Path(one.path).name for one in texts] == ["a.jsonl"]
+        skipped = "files are skipped, the first: "
+        assert [message.split(skipped)[0] for message in caplog.messages] == ["train: 3 of 4 ", "files: 4 of 5 "]
+        assert caplog.messages[0].endswith("b.csv' has no records")
+
+    def test_else_it_is_said_what_to_do(self, folder: str) -> None:
+        with pytest.raises(ValueError, match=r"^train: .*b.csv' has no records; remove it, or .* on_missing: skip$"):
+            read(folder)
+
+    def test_not_all_may_be_empty(self, folder: str) -> None:
+        with pytest.raises(ValueError, match=r"^train: all 3 files are empty, the first: train: .*b.csv' has no"):
+            read([f"{folder}/{name}" for name in self.FILES[1:4]], on_missing="skip")
+        with pytest.raises(ValueError, match=r"^files: .*e.txt' is empty$"):
+            Reader(on_missing="skip").texts(f"{folder}/e.txt", "text", "files")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +16,8 @@ from hosfl_lightning.data.partition.contract import Examples, Partitioner
 class ByFile(Partitioner):
     """S_f = {i : file(i) = f}: each training file is a client, in the order in which the files are given.
 
-    A client is named after its file, without folder and extension; where two files share that name, by the paths.
+    A client is named after its file, without folder and extension; those that share that name also get the last folder,
+    and where that is no difference the extension, or the whole path.
 
     Example::
 
@@ -24,5 +27,18 @@ class ByFile(Partitioner):
     @override
     def __call__(self, examples: Examples, seed: int) -> dict[str, Tensor]:
         found = groups(examples.files)
-        stems = [Path(path).name.split(".")[0] for path in found]
-        return dict(zip(stems if len(set(stems)) == len(stems) else found, found.values()))
+        return dict(zip(_names([*found]), found.values()))
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """For each path the shortest name that no other has."""
+    ways = [
+        [Path(path).name.split(".")[0] for path in paths],
+        ["/".join([Path(path).parent.name, Path(path).name.split(".")[0]]) for path in paths],
+        ["/".join(Path(path).parts[-2:]) for path in paths],
+    ]
+    counts = [Counter(names) for names in ways]
+    return [
+        next((names[i] for names, count in zip(ways, counts) if count[names[i]] == 1), path)
+        for i, path in enumerate(paths)
+    ]

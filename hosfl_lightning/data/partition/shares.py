@@ -51,7 +51,8 @@ def by_shares(
 
     A draw of p that leaves a client with fewer than `least` examples is drawn again, at most `redraws` times. If none
     is accepted, of all draws the one that lacks fewest examples is taken, and single examples go to the clients that
-    lack some: always from the client that then has most, its last in `order`. One line says how often and how many.
+    lack some: always from the client that then has most, its last in `order`. One line says how often and how many,
+    and where it is over a tenth of all that the partition is far from the one asked for.
 
     Args:
         groups: The examples of each group.
@@ -78,7 +79,14 @@ def by_shares(
     moved = _fill(parts, order, least)
     if moved or cuts is not first:
         ways = [f"drawn again {drawn} time(s)"] * bool(drawn) + [f"{moved} example(s) moved"] * bool(moved)
-        say(f"{who}: {' and '.join(ways)}, so that each of {len(parts)} clients holds at least {least}")
+        far = (
+            f"; {moved / len(order):.0%} of all, so this is far from the partition that is asked for: "
+            "lower num_clients or min_examples_per_client"
+        )
+        say(
+            f"{who}: {' and '.join(ways)}, so that each of {len(parts)} clients holds at least {least}"
+            f"{far if 10 * moved > len(order) else ''}"
+        )
     return [torch.tensor(part, dtype=torch.int64).sort().values for part in parts]
 
 
