@@ -26,6 +26,7 @@ from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Anchor
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
+from hosfl_lightning.optim.growth import Growth, SilentProbes
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.wire import ProjectedGradients
 
@@ -157,6 +158,7 @@ class HybridOrder(Callback):
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
         resume("HybridOrder", self._client.optimizer, self.rule, self._restored, self._identity)
+        self._probes = SilentProbes(Growth(self._client.optimizer.parameters), "the part below the cut", "rule.lr")
         self._rates = Schedule(trainer, pl_module, self.schedule, self._restored.get("peaks", ()))
         self._restored = {}
         self._checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
@@ -255,10 +257,12 @@ class HybridOrder(Callback):
         assert self._client is not None
         optimizer, basis = self._client.optimizer, self._client.basis().describe()
         rows = trainer.strategy.all_gather(total).view(trainer.world_size, -1)
-        trainer_check.refuse_divergence(rows, optimizer.steps)
+        trainer_check.refuse_divergence("HybridOrder", rows, optimizer.steps)
         answers = [ProjectedGradients(optimizer.steps, k, basis, row, num_terms=1) for k, row in enumerate(rows)]
         update = combine(answers, optimizer, mu=optimizer.smoothing)
         self.aggregation.on_update(update)
+        if trainer_check.waited_for(trainer, update.coefficients):
+            self._probes.saw(update.coefficients, optimizer.steps)
         self._client.apply(update)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
