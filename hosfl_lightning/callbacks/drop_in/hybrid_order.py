@@ -16,9 +16,10 @@ from hosfl_lightning.aggregation import combine
 from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.drop_in import trainer_check
+from hosfl_lightning.callbacks.drop_in.cut_check import check_cut
 from hosfl_lightning.callbacks.drop_in.lower_part import LowerPart
 from hosfl_lightning.callbacks.drop_in.replayed_client import ReplayedClient, ReplayedLocalClient
-from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.resumed import check_loaded, resume
 from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
@@ -109,6 +110,7 @@ class HybridOrder(Callback):
         verify: bool = True,
         schedule: Policy = "follow",
     ) -> None:
+        check_cut(cut)
         estimator = check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
         check_policy(schedule)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
@@ -273,6 +275,11 @@ class HybridOrder(Callback):
             self.monitor.exchanged("projected_gradients", self._total.nbytes, trainer.world_size, pl_module)
 
     # ---- checkpoints
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether a run can go on from it."""
+        check_loaded(self, trainer, checkpoint, {"cut": self.cut})
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing_extensions import override
 from hosfl_lightning.callbacks.drop_in import trainer_check
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.drop_in.repeat_check import check_repeats
-from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.resumed import check_loaded, resume
 from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
@@ -218,6 +218,11 @@ class ZerothOrderTraining(Callback):
             pl_module.log("zeroth_order/lr", self._optimizer.param_groups[0]["lr"])
 
     # ---- checkpoints
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether a run can go on from it."""
+        check_loaded(self, trainer, checkpoint, {})
 
     @property
     def _identity(self) -> dict[str, Any]:

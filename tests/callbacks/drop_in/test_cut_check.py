@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import OPTConfig, OPTForCausalLM
 
+import hosfl_lightning
 from hosfl_lightning.callbacks.drop_in.cut_check import CutError, check_gradient, client_parameters
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from tests.callbacks.drop_in.plain_modules import CLASSES, FEATURES, LIGHTNING_WARNINGS, Sequential, fit, hybrid, mlp
@@ -335,3 +336,17 @@ def test_a_loss_that_is_not_a_number_is_not_blamed_on_the_cut() -> None:
         ValueError, match=r"at step 0 the loss or its gradient at the cut is not finite; lower rule\.lr"
     ):
         fit(Diverges(*mlp().net), hybrid())
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (2, "give the submodule's name as a string.*got int"),
+        (nn.Linear(1, 1), "give the submodule's name as a string.*got Linear"),
+        (None, "as a string.*got NoneType"),
+        ("", "'' is the whole module.*give the name of a submodule"),
+    ],
+)
+def test_a_cut_that_is_no_name_is_refused_when_it_is_given(cut: Any, message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        hosfl_lightning.HybridOrder(cut)
