@@ -52,6 +52,9 @@ class RoundLoop:
             run.result = RunResult(first, first)
         result = run.result
         self.end_round()
+        if trainer.announces and trainer.is_global_zero and run.global_step >= self.settings.max_rounds:
+            print(f"nothing left to do: {run.global_step} rounds are done, trainer.max_rounds is "
+                  f"{self.settings.max_rounds}; raise it to go on", flush=True)  # fmt: skip
         trainer.call("on_train_epoch_start")
         while run.global_step < self.settings.max_rounds and not run.should_stop:
             result.seconds.append(self.round(run.global_step))
