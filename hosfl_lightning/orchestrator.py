@@ -136,7 +136,7 @@ class Orchestrator(TrainerFace):
         )  # fmt: skip
         self.processes = RankProcesses(self.fabric) if self.settings.world_size > 1 else Processes()
         self.loggers = folder.make_loggers(logger, self.default_root_dir)
-        self._given = [logger] if isinstance(logger, Logger) else [] if isinstance(logger, bool) else list(logger or [])
+        self._given = folder.given(logger)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing)
         self.saving = Saving(self, partial(collect, self))
@@ -292,16 +292,11 @@ class Orchestrator(TrainerFace):
     def _evaluate_only(
         self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, loop: Loop, ckpt_path: str | None
     ) -> list[dict[str, float]]:
-        loggers, self.loggers = self.loggers, [one for one in self.loggers if one in self._given]
-        try:
-            with session(self, model, data, fn, ckpt_path):
-                run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
-                self.row.flush()
-        finally:
-            self.loggers = loggers
+        with folder.only(self, self._given), session(self, model, data, fn, ckpt_path):
+            run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
+            self.row.flush()
         metrics = {name: float(value) for name, value in self.callback_metrics.items()}
-        if self.is_global_zero and ckpt_path:
-            folder.leave(ckpt_path, f"{loop}.json", metrics)
+        folder.leave(ckpt_path, f"{loop}.json", metrics)
         return [metrics]
 
     # ---- checkpoints

@@ -102,8 +102,11 @@ def find(ckpt_path: str) -> Resumption:
     return Resumption(folder, checkpoint, later)
 
 
-def leave(ckpt_path: str, name: str, metrics: dict[str, float]) -> None:
+@rank_zero_only
+def leave(ckpt_path: str | None, name: str, metrics: dict[str, float]) -> None:
     """Of an evaluation, in the folder of the run to which the checkpoint belongs; from elsewhere it leaves none."""
+    if not ckpt_path:
+        return
     path = Path(ckpt_path).absolute()
     folders = [path] if path.is_dir() else path.parents[:3]
     run = next((one for one in folders if (one / IDENTITY).is_file()), None)
@@ -131,17 +134,32 @@ def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     return ((file, checkpoint) for file, checkpoint in whole(folder) if "method" in checkpoint)
 
 
+def given(logger: bool | Logger | Iterable[Logger] | None) -> list[Logger]:
+    """Those that a user names."""
+    return [logger] if isinstance(logger, Logger) else [] if logger is None or isinstance(logger, bool) else [*logger]
+
+
+@contextmanager
+def only(trainer: Any, loggers: Sequence[Logger]) -> Iterator[None]:
+    """While open, the trainer has no others, so that nothing makes a folder that nobody asked for."""
+    before, trainer.loggers = trainer.loggers, [one for one in trainer.loggers if one in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = before
+
+
 def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
     """The loggers; first the `CSVLogger` whose folder is the run's, a new one where none is given."""
     if not logger:
         return []
-    given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
-    given.sort(key=lambda one: not isinstance(one, StockCSVLogger))
-    for one in given:
+    own = given(logger)
+    own.sort(key=lambda one: not isinstance(one, StockCSVLogger))
+    for one in own:
         # What Lightning passes where nothing is asked for, and W&B warns of.
         if isinstance(one, WandbLogger) and one._wandb_init.get("anonymous", "") is None:
             del one._wandb_init["anonymous"]
-    return given if given and isinstance(given[0], StockCSVLogger) else [CSVLogger(root, name=""), *given]
+    return own if own and isinstance(own[0], StockCSVLogger) else [CSVLogger(root, name=""), *own]
 
 
 def agree(loggers: Sequence[Logger], processes: Processes) -> None:

@@ -286,9 +286,7 @@ def test_data_that_do_not_fit_are_refused_with_the_setting(make_orchestrator: Ca
         trainer.fit(classifier(), RandomImages(size=16))
     with pytest.raises(ValueError, match=r"data of client 'client_0': label 2 is not in 0\.\.1; set model.*num_labels"):
         trainer.fit(classifier(), RandomImages(classes=3))
-    with pytest.raises(
-        ValueError, match=r"client 'a': an example has no pixel_values; for images subclass .*ImageData"
-    ):
+    with pytest.raises(ValueError, match=r"'a': an example has no pixel_values; for images subclass .*ImageData"):
         classifier().check_examples([Example([1, 2], 0)], "client 'a'")
 
 
