@@ -7,23 +7,26 @@ from hosfl_lightning import moved as _moved
 
 if TYPE_CHECKING:
     from hosfl_lightning.algorithms import HOSFL
+    from hosfl_lightning.callbacks import HybridOrder, ZerothOrderTraining
     from hosfl_lightning.models import SplitCausalLM, SplitImageClassifier, SplitSequenceClassifier
     from hosfl_lightning.orchestrator import Orchestrator
     from hosfl_lightning.run.control import Control
 
 __version__ = "0.1.0"
 __all__ = [
-    "HOSFL", "Control", "Orchestrator", "SplitCausalLM", "SplitImageClassifier", "SplitSequenceClassifier",
-    "__version__",
+    "HOSFL", "Control", "HybridOrder", "Orchestrator", "SplitCausalLM", "SplitImageClassifier",
+    "SplitSequenceClassifier", "ZerothOrderTraining", "__version__",
 ]  # fmt: skip
 
 _PLACES = {
     "Control": "run.control",
     "HOSFL": "algorithms",
+    "HybridOrder": "callbacks",
     "Orchestrator": "orchestrator",
     "SplitCausalLM": "models",
     "SplitImageClassifier": "models",
     "SplitSequenceClassifier": "models",
+    "ZerothOrderTraining": "callbacks",
 }
 _moved.install()
 

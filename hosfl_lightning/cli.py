@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 
-from hosfl_lightning.rendering import fail, process
+from hosfl_lightning.rendering import fail, nearest, process
 
+#: Of one run, with a recipe.
+OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
+COMMANDS = (*OF_A_RUN, *COMPARISONS, "certs", "join")
+#: By the option that names a run, whose folder has its recipe.
+TAKES_A_RUN = {**dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"), "replay": "--run"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,6 +26,8 @@ def main(args: list[str] | None = None) -> None:
     # As python -m does, for parts of one's own; last, so that they hide nothing.
     sys.path += [here for here in [os.getcwd()] if here not in sys.path]
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
+    if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        fail(f"{args[0]!r} is no command; there are {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}")
     (_certs if args[:1] == ["certs"] else _run)(args)
 
 
@@ -60,8 +66,10 @@ def _run(args: list[str]) -> None:
         if not process():
             print(f"hosfl: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         raise SystemExit(130) from None
-    except USER_ERRORS as error:
-        if os.environ.get("HOSFL_TRACEBACK"):
+    except (*USER_ERRORS, RuntimeError) as error:
+        # EarlyStopping's complaint of a metric that is not there has no class of its own.
+        ours = isinstance(error, USER_ERRORS) or "conditioned on metric" in str(error)
+        if os.environ.get("HOSFL_TRACEBACK") or not ours:
             raise
         fail(str(error))
     finally:
@@ -70,21 +78,42 @@ def _run(args: list[str]) -> None:
 
 
 def _with_recipe(args: list[str]) -> list[str]:
-    """``replay`` on a run takes the recipe from its folder, unless one is given.
+    """A command on a run takes the recipe from its folder, unless one is given; ``last`` is the run's of the recipe.
 
     Raises:
         FileNotFoundError: The folder is not that of a run.
+        ValueError: ``best``, which nobody has written down.
     """
-    if args[:1] != ["replay"] or any(arg.split("=")[0] in ("--config", "-c") for arg in args):
+    option = TAKES_A_RUN.get(args[0]) if args else None
+    if option is None:
         return args
+    given, config = _given(args, option), _given(args, "--config", "-c")
+    if given in ("last", "best"):
+        return _of_the_config(args, option, given, config)
+    if given is None or config is not None:
+        return args
+    path = Path(given)
+    folders = [path] if path.is_dir() or option == "--run" else [*path.parents][:3]
+    found = next((one / "config.yaml" for one in folders if (one / "config.yaml").is_file()), None)
+    if found is None and (path.is_dir() or option == "--run"):
+        raise FileNotFoundError(f"{option}: {given} is no run folder: there is no config.yaml in it")
+    return args if found is None else [args[0], f"--config={found}", *args[1:]]
+
+
+def _of_the_config(args: list[str], option: str, given: str, config: str | None) -> list[str]:
+    """``last`` and ``best`` mean something beside the run's own recipe."""
+    run = Path(config).parent if config is not None else Path("RUN")
+    there = sorted((run / "checkpoints").rglob("*.ckpt"))
+    if given == "last" and there:
+        return [{given: str(run), f"{option}={given}": f"{option}={run}"}.get(arg, arg) for arg in args]
+    names = f"one of {', '.join(map(str, there))}" if there else "RUN (its last one) or RUN/checkpoints/FILE.ckpt"
+    raise ValueError(f"{option}: {given!r} is not known here; give {names}")
+
+
+def _given(args: list[str], *options: str) -> str | None:
+    """The value of an option, as ``--option=value`` or ``--option value``."""
     pairs = zip(args, [*args[1:], ""])
-    run = next((arg.partition("=")[2] or following for arg, following in pairs if re.match("--run(=|$)", arg)), None)
-    if run is None:
-        return args
-    config = Path(run) / "config.yaml"
-    if not config.is_file():
-        raise FileNotFoundError(f"--run: {run} is no run folder: there is no {config.name} in it")
-    return ["replay", f"--config={config}", *args[1:]]
+    return next((a.partition("=")[2] or after for a, after in pairs if a.partition("=")[0] in options), None)
 
 
 if __name__ == "__main__":  # ``torchrun -m hosfl_lightning.cli``

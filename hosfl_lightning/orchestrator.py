@@ -136,6 +136,7 @@ class Orchestrator(TrainerFace):
         )  # fmt: skip
         self.processes = RankProcesses(self.fabric) if self.settings.world_size > 1 else Processes()
         self.loggers = folder.make_loggers(logger, self.default_root_dir)
+        self._given = folder.given(logger)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
         self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing)
         self.saving = Saving(self, partial(collect, self))
@@ -291,10 +292,12 @@ class Orchestrator(TrainerFace):
     def _evaluate_only(
         self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, loop: Loop, ckpt_path: str | None
     ) -> list[dict[str, float]]:
-        with session(self, model, data, fn, ckpt_path):
+        with folder.only(self, self._given), session(self, model, data, fn, ckpt_path):
             run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
             self.row.flush()
-        return [{name: float(value) for name, value in self.callback_metrics.items()}]
+        metrics = {name: float(value) for name, value in self.callback_metrics.items()}
+        folder.leave(ckpt_path, f"{loop}.json", metrics)
+        return [metrics]
 
     # ---- checkpoints
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import yaml
+from jsonargparse import get_loader
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from hosfl_lightning.algorithms import TooFewClientsError
@@ -19,7 +24,7 @@ from hosfl_lightning.files import plain, write_whole
 from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
-from hosfl_lightning.rendering import fail, nearest
+from hosfl_lightning.rendering import fail, nearest, readable
 from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.hooks import HookError
 
@@ -34,6 +39,7 @@ RECIPE = ("seed_everything", "trainer", "model", "data")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
 USER_ERRORS = (
     ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, DivergedError, LostProcessError,
+    MisconfigurationException,
 )  # fmt: skip
 
 
@@ -41,6 +47,8 @@ class Parser(LightningArgumentParser):
     """Takes the Orchestrator where LightningCLI expects a Trainer, and ends a bad setting with one line."""
 
     _subcommands_action: Any
+    #: The YAML files of the command line, to say where a key stands that is not known.
+    files: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # argparse would take --trainer.max_round for max_rounds.
@@ -82,7 +90,7 @@ class Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(self.as_typed(message))
+        fail(located(readable(self.as_typed(message)), self.files))
 
     def as_typed(self, message: str) -> str:
         """With options as they stand on a command line, and the nearest to one that is not known."""
@@ -94,8 +102,61 @@ class Parser(LightningArgumentParser):
             return message
         chosen = self._subcommands_action.choices.values() if self._subcommands_action else [self]
         names = [f"--{name}" for parser in chosen for name in parser.names()]
+        if "--overrides" in names:  # of a comparison: settings of its recipe
+            names += [f"--overrides.trainer.{name}" for name in inspect.signature(Orchestrator).parameters]
         given = [one.partition("=")[0] for one in rest.split() if one.startswith("--")]
-        return message + next(filter(None, (nearest(one, names) for one in given)), "")
+        hints = (nearest(one, names) or _ending(one, names) for one in given)
+        return message + next(filter(None, hints), "")
+
+
+def _ending(option: str, names: list[str]) -> str:
+    """The hint for an option that lacks what stands before its last part."""
+    lasts = {name.rpartition(".")[2]: name for name in names}
+    near = get_close_matches(option.removeprefix("--").rpartition(".")[2], lasts, n=1, cutoff=0.7)
+    return f"; did you mean {lasts[near[0]]}?" if near else ""
+
+
+def read_files(args: list[str]) -> dict[str, Any]:
+    """The contents of the YAML files that a command line names, by their paths.
+
+    Raises:
+        ValueError: A file is no YAML, or has a key beside those of a recipe.
+    """
+    pairs = zip(args, [*args[1:], ""])
+    given = [arg.partition("=")[2] or after for arg, after in pairs if arg.partition("=")[0] in ("--config", "-c")]
+    found = {}
+    for name in given:
+        if not Path(name).is_file():
+            continue
+        try:
+            found[name] = get_loader("yaml")(Path(name).read_text())
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+            raise ValueError(f"--config: {name} is no YAML: {where}{error.problem}") from error
+    return found
+
+
+def located(line: str, files: dict[str, Any]) -> str:
+    """The line, and where the key stands that it says is not known."""
+    found = re.search(r"(?:does not accept option|Option) '(.+?)'", line)
+    if found is None:
+        return line
+    key = found[1]
+    for file, content in files.items():
+        path = next((one for one in _paths(content) if one == key or one.endswith(f".{key}")), None)
+        if path is not None:
+            top = path.partition(".")[0]
+            hint = "" if top in RECIPE or "did you mean" in line else nearest(top, RECIPE)
+            return f"{file}: {path}: {line}{hint}"
+    return line
+
+
+def _paths(content: Any, above: str = "") -> Iterator[str]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield f"{above}{key}"
+            yield from _paths(value, f"{above}{key}.")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -157,6 +218,15 @@ class HOSFLCommand(LightningCLI):
         trainer.narrates = self.config[self.subcommand].trainer.enable_progress_bar
         return trainer
 
+    def before_validate(self) -> None:
+        """Say so where there is nothing trained to evaluate."""
+        if self.config[self.subcommand].get("ckpt_path") is None and self.trainer.is_global_zero:
+            print(
+                "no --ckpt_path: this is the model as it begins, untrained; give a run's folder or a checkpoint of it"
+            )
+
+    before_test = before_predict = before_validate
+
     def after_validate(self) -> None:
         """Print what was measured."""
         for name, value in self.trainer.callback_metrics.items() if self.trainer.is_global_zero else ():
@@ -177,6 +247,7 @@ class HOSFLCommand(LightningCLI):
 
 def command(args: list[str], kind: type[HOSFLCommand] | None = None) -> HOSFLCommand:
     """Run a subcommand of ``hosfl`` on a recipe; what it leaves: trainer, model and data."""
+    Parser.files = read_files(args)
     return (kind or HOSFLCommand)(
         SplitModule,
         FederatedDataModule,

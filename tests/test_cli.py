@@ -79,6 +79,23 @@ class TestFromARunsConfig:
         expected = json.loads((finished.folder / "summary.json").read_text())["val_loss_last"]
         assert f"val/loss  {expected:.4f}" in capsys.readouterr().out.splitlines()
 
+    def test_a_runs_folder_is_its_recipe_too(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("hosfl_lightning.recipe.command", lambda args: print(args))
+        config = f"--config={finished.folder}/config.yaml"
+        for given in (finished.folder, finished.folder / "checkpoints" / "last.ckpt"):
+            cli.main(["test", f"--ckpt_path={given}"])
+            assert capsys.readouterr().out == f"{['test', config, f'--ckpt_path={given}']}\n"
+        cli.main(["test", config, "--ckpt_path", "last"])
+        assert capsys.readouterr().out == f"{['test', config, '--ckpt_path', str(finished.folder)]}\n"
+
+    def test_without_a_checkpoint_it_says_that_the_model_is_untrained(
+        self, finished: Finished, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        finished.again("validate")
+        assert "the model as it begins, untrained" in capsys.readouterr().out
+
     def test_test_prints_the_test_set(self, finished: Finished, capsys: pytest.CaptureFixture[str]) -> None:
         given = finished.command.datamodule.files[0]
         finished.again("test", finished.checkpoint, f"--data.init_args.test_files=[{given}]")
@@ -212,7 +229,10 @@ def test_bad_input_ends_with_one_line_before_anything_is_written(
         (["fit", "--config=/nowhere.yaml"], ["config", "/nowhere.yaml"]),
         (["fit", f"--config={TEXT}"], ["required", "pretrained"]),
         (["fit"], ["required", "model"]),
-        (["fitt"], ["fitt", "'fit'"]),
+        (["fitt"], ["fitt", "compare, report, certs, join", "did you mean fit?"]),
+        (["compare", "--max_round=3"], ["--max_round", "did you mean --overrides.trainer.max_rounds?"]),
+        (["test", "--ckpt_path=/"], ["--ckpt_path: / is no run folder"]),
+        (["validate", "--ckpt_path=best", f"--config={TEXT}"], ["'best' is not known here; give RUN"]),
     ],
 )
 def test_an_incomplete_command_ends_with_one_line(
@@ -227,7 +247,9 @@ def test_an_incomplete_command_ends_with_one_line(
     [
         ("trainer: {max_round: 3}", ["trainer.max_round", "not accept"]),
         ("trainer: {accumulate_grad_batches: 2}", ["trainer.accumulate_grad_batches", "not accept"]),
-        ("trainer: {max_rounds: 3\nmodel: [", ["config", "line 2"]),
+        ("trainer: {max_rounds: 3\nmodel: [", ["overlay.yaml", "line 2"]),
+        ("trainer: {algorithm: {init_args: {prbes: 3}}}", ["overlay.yaml: trainer.algorithm.init_args.prbes: "]),
+        ("modle: {cut: 3}", ["overlay.yaml: modle", "did you mean model?"]),
     ],
 )
 def test_a_bad_config_file_ends_with_one_line(

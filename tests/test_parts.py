@@ -96,6 +96,14 @@ class TestEstimators:
         with pytest.raises(PartError, match=f"estimator Wrong returned {given}.*one float64 a direction, .2,. torch"):
             zo.project(lambda: module(torch.ones(3, 2)).mean())
 
+    def test_one_that_returns_nan_is_named_unless_the_objective_does(self) -> None:
+        module = nn.Linear(2, 1)
+        nan = estimator(torch.tensor([0, torch.nan]).double())
+        own = ZerothOrder(module.parameters(), module=module, estimator=nan, probes=2)
+        with pytest.raises(PartError, match=r"estimator Wrong returned NaN or infinity, .*finite.*\(P, K\) where it"):
+            own.project(lambda: module(torch.ones(3, 2)).mean())
+        assert own.project(lambda: module(torch.ones(3, 2)).mean() * torch.nan)[1].isnan()
+
     @pytest.mark.parametrize("given", [f"{HERE}.Scaled", Scaled()], ids=["class path", "instance"])
     @pytest.mark.parametrize(
         "take",

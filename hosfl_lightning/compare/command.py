@@ -173,6 +173,7 @@ def parse(settings: type, prog: str, args: list[str]) -> Any:
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")
     parser.add_class_arguments(settings)
     args, overrides = _dotted(args, "--overrides.") if settings is Comparison else (args, {})
+    recipe.Parser.files = recipe.read_files(args)
     config = parser.parse_args(args)
     # Plain, not instantiated: the classes that it names are those of the runs.
     values = json.loads(parser.dump(config, skip_unset=False, format="json"))

@@ -30,6 +30,9 @@ from hosfl_lightning.split import (
 from hosfl_lightning.split.client_parameters import ClientParameters
 from hosfl_lightning.wire import SmashedData
 
+#: Of data that is none, in an error.
+OF_IMAGES = "for images subclass hosfl_lightning.data.ImageData, whose read returns the images of a split"
+
 
 class SplitImageClassifier(SplitClassifier):
     r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` images, in nats; the head is the server's and is trained.
@@ -183,7 +186,7 @@ class SplitImageClassifier(SplitClassifier):
             ValueError: Names whose it is.
         """
         if any(not hasattr(example, "pixel_values") for example in examples):
-            raise ValueError(f"data of {owner}: an example has no pixel_values; give {type(self).__name__} image data")
+            raise ValueError(f"data of {owner}: an example has no pixel_values; {OF_IMAGES}")
         self.check_labels(examples, owner)
 
     def objection(self, message: SmashedData) -> str | None:

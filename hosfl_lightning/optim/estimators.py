@@ -18,6 +18,11 @@ from hosfl_lightning.parts import PartError, by_name, check_part, from_path
 from hosfl_lightning.rendering import nearest
 
 Objective = Callable[[], Tensor]
+#: Of an estimator's result, in an error.
+CONTRACT = (
+    "P finite float64 values where objective() gives a scalar, (P, K) where it gives (K,), one a client; average "
+    "nothing, stack one value a probe, .double()"
+)
 
 
 class EstimatorError(ValueError):
@@ -46,7 +51,8 @@ class Estimator(ABC):
     """``v_p``, about ``⟨∇f, u_p⟩`` for ``p = 1..P``, from evaluations of ``f`` alone.
 
     A subclass is a dataclass: its fields, plain values, are its settings. A recipe names it by its class path, messages
-    by its name: a client on another machine must have imported the same class. What a call returns is checked.
+    by its name: a client on another machine must have imported the same class. What a call returns is checked: the
+    shape, the dtype, and that it is finite wherever what it evaluated is.
     """
 
     #: Whether it moves by ``probes.shifted``, and the result depends on ``μ``.
@@ -245,11 +251,14 @@ def measured(estimator: Estimator, objective: Objective, probes: Probes, base: T
     Raises:
         PartError: It returns something else.
     """
+    own = estimator not in ESTIMATORS.values()
     seen: list[torch.Size] = [] if base is None else [base.shape]
+    evaluated = [base] if own and base is not None else []
 
     def watched() -> Tensor:
         value = objective()
         seen[:] = [value.shape]
+        evaluated.extend([value] if own else [])
         return value
 
     values = estimator(watched, probes, base)
@@ -259,6 +268,11 @@ def measured(estimator: Estimator, objective: Objective, probes: Probes, base: T
         given = f"{tuple(values.shape)} {values.dtype}" if is_tensor else type(values).__name__
         raise PartError(
             f"estimator {type(estimator).__name__} returned {given}; an Estimator returns one float64 a direction, "
-            f"{wanted} torch.float64 (average nothing, stack one value a probe, .double())"
+            f"{wanted} torch.float64 ({CONTRACT})"
+        )
+    if own and not values.isfinite().all() and all(value.isfinite().all() for value in evaluated):
+        raise PartError(
+            f"estimator {type(estimator).__name__} returned NaN or infinity, though all {len(evaluated)} values "
+            f"of the objective are finite; mend what it divides by ({CONTRACT})"
         )
     return values

@@ -18,8 +18,22 @@ from hosfl_lightning.data.contract import (
     check_held_out,
 )
 from hosfl_lightning.data.notice import say
-from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models import SplitImageClassifier, SplitModule
+from hosfl_lightning.models.image_classification import OF_IMAGES
 from hosfl_lightning.padding import drop_unpredictable
+
+
+def set_up(data: FederatedDataModule, model: SplitModule, stage: str) -> None:
+    """Have the examples made.
+
+    Raises:
+        DataContractError: The class lacks a method that makes them.
+    """
+    try:
+        data.setup(stage)
+    except NotImplementedError as error:
+        hint = f"; {OF_IMAGES}" if isinstance(model, SplitImageClassifier) else ""
+        raise DataContractError(f"data: {error}{hint}") from error
 
 
 def check_data(data: FederatedDataModule, model: SplitModule, fn: TrainerFn, elsewhere: str | None = None) -> None:
@@ -53,6 +67,11 @@ def check_data(data: FederatedDataModule, model: SplitModule, fn: TrainerFn, els
 
 def check_one(data: FederatedDataModule, model: SplitModule, examples: Any, owner: str) -> None:
     """The examples of a client or a held-out set, each by itself."""
+    if isinstance(model, SplitImageClassifier):  # what an example of text is does not matter then
+        model.check_examples(examples, owner)
+        if type(data).collate is FederatedDataModule.collate and len(examples):
+            raise DataContractError(f"{type(data).__name__}: its batches are of text; {OF_IMAGES}")
+        return
     check_examples(data, examples, owner)
     model.check_examples(examples, owner)
 

@@ -6,9 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from typing_extensions import override
 
+from hosfl_lightning.optim.growth import RUNAWAY, Growth, SilentProbes
 from hosfl_lightning.run.checkpoint import whole
+from hosfl_lightning.server import RoundWatcher
+from hosfl_lightning.wire import Update
 
 #: What of a client's answers says that they overflowed: NaN, infinity, or a size that no half in order has.
 OVERFLOW = ("NaN or infinite", "beyond ±", " is nan", " is inf", " is -inf")
@@ -21,11 +26,64 @@ class DivergedError(RuntimeError):
     """A half holds, or gives, NaN or infinity."""
 
 
-def diverged_half(trainer: Any, clients: list[int], refused: Mapping[int, str]) -> str | None:
+class Halves(RoundWatcher):
+    """What each half was at the start, which tells the one that has run away from the one that it took along.
+
+    Args:
+        trainer: A `hosfl_lightning.run.face.TrainerFace`, its halves where the rounds begin.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.growth = {
+            "client": Growth(trainer.server.replica.trained.values()),
+            "server": Growth(trainer.lightning_module.server_parameters.values()),
+        }
+        self._probes = SilentProbes(self.growth["client"], "the client half", CLIENT_RATE)
+        self._told: set[str] = set()
+
+    @override
+    def on_update(self, update: Update) -> None:
+        """A control says nothing: the run itself is told of by then. Nor one whose server has run away, see `warn`."""
+        silent = not bool(update.coefficients.any())
+        if self.trainer.announces and not (silent and self.growth["server"].now() >= RUNAWAY):
+            self._probes.saw(update.coefficients, update.round)
+
+    def blamed(self, otherwise: str) -> str:
+        """The half that is not finite, else the one that has grown by far, else ``otherwise``."""
+        grown = {half: growth.now() for half, growth in self.growth.items()}
+        half = max(grown, key=lambda one: grown[one])  # the client, where both are infinite
+        return half if grown[half] >= RUNAWAY else otherwise
+
+    def grown(self, half: str) -> str:
+        """In words; of neither half: what may be the cause instead."""
+        grown = self.growth[half].now()
+        if RUNAWAY <= grown < float("inf"):
+            return f"; its weights have grown {grown:.0e}-fold since the start"
+        estimator = getattr(self.trainer.algorithm, "estimator", "")
+        own = "" if isinstance(estimator, str) else f" and at what {type(estimator).__name__} returns"
+        settled = grown < RUNAWAY and hasattr(self.trainer.algorithm, "mu")
+        return f"; neither half has grown, so look at mu{own} too" if settled else ""
+
+    def warn(self, round: int) -> None:
+        """Of a half that goes on far from where it began, once; where the numbers are waited for anyway."""
+        for half, growth in self.growth.items() if self.trainer.announces else ():
+            grown = growth.now()
+            if half not in self._told and grown >= RUNAWAY:
+                how = f"has grown {grown:.0e}-fold since the start" if grown < float("inf") else "is not finite"
+                rank_zero_warn(
+                    f"round {round}: the {half} half {how}, it has probably diverged; lower "
+                    f"{rate_of(self.trainer, half)}"
+                )
+                self._told.add(half)
+
+
+def diverged_half(trainer: Any, halves: Halves, clients: list[int], refused: Mapping[int, str]) -> str | None:
     """Which half has diverged, after a round of which nobody's answer could be taken; None: neither.
 
     Args:
-        trainer: A `hosfl_lightning.run.face.TrainerFace`.
+        trainer: As above.
+        halves: Of the run.
         clients: Who was asked.
         refused: Why each of them was refused.
     """
@@ -34,7 +92,12 @@ def diverged_half(trainer: Any, clients: list[int], refused: Mapping[int, str]) 
     if not_finite(trainer.lightning_module.server_parameters.values()):
         return "server"
     overflowed = [k for k in clients if any(sign in refused.get(k, "") for sign in OVERFLOW)]
-    return "client" if clients and len(overflowed) == len(clients) else None
+    return halves.blamed("client") if clients and len(overflowed) == len(clients) else None
+
+
+def rate_of(trainer: Any, half: str) -> str:
+    """The setting of its learning rate."""
+    return CLIENT_RATE if half == "client" else SERVER_RATE.get(trainer.algorithm.server_order, CLIENT_RATE)
 
 
 def not_finite(tensors: Iterable[Tensor]) -> bool:
@@ -54,10 +117,9 @@ def diverged(trainer: Any, half: str, round: int, evidence: str) -> DivergedErro
     since = f"since the update of round {round - 1}" if round else "from the start"
     sound = _last_sound(Path(trainer.log_dir), round)
     left = f"the last sound checkpoint is {sound}" if sound is not None else "no checkpoint of before is kept"
-    rate = CLIENT_RATE if half == "client" else SERVER_RATE.get(trainer.algorithm.server_order, CLIENT_RATE)
     return DivergedError(
-        f"round {round}: the {half} half is not finite, or out of all bounds, {since} ({evidence}); lower {rate} and "
-        f"begin anew; {left}"
+        f"round {round}: the {half} half is not finite, or out of all bounds, {since} ({evidence}); lower "
+        f"{rate_of(trainer, half)} and begin anew; {left}"
     )
 
 

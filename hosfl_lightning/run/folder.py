@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import CSVLogger as StockCSVLogger
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 from hosfl_lightning.data.labels import LABELS, write_label_names
-from hosfl_lightning.files import rename, write_whole
+from hosfl_lightning.files import rename, write_json, write_whole
 from hosfl_lightning.fleet import Processes
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.run.checkpoint import CheckpointError, load, whole
@@ -102,6 +102,18 @@ def find(ckpt_path: str) -> Resumption:
     return Resumption(folder, checkpoint, later)
 
 
+@rank_zero_only
+def leave(ckpt_path: str | None, name: str, metrics: dict[str, float]) -> None:
+    """Of an evaluation, in the folder of the run to which the checkpoint belongs; from elsewhere it leaves none."""
+    if not ckpt_path:
+        return
+    path = Path(ckpt_path).absolute()
+    folders = [path] if path.is_dir() else path.parents[:3]
+    run = next((one for one in folders if (one / IDENTITY).is_file()), None)
+    if run is not None:
+        write_json(run / name, metrics, indent=2)
+
+
 def weights(ckpt_path: str) -> dict[str, Any]:
     """A checkpoint file; of a run's folder, the last one in it, which may hold weights only.
 
@@ -122,17 +134,32 @@ def _complete(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     return ((file, checkpoint) for file, checkpoint in whole(folder) if "method" in checkpoint)
 
 
+def given(logger: bool | Logger | Iterable[Logger] | None) -> list[Logger]:
+    """Those that a user names."""
+    return [logger] if isinstance(logger, Logger) else [] if logger is None or isinstance(logger, bool) else [*logger]
+
+
+@contextmanager
+def only(trainer: Any, loggers: Sequence[Logger]) -> Iterator[None]:
+    """While open, the trainer has no others, so that nothing makes a folder that nobody asked for."""
+    before, trainer.loggers = trainer.loggers, [one for one in trainer.loggers if one in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = before
+
+
 def make_loggers(logger: bool | Logger | Iterable[Logger] | None, root: str) -> list[Logger]:
     """The loggers; first the `CSVLogger` whose folder is the run's, a new one where none is given."""
     if not logger:
         return []
-    given = [] if logger is True else [logger] if isinstance(logger, Logger) else list(logger)
-    given.sort(key=lambda one: not isinstance(one, StockCSVLogger))
-    for one in given:
+    own = given(logger)
+    own.sort(key=lambda one: not isinstance(one, StockCSVLogger))
+    for one in own:
         # What Lightning passes where nothing is asked for, and W&B warns of.
         if isinstance(one, WandbLogger) and one._wandb_init.get("anonymous", "") is None:
             del one._wandb_init["anonymous"]
-    return given if given and isinstance(given[0], StockCSVLogger) else [CSVLogger(root, name=""), *given]
+    return own if own and isinstance(own[0], StockCSVLogger) else [CSVLogger(root, name=""), *own]
 
 
 def agree(loggers: Sequence[Logger], processes: Processes) -> None:
@@ -155,6 +182,8 @@ def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
         if isinstance(logger, CSVLogger):
             # As the logger was given: ModelCheckpoint compares its folder's name with the one it had.
             relative = not os.path.isabs(logger.save_dir)
+            if Path(logger.root_dir).resolve() != resumed.folder.resolve().parent:
+                rank_zero_info(f"the run goes on in {resumed.folder}, not in {logger.root_dir}")
             logger.resume(sys.maxsize, os.path.relpath(resumed.folder) if relative else resumed.folder)
         elif isinstance(logger, StockCSVLogger):
             raise ValueError(
@@ -164,6 +193,19 @@ def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
         elif isinstance(logger, WandbLogger) and "wandb" in identity:
             logger._id = identity["wandb"]
             logger._wandb_init.update(id=identity["wandb"], resume="allow")
+
+
+def check_free(folder: str) -> None:
+    """Of a run without loggers, which has no folder of its own.
+
+    Raises:
+        ValueError: Another run is in it.
+    """
+    if (Path(folder) / IDENTITY).is_file():
+        raise ValueError(
+            f"trainer.default_root_dir: a run is in {folder}, and trainer.logger: false makes no folder for another; "
+            f"go on with it by ckpt_path={folder}, set another default_root_dir, or leave logger out"
+        )
 
 
 def check_start(resumed: Resumption, start: str) -> None:

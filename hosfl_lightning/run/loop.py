@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerStatus
 from torch import Tensor
 
 from hosfl_lightning.callbacks.round_callback import RoundCallback
-from hosfl_lightning.run.divergence import diverged, diverged_half, not_finite
+from hosfl_lightning.run.divergence import Halves, diverged, diverged_half, not_finite
 from hosfl_lightning.run.evaluation import run_evaluation
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.held_out import validate_on_clients, validate_only_on_clients
@@ -36,6 +36,8 @@ class RoundLoop:
 
     def __init__(self, trainer: TrainerFace) -> None:
         self.trainer, self.run, self.settings = trainer, trainer.run, trainer.settings
+        self.halves = Halves(trainer)
+        trainer.server.watchers = [*trainer.server.watchers, self.halves]
         self.waited = 0.0  # for clients, in the present round
 
     def train(self) -> RunResult:
@@ -52,12 +54,16 @@ class RoundLoop:
             run.result = RunResult(first, first)
         result = run.result
         self.end_round()
+        if trainer.announces and trainer.is_global_zero and run.global_step >= self.settings.max_rounds:
+            print(f"nothing left to do: {run.global_step} rounds are done, trainer.max_rounds is "
+                  f"{self.settings.max_rounds}; raise it to go on", flush=True)  # fmt: skip
         trainer.call("on_train_epoch_start")
         while run.global_step < self.settings.max_rounds and not run.should_stop:
             result.seconds.append(self.round(run.global_step))
             due = run.global_step % self.settings.val_check_interval == 0
             if due or trainer.is_last_batch or run.should_stop:
                 result.last = self.validate()
+                self.halves.warn(run.global_step)
             self.end_round()
         if result.last.round < run.global_step:  # resumed at its end by a recipe with fewer rounds
             result.last = self.validate()
@@ -144,8 +150,9 @@ class RoundLoop:
             return None, str(error)
         except NonFiniteError as error:
             fleet.abandon()  # what the server was about to send
-            half = diverged_half(trainer, [], {}) or "server"
-            raise diverged(trainer, half, call.round, str(error)) from error
+            half = diverged_half(trainer, self.halves, [], {}) or self.halves.blamed("server")
+            evidence = f"{error}{self.halves.grown(half)}"
+            raise diverged(trainer, half, call.round, evidence) from error
         except BaseException:
             fleet.abandon()
             raise
@@ -158,11 +165,12 @@ class RoundLoop:
         Raises:
             DivergedError: One has.
         """
-        half = diverged_half(self.trainer, call.clients, refused)
+        half = diverged_half(self.trainer, self.halves, call.clients, refused)
         broken = half and (last or not_finite(self.trainer.lightning_module.trained_state().values()))
         if half is not None and broken:  # where all is finite, other clients may have better answers
             reasons = [f"client {client}: {reason}" for client, reason in refused.items()]
-            raise diverged(self.trainer, half, call.round, reasons[0] if reasons else "NaN or infinity in its weights")
+            evidence = reasons[0] + self.halves.grown(half) if reasons else "NaN or infinity in its weights"
+            raise diverged(self.trainer, half, call.round, evidence)
 
     def check_loss(self, round: int, outcome: Outcome) -> None:
         """Whether it is a number. A control's may be none: the run itself is told of by then.
@@ -171,7 +179,9 @@ class RoundLoop:
             DivergedError: It is not.
         """
         if self.trainer.follows is None and not math.isfinite(float(outcome.loss)):
-            raise diverged(self.trainer, "server", round, f"train/loss is {float(outcome.loss)}")
+            half = self.halves.blamed("server")
+            evidence = f"train/loss is {float(outcome.loss)}{self.halves.grown(half)}"
+            raise diverged(self.trainer, half, round, evidence)
 
     def count_refused(self) -> dict[int, str]:
         """Some refusals only the process of the client knows, others all do."""

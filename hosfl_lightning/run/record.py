@@ -39,6 +39,8 @@ OF_BATCHES = ("batch_size", "eval_batch_size", "seed")
 PROGRESS = ("last_epoch", "verbose", "optimizer", "base_lrs")
 #: Steps at which a schedule that is a function is looked at.
 SAMPLED = (0, 1, 2, 10, 100, 1000)
+#: Of these a difference is told alone.
+CLASSES = ("model.class_path", "data.class_path", "trainer.algorithm.class_path")
 #: Differences that a message names.
 NAMED = 4
 WHICH = "docs/resume.md says what may change"
@@ -172,6 +174,9 @@ def refuse(found: list[tuple[str, Any, Any]], theirs: str, remedy: str) -> None:
     """
     if not found:
         return
+    classes = [one for one in found if one[0] in CLASSES]
+    if classes:  # what is in another class differs anyway
+        found = [(name.removesuffix(".class_path"), mine, other) for name, mine, other in classes]
     told = [f"{name} is {_short(mine)}, {theirs} {_short(other)}" for name, mine, other in found[:NAMED]]
     more = f" (and {len(found) - NAMED} more)" if len(found) > NAMED else ""
     raise CheckpointError(f"ckpt_path: {'; '.join(told)}{more}; {remedy} ({WHICH})")

@@ -15,7 +15,7 @@ from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
-from hosfl_lightning.run.data_check import check_data
+from hosfl_lightning.run.data_check import check_data, set_up
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
 from hosfl_lightning.run.nodes import meet
@@ -110,7 +110,7 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         raise ValueError(f"the data was tokenized for {data.tokenizer_of!r}; make it anew for {model.pretrained!r}")
     trainer.narrate(f"{'reading' if data.tokenizer is None else 'reading and tokenizing'} the data")
     data.prepare_data()
-    data.setup(fn.value)
+    set_up(data, model, fn.value)
     if data.label_names is not None:
         model.name_labels(data.label_names)
     check_data(data, model, fn, None if trainer.serving is None else trainer.serving.validate)

@@ -25,7 +25,7 @@ from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
 from hosfl_lightning.run.wandb_controls import join_group
 from hosfl_lightning.server import Replica, RoundWatcher, Server
-from hosfl_lightning.server.configured import configured
+from hosfl_lightning.server.configured import check_length, configured
 from hosfl_lightning.wire import decode, encode
 
 
@@ -48,6 +48,11 @@ def train(
     initial, started = digest(model.trained_state()), starts(model.trained_state())
     if resumed is not None:
         folder.adopt(trainer.loggers, resumed)
+    if trainer.announces and all(logger.log_dir is None for logger in trainer.loggers):
+        if resumed is not None and resumed.folder is not None:
+            trainer.default_root_dir = str(resumed.folder)
+        else:
+            folder.check_free(trainer.log_dir)
     if trainer.settings.controls:
         join_group(trainer.loggers)
     with session(trainer, model, data, TrainerFn.FITTING):
@@ -103,6 +108,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     else:
         trainer.fleet = kind(endpoint, channel, joint, trainer.processes)
     optimizer, scheduler = configured(model)
+    check_length(scheduler, settings.max_rounds, "model.init_args.lr_scheduler")
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.trained, endpoint.client.optimizer)
     sizes = [p.numel() for p in replica.trained.values()]
@@ -116,6 +122,9 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
         watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],
     )  # fmt: skip
     method.setup(trainer.server)
+    check_length(
+        getattr(method, "client_schedule", None), settings.max_rounds, "trainer.algorithm.init_args.client_scheduler"
+    )
     if trainer.announces:  # a control is compared with nothing
         trainer.run.record = record_of(trainer, agreed, optimizer, scheduler)
 

@@ -42,6 +42,20 @@ def configured(module: SplitModule) -> tuple[torch.optim.Optimizer, Any | None]:
     return optimizer, settings["scheduler"]
 
 
+def check_length(schedule: Any, max_rounds: int, setting: str) -> None:
+    """Refuse a schedule that ends before the run does.
+
+    Raises:
+        ValueError: Names its setting and that of the rounds.
+    """
+    steps = getattr(schedule, "total_steps", None)
+    if isinstance(steps, int) and steps < max_rounds:
+        raise ValueError(
+            f"{setting}: {type(schedule).__name__} ends after total_steps={steps}, trainer.max_rounds is {max_rounds}; "
+            "set total_steps to max_rounds, or fewer rounds"
+        )
+
+
 def _check_closure(module: SplitModule, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that calls for the loss again: λ is of one forward, and the clients wait for it."""
     closure = inspect.signature(optimizer.step).parameters.get("closure")

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitImageClassifier, algorithms
 from hosfl_lightning.algorithms import ClientKind, MixedHOSFL, SplitFedSGD
+from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models import PretrainedError, SplitModule
 from hosfl_lightning.networks import ConvNet
@@ -285,8 +286,21 @@ def test_data_that_do_not_fit_are_refused_with_the_setting(make_orchestrator: Ca
         trainer.fit(classifier(), RandomImages(size=16))
     with pytest.raises(ValueError, match=r"data of client 'client_0': label 2 is not in 0\.\.1; set model.*num_labels"):
         trainer.fit(classifier(), RandomImages(classes=3))
-    with pytest.raises(ValueError, match="data of client 'a': an example has no pixel_values"):
+    with pytest.raises(ValueError, match=r"'a': an example has no pixel_values; for images subclass .*ImageData"):
         classifier().check_examples([Example([1, 2], 0)], "client 'a'")
+
+
+def test_data_of_ones_own_are_told_of_image_data(make_orchestrator: Callable[..., Orchestrator]) -> None:
+    class Without(FederatedDataModule):
+        pass
+
+    class OfText(RandomImages):
+        collate = FederatedDataModule.collate
+
+    trainer = make_orchestrator()
+    for data in (Without(batch_size=2), OfText()):
+        with pytest.raises(ValueError, match=r"for images subclass hosfl_lightning.data.ImageData, whose read returns"):
+            trainer.fit(classifier(), data)
 
 
 def test_a_batch_gets_a_mask_over_all_positions() -> None:

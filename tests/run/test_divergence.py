@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from hosfl_lightning import HOSFL, Orchestrator, algorithms
-from hosfl_lightning.optim import SGD
+from hosfl_lightning.callbacks.round_callback import RoundCallback
+from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.loop import MAX_ATTEMPTS
 from tests.faults import count_writes
 from tests.random_tokens import RandomTokens
-from tests.run.test_record import LENGTHS, Kit
+from tests.run.test_record import LENGTHS, Kit, adam
 
 CLIENT = "lower trainer.algorithm.init_args.client_optimizer.lr and begin anew"
 SERVER = "lower model.init_args.optimizer.lr and begin anew"
-pytestmark = pytest.mark.filterwarnings("ignore:round .* is refused", "ignore:Encountered `nan` values")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:round .* is refused", "ignore:round .* half ", "ignore:Encountered `nan` values"
+)
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +115,35 @@ def test_repeating_a_round_does_not_mend_a_half(
     with pytest.raises(DivergedError):
         fit(kit, None, Breaks("client", 1, value), on_too_few="repeat")
     assert len({attempt for round, attempt in asked if round == 1}) == attempts
+
+
+@pytest.mark.parametrize("simulation", ["batched", "per_client"])
+@pytest.mark.parametrize("rate", [10.0, 1e15])
+def test_a_servers_rate_that_is_too_high(kit: Kit, rate: float, simulation: str) -> None:
+    told = rf"the server half .* since .* {re.escape(SERVER.removesuffix(' and begin anew'))}"
+    with pytest.warns(match=told) if rate < 1e15 else pytest.raises(DivergedError, match=told):
+        fit(kit, None, model={"optimizer": adam(rate)}, max_rounds=5, simulation=simulation)
+
+
+@pytest.mark.parametrize("half", ["client", "server"])
+def test_answers_that_overflow_are_blamed_on_the_half_that_has_grown(kit: Kit, half: str) -> None:
+    class Grows(RoundCallback):
+        def on_answers(self, answers: Any) -> Any:
+            if self.trainer.global_step < 2:
+                return answers
+            for p in getattr(self.trainer.lightning_module, f"{half}_parameters").values():
+                p.data.fill_(1e6)
+            return [replace(answer, coefficients=answer.coefficients + 1e12) for answer in answers]
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.trainer = trainer
+
+    with pytest.raises(DivergedError, match=f"round 2: the {half} half .* beyond .*-fold since the start") as told:
+        fit(kit, HOSFL(), Grows())
+    assert (CLIENT if half == "client" else SERVER) in str(told.value)
+
+
+@pytest.mark.parametrize("rate", [30.0])
+def test_a_client_that_has_run_away_is_told_of(kit: Kit, rate: float) -> None:
+    with pytest.warns(match=r"the client half has grown .*lower trainer\.algorithm\.init_args\.client_optimizer\.lr"):
+        fit(kit, HOSFL(client_optimizer=AdamW(lr=rate)), max_rounds=3)

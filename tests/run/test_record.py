@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, SequentialLR, StepLR
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.availability import Always
@@ -129,7 +129,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "cut": ({"model": {"cut": 2}}, "model.init_args.cut is 2, the run was made with 1"),
     "dtype": ({"model": {"dtype": "bfloat16"}}, "model.init_args.dtype is bfloat16, the run was made with float32"),
     "model's seed": ({"model": {"seed": 3}}, "model.init_args.seed is 3, the run was made with 0"),
-    "model's class": ({"model": {"kind": Smoothed}}, "model.class_path is Smoothed, the run was made with Split"),
+    "model's class": ({"model": {"kind": Smoothed}}, "ckpt_path: model is Smoothed, the run was made with Split"),
     "optimizer": (
         {"model": {"optimizer": adam(kind=torch.optim.SGD, momentum=0.9)}},
         "model.init_args.optimizer.class_path is SGD, the run was made with AdamW",
@@ -344,3 +344,17 @@ def test_a_batch_that_is_another_every_time_is_not_compared() -> None:
     data.setup("fit")
     assert content(data)[2] is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_schedule_that_ends_before_the_run_is_refused_before_round_1(kit: Kit, tmp_path: Path) -> None:
+    def one_cycle(optimizer: Any) -> Any:
+        return OneCycleLR(optimizer, 0.1, total_steps=2)
+
+    there = {"default_root_dir": str(tmp_path), "max_rounds": 3}
+    for setting, model, trainer in (
+        ("model.init_args.lr_scheduler", {"lr_scheduler": one_cycle}, {}),
+        ("trainer.algorithm.init_args.client_scheduler", {}, {"client_scheduler": one_cycle}),
+    ):
+        with pytest.raises(ValueError, match=rf"{setting}: OneCycleLR ends after total_steps=2, trainer.max_rounds is"):
+            kit.fit(model=model, trainer={**there, **trainer})
+    kit.fit(model={"lr_scheduler": one_cycle}, trainer={**there, "max_rounds": 2})

@@ -334,27 +334,31 @@ class TestRefused:
 
 
 class TestUsedFolder:
-    """Without a logger, runs share a folder."""
+    """Runs that are told to share a folder."""
 
+    def settings(self, run: SmallRun) -> dict[str, Any]:
+        logger = CSVLogger(str(run.root), name="", version="runs")
+        return {"logger": logger, "availability": Always(), "replay_log": False}
+
+    @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory")
     def test_the_run_that_goes_on_is_the_last(self, run: SmallRun) -> None:
-        settings: dict[str, Any] = {"logger": False, "availability": Always(), "replay_log": False}
         folder = run.root / "runs"
-        run.fit(**settings | {"max_rounds": 6})
+        run.fit(**self.settings(run) | {"max_rounds": 6})
         ended = load(folder / "checkpoints" / "last.ckpt")
-        interrupted(run, 0, **settings)
-        again = run.fit(ckpt_path=folder, **settings)
+        interrupted(run, 0, **self.settings(run))
+        again = run.fit(ckpt_path=folder, **self.settings(run))
         assert again.run.result is not None
         assert len(again.run.result.seconds) == 4, "from its own start"
         assert plain(load(folder / "checkpoints" / "last.ckpt.before")) == plain(ended)
 
+    @pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:Checkpoint directory")
     def test_killed_while_the_earlier_run_is_set_aside(self, run: SmallRun) -> None:
-        settings: dict[str, Any] = {"logger": False, "availability": Always(), "replay_log": False}
-        run.fit(**settings)
+        run.fit(**self.settings(run))
         with pytest.raises(Killed), killed_at(1):
-            run.fit(**settings)
+            run.fit(**self.settings(run))
         assert (run.root / "runs" / "checkpoints" / "last.ckpt").exists()
         with pytest.raises(CheckpointError, match=r"has no run\.json"):
-            run.fit(ckpt_path=run.root / "runs", **settings)
+            run.fit(ckpt_path=run.root / "runs", **self.settings(run))
 
 
 class Elsewhere(DummyLogger):

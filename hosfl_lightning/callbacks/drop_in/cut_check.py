@@ -26,6 +26,20 @@ class CutError(ValueError):
     """The cut, or the parameters named for the client, do not fit the module."""
 
 
+def check_cut(cut: Any) -> None:
+    """A name, before there is a module to look it up in.
+
+    Raises:
+        CutError: It is none.
+    """
+    if not isinstance(cut, str):
+        raise CutError(f"cut: give the submodule's name as a string, such as 'net.2' (one of [name for name, _ in "
+                       f"model.named_modules()]), got {type(cut).__name__}")  # fmt: skip
+    if not cut:
+        raise CutError("cut: '' is the whole module, above which nothing is left; give the name of a submodule, one of "
+                       "[name for name, _ in model.named_modules()]")  # fmt: skip
+
+
 def client_parameters(module: nn.Module, cut: str, client: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """θ_c by name, in ``named_parameters()`` order.
 

@@ -16,9 +16,10 @@ from hosfl_lightning.aggregation import combine
 from hosfl_lightning.callbacks.communication_monitor import CommunicationMonitor
 from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAggregation
 from hosfl_lightning.callbacks.drop_in import trainer_check
+from hosfl_lightning.callbacks.drop_in.cut_check import check_cut
 from hosfl_lightning.callbacks.drop_in.lower_part import LowerPart
 from hosfl_lightning.callbacks.drop_in.replayed_client import ReplayedClient, ReplayedLocalClient
-from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.resumed import check_loaded, resume
 from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
@@ -26,6 +27,7 @@ from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Anchor
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
+from hosfl_lightning.optim.growth import Growth, SilentProbes
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.wire import ProjectedGradients
 
@@ -109,6 +111,7 @@ class HybridOrder(Callback):
         verify: bool = True,
         schedule: Policy = "follow",
     ) -> None:
+        check_cut(cut)
         estimator = check_probe_settings(probes, mu, estimator, distribution, ESTIMATORS)
         check_policy(schedule)
         SharedDirections(seed, 0, probes, distribution)  # refuses a seed out of range
@@ -158,6 +161,7 @@ class HybridOrder(Callback):
         self.lower.attach()
         self._client = (ReplayedLocalClient if self.local else ReplayedClient)(self.lower, self.rule, self.settings)
         resume("HybridOrder", self._client.optimizer, self.rule, self._restored, self._identity)
+        self._probes = SilentProbes(Growth(self._client.optimizer.parameters), "the part below the cut", "rule.lr")
         self._rates = Schedule(trainer, pl_module, self.schedule, self._restored.get("peaks", ()))
         self._restored = {}
         self._checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
@@ -256,10 +260,12 @@ class HybridOrder(Callback):
         assert self._client is not None
         optimizer, basis = self._client.optimizer, self._client.basis().describe()
         rows = trainer.strategy.all_gather(total).view(trainer.world_size, -1)
-        trainer_check.refuse_divergence(rows, optimizer.steps)
+        trainer_check.refuse_divergence("HybridOrder", rows, optimizer.steps)
         answers = [ProjectedGradients(optimizer.steps, k, basis, row, num_terms=1) for k, row in enumerate(rows)]
         update = combine(answers, optimizer, mu=optimizer.smoothing)
         self.aggregation.on_update(update)
+        if trainer_check.waited_for(trainer, update.coefficients):
+            self._probes.saw(update.coefficients, optimizer.steps)
         self._client.apply(update)
 
     def _report(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -270,6 +276,11 @@ class HybridOrder(Callback):
             self.monitor.exchanged("projected_gradients", self._total.nbytes, trainer.world_size, pl_module)
 
     # ---- checkpoints
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether a run can go on from it."""
+        check_loaded(self, trainer, checkpoint, {"cut": self.cut})
 
     @override
     def state_dict(self) -> dict[str, Any]:

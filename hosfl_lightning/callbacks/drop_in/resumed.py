@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from hosfl_lightning.arguments import plain
 from hosfl_lightning.optim import UpdateRule, ZerothOrder
@@ -33,3 +38,29 @@ def resume(callback: str, optimizer: ZerothOrder, rule: UpdateRule, state: dict[
     optimizer.load_state_dict(state["optimizer"])
     for group in optimizer.param_groups:
         group["lr"] = rule.lr
+
+
+def check_loaded(callback: Callback, trainer: Trainer, checkpoint: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Of a run that goes on, before torch compares the sizes of its optimizer's groups.
+
+    Args:
+        callback: Which probes.
+        trainer: Evaluations take any weights.
+        checkpoint: The whole of it.
+        own: Settings that decide what the module's optimizer trains.
+
+    Raises:
+        ValueError: It was written without the callback, or with others.
+    """
+    if trainer.state.fn is not TrainerFn.FITTING:
+        return
+    name, state = type(callback).__name__, checkpoint.get("callbacks", {}).get(callback.state_key)
+    if state is None:
+        raise ValueError(
+            f"ckpt_path: the checkpoint was written without {name}, so there is no state of what it trains, and the "
+            "module's optimizer has another; to begin anew from its weights: "
+            'model.load_state_dict(torch.load(path)["state_dict"]), and fit without ckpt_path'
+        )
+    for setting, value in own.items():
+        if state.get(setting, value) != value:
+            raise ValueError(f"ckpt_path: {name} was saved with {setting}={state[setting]}, now it is {value}")

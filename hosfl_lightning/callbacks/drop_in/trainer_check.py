@@ -138,12 +138,19 @@ def refuse_an_unheard_backward() -> None:
                      "cut was never read; call it in place of loss.backward()")  # fmt: skip
 
 
-def refuse_divergence(answers: Tensor, step: int) -> None:
-    """What the ranks answered to λ is to be applied.
+def refuse_divergence(name: str, answers: Tensor, step: int) -> None:
+    """What the ranks answered is to be applied.
 
     Raises:
         ValueError: Some of it is not finite.
     """
     if not answers.isfinite().all():
-        raise ValueError(f"HybridOrder: at step {step} the loss or its gradient at the cut is not finite; lower "
-                         "rule.lr or the optimizer's learning rate")  # fmt: skip
+        cut = name == "HybridOrder"
+        what, also = ("or its gradient at the cut ", " or the optimizer's learning rate") if cut else ("", "")
+        raise ValueError(f"{name}: at step {step} the loss {what}is not finite; lower rule.lr{also}")
+
+
+def waited_for(trainer: Trainer, tensor: Tensor) -> bool:
+    """Whether the host may look at it: it is there, or this is a step whose figures the Trainer logs."""
+    every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+    return tensor.device.type == "cpu" or not trainer.global_step % every

@@ -18,11 +18,12 @@ from typing_extensions import override
 from hosfl_lightning.callbacks.drop_in import trainer_check
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.drop_in.repeat_check import check_repeats
-from hosfl_lightning.callbacks.drop_in.resumed import resume
+from hosfl_lightning.callbacks.drop_in.resumed import check_loaded, resume
 from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
+from hosfl_lightning.optim.growth import Growth, SilentProbes
 from hosfl_lightning.optim.randomness import SameRandomness
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server.server import loss_of
@@ -115,6 +116,7 @@ class ZerothOrderTraining(Callback):
         """Take the parameters from the module's optimizer, now that they are on their device, and its backward."""
         self._optimizer = self._take_over(trainer, pl_module)
         resume("ZerothOrderTraining", self._optimizer, self.rule, self._restored, self._identity)
+        self._probes = SilentProbes(Growth(self._optimizer.parameters), "what is trained", "rule.lr")
         self._rates = Schedule(trainer, pl_module, self.schedule, self._restored.get("peaks", ()))
         self._restored = {}
         self._checked = False
@@ -195,6 +197,9 @@ class ZerothOrderTraining(Callback):
         # Gathered and summed in rank order, so that all ranks have the same bits.
         rows: Any = pl_module.all_gather(values)
         values = rows.view(-1, len(values)).mean(0)
+        if trainer_check.waited_for(trainer, values):
+            trainer_check.refuse_divergence("ZerothOrderTraining", values, self._optimizer.steps)
+            self._probes.saw(values, self._optimizer.steps)
         for group, factor in zip(self._optimizer.param_groups, self._rates.factors(optimizer)):
             group["lr"] = self.rule.lr * factor
         self._optimizer.record(values)
@@ -213,6 +218,11 @@ class ZerothOrderTraining(Callback):
             pl_module.log("zeroth_order/lr", self._optimizer.param_groups[0]["lr"])
 
     # ---- checkpoints
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Whether a run can go on from it."""
+        check_loaded(self, trainer, checkpoint, {})
 
     @property
     def _identity(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import OPTConfig, OPTForCausalLM
 
+import hosfl_lightning
 from hosfl_lightning.callbacks.drop_in.cut_check import CutError, check_gradient, client_parameters
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from tests.callbacks.drop_in.plain_modules import CLASSES, FEATURES, LIGHTNING_WARNINGS, Sequential, fit, hybrid, mlp
@@ -364,3 +365,17 @@ def test_a_word_names_what_is_before_the_cut() -> None:
 def test_a_name_goes_before_a_word() -> None:
     module = nn.ModuleDict({"norm": nn.Linear(2, 2), "other": nn.LayerNorm(2), "head": nn.Linear(2, 2)})
     assert [*client_parameters(module, "head", ["norm"])] == ["norm.weight", "norm.bias"]
+
+
+@pytest.mark.parametrize(
+    ("cut", "message"),
+    [
+        (2, "give the submodule's name as a string.*got int"),
+        (nn.Linear(1, 1), "give the submodule's name as a string.*got Linear"),
+        (None, "as a string.*got NoneType"),
+        ("", "'' is the whole module.*give the name of a submodule"),
+    ],
+)
+def test_a_cut_that_is_no_name_is_refused_when_it_is_given(cut: Any, message: str) -> None:
+    with pytest.raises(CutError, match=message):
+        hosfl_lightning.HybridOrder(cut)

@@ -18,6 +18,7 @@ from hosfl_lightning.callbacks import (
     DimensionFreeAggregation,
     LagrangianUpdate,
     PeakMemoryMonitor,
+    ZerothOrderTraining,
 )
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.optim import SGD, AdamW
@@ -270,6 +271,25 @@ def test_a_trainer_without_it_is_told_which_callback_it_lacks(tmp_path: Path) ->
     lacking = pytest.warns(UserWarning, match="Please add the following callbacks: .*'HybridOrder'")
     with lacking, pytest.raises(ValueError, match="parameter group that doesn't match the size"):
         fit(Parts(), max_epochs=2, ckpt_path=tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("named", ["trainable", "all"])
+def test_a_checkpoint_of_a_trainer_without_it_is_refused_before_torch_compares(tmp_path: Path, named: str) -> None:
+    class Named(Parts):
+        def configure_optimizers(self) -> Any:
+            chosen = [p for p in self.parameters() if named == "all" or p.requires_grad]
+            return torch.optim.SGD(chosen, lr=0.1)
+
+    plain = fit(Named())
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    for callback in (HybridOrder("head"), ZerothOrderTraining()):
+        with pytest.raises(ValueError, match="ckpt_path: the checkpoint was written without"):
+            fit(Named(), callback, max_epochs=2, ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_a_checkpoint_of_another_cut_is_refused_before_torch_compares(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"HybridOrder was saved with cut=net.2, now it is net.1"):
+        fit(mlp(), hybrid("net.1"), max_epochs=2, ckpt_path=checkpoint)
 
 
 def test_a_resumed_run_has_the_learning_rate_of_its_rule(checkpoint: Path) -> None:

@@ -515,3 +515,28 @@ def test_strategies_that_divide_parameters_or_run_steps_later_are_refused(kind: 
     with pytest.raises(ValueError, match=f"strategy={kind.__name__}: {type(order).__name__} probes whole parameters"):
         set_up()
     order.teardown(trainer, mlp(), "fit")
+
+
+# ---- it diverges
+
+
+class Diverges(Sequential):
+    """Its loss is no number from a batch on."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (torch.nan if batch_idx else 1.0)
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run() -> None:
+    with pytest.raises(ValueError, match=r"ZerothOrderTraining: at step 1 the loss is not finite; lower rule\.lr"):
+        fit(Diverges(*mlp().net), zeroth())
+
+
+@pytest.mark.parametrize("kind", ["HybridOrder", "ZerothOrderTraining"])
+def test_probes_that_are_lost_in_what_has_run_away_are_told_of(kind: str) -> None:
+    rule = SGD(lr=1e12)
+    module = Sequential(nn.Linear(6, 8), nn.Sigmoid(), nn.Linear(8, 3))
+    callback = HybridOrder("net.2", rule, mu=1e-2) if kind == "HybridOrder" else ZerothOrderTraining(rule, mu=1e-2)
+    with pytest.warns(match="exactly 0: .* has grown .*-fold since the start, it has diverged; lower rule.lr") as seen:
+        fit(module, callback)
+    assert sum("exactly 0" in str(one.message) for one in seen) == 1
