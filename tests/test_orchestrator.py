@@ -449,7 +449,7 @@ class TestResume:
         trainer.save_checkpoint(path)
         with pytest.raises(CheckpointError, match=r"model\.init_args\.cut is 3, the run was made with 2"):
             make_orchestrator().fit(make_model(cut=3), data, ckpt_path=path)
-        with pytest.raises(CheckpointError, match=r"trainer\.algorithm\.class_path is Frozen, .* with HOSFL"):
+        with pytest.raises(CheckpointError, match=r"trainer\.algorithm is Frozen, .* with HOSFL"):
             make_orchestrator(Frozen()).fit(make_model(), data, ckpt_path=path)
         trainer.save_checkpoint(path, weights_only=True)
         with pytest.raises(CheckpointError, match="weights only"):
