@@ -15,7 +15,7 @@ from hosfl_lightning.clients.connection import Backoff, Connection
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.data import FederatedDataModule
-from hosfl_lightning.data.contract import check_clients, check_examples, check_held_out
+from hosfl_lightning.data.contract import DataContractError, check_clients, check_examples, check_held_out
 from hosfl_lightning.link.credentials import Site, channel_options
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.link.loopback import check_address, check_plain
@@ -152,7 +152,9 @@ def _own_data(terms: Terms, module: SplitModule, data: FederatedDataModule, inde
             "number of the one that is this machine's"
         )
     if own not in data.holders:
-        raise ValueError(f"data: client {own}, which is this machine's, holds no example, so it has no part in the run")
+        raise DataContractError(
+            f"data: client {own}, which is this machine's, holds no example, so it has no part in the run"
+        )
     check_held_out(data)
     for examples, owner in ((data.clients[own], "this client"), (data.validation_set, "validation")):
         check_examples(data, examples, owner)

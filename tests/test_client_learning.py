@@ -286,8 +286,8 @@ class TestPictures:
         there, gone = "shakespeare, cut 3, strong server, 8 clients", "shakespeare, cut 2, strong server, 8 clients"
         for figure in figures:
             words = figure.get_supxlabel().replace("\n", " ")
-            assert f"as the controls have no gap between them: {gone}." in words
-            assert f"as no share is known of them: {failed} in {there}." in words
+            assert f"as the controls have no gap between them: {gone!r}." in words
+            assert f"as no share is known of them: '{failed} in {there}'." in words
         assert [axes.get_title(loc="left") for axes in figures[0].axes if axes.axison] == [there]
         assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["side adapter"]
 

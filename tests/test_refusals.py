@@ -286,7 +286,7 @@ class TestOneClientIsRefused:
             def on_train_batch_start(self, *args: Any) -> None:
                 monkeypatch.setattr(SplitCausalLM, "training_step", lambda *args: step(*args) * torch.nan)
 
-        with pytest.raises(DivergedError, match=r"the server half .*\(multiplier: .* NaN or infinite\)"):
+        with pytest.raises(DivergedError, match=r"the server half .*\(multiplier: .* NaN or infinite"):
             make_orchestrator(max_rounds=1, simulation=simulation, callbacks=[Breaks()]).fit(model, data)
         assert same_bits(state_of(model), before)
 
@@ -321,6 +321,7 @@ class TestOneClientIsRefused:
 class TestAnAttacker:
     """One of five clients answers with the opposite, a thousand times as large: below the limit, so it is heard."""
 
+    @pytest.mark.filterwarnings("ignore:round .* has grown")
     def test_bends_the_mean_at_will_and_a_robust_rule_hardly(
         self, make_model: MakeModel, make_orchestrator: MakeOrchestrator
     ) -> None:

@@ -195,17 +195,10 @@ def adopt(loggers: Sequence[Logger], resumed: Resumption) -> None:
             logger._wandb_init.update(id=identity["wandb"], resume="allow")
 
 
-def check_free(folder: str) -> None:
-    """Of a run without loggers, which has no folder of its own.
-
-    Raises:
-        ValueError: Another run is in it.
-    """
+def tell_of_another(folder: str) -> None:
+    """Say that a run without loggers, which has no folder of its own, replaces the one that is there."""
     if (Path(folder) / IDENTITY).is_file():
-        raise ValueError(
-            f"trainer.default_root_dir: a run is in {folder}, and trainer.logger: false makes no folder for another; "
-            f"go on with it by ckpt_path={folder}, set another default_root_dir, or leave logger out"
-        )
+        rank_zero_info(f"trainer.logger: false makes no folder for a run, so this one replaces the one in {folder}")
 
 
 def check_start(resumed: Resumption, start: str) -> None:

@@ -52,7 +52,7 @@ def train(
         if resumed is not None and resumed.folder is not None:
             trainer.default_root_dir = str(resumed.folder)
         else:
-            folder.check_free(trainer.log_dir)
+            folder.tell_of_another(trainer.log_dir)
     if trainer.settings.controls:
         join_group(trainer.loggers)
     with session(trainer, model, data, TrainerFn.FITTING):

@@ -24,7 +24,7 @@ from hosfl_lightning.algorithms import (
 )
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.optim import SGD
-from hosfl_lightning.wire import WireError
+from hosfl_lightning.run.divergence import DivergedError
 from tests.algorithms.two_layers import Points, TwoLayers, orchestrator, sgd
 from tests.small_run import plain
 
@@ -74,7 +74,7 @@ def test_a_round_that_breaks_off_leaves_both_halves_as_they_were(kind: type[Any]
     """The server's first step makes its weights so large that the next multiplier is no number."""
     diverging = model(optimizer=sgd(3e38))
     start = plain({name: tensor.clone() for name, tensor in diverging.trained_state().items()})
-    with pytest.raises(WireError, match="multiplier"):
+    with pytest.raises(DivergedError, match="multiplier"):
         orchestrator(kind(SGD(lr=0.1), local_steps=2), tmp_path).fit(diverging, Points())
     assert plain(diverging.trained_state()) == start
 

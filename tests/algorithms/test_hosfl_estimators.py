@@ -289,7 +289,9 @@ class TestRefused:
         algorithm: Any,
     ) -> None:  # fmt: skip
         model = make_model(lora=Lora(client=None, server=SERVER))
-        with pytest.raises(ValueError, match=r"lora\.client: null and no side adapter.*set lora\.client or side"):
+        with pytest.raises(
+            ValueError, match=r"lora\.client: null and no side adapter.*set lora\.client, side or client_parameters"
+        ):
             make_orchestrator(algorithm).fit(model, data)
         assert not (tmp_path / "runs").exists()
         make_orchestrator(Frozen(), max_rounds=1).fit(model, data)

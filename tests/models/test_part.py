@@ -220,7 +220,7 @@ def test_a_model_that_is_not_there_names_the_setting(tmp_path: Path, monkeypatch
         lambda m: m.configure_optimizers(),
         lambda m: m(**batch()),
         lambda m: m.logits(batch()),
-        lambda m: m.training_step({"z": torch.zeros(1, 2, 32), **batch()}, 0),
+        lambda m: m.training_step({"z": torch.zeros(1, 2, 32), **batch(), "labels": batch()["input_ids"]}, 0),
         lambda m: m.validation_step({**batch(), "labels": batch()["input_ids"]}, 0),
         lambda m: m.test_step({**batch(), "labels": batch()["input_ids"]}, 0),
         lambda m: m.predict_step(batch(), 0),

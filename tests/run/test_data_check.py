@@ -153,7 +153,7 @@ def test_an_evaluation_asks_only_for_what_it_uses(make_model: MakeModel, make_or
 
 def test_a_client_elsewhere_checks_its_own(make_model: MakeModel) -> None:
     terms: Any = SimpleNamespace(client=1)
-    for clients, reason in (([[SOUND], []], "Mine: client 1, which is this one, has no examples"),
+    for clients, reason in (([[SOUND], []], "data: client 1, which is this machine's, holds no example"),
                             ([[SOUND], [{}]], "Mine: example 0 of this client: a dict has no"),
                             ([], r"Mine\.setup left clients empty")):  # fmt: skip
         data = Mine()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hosfl_lightning.loggers import CSVLogger
+from hosfl_lightning.run import folder
 from tests.faults import count_writes
 from tests.random_tokens import RandomTokens
 from tests.run.test_record import LENGTHS, Kit
@@ -38,13 +39,16 @@ def test_a_logger_that_is_given_is_written(kit: Kit, tmp_path: Path) -> None:
     assert (tmp_path / "version_0" / "metrics.csv").is_file()
 
 
-def test_a_second_run_without_loggers_does_not_take_the_place_of_the_first(kit: Kit, tmp_path: Path) -> None:
+def test_a_second_run_without_loggers_says_that_it_takes_the_place_of_the_first(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(folder, "rank_zero_info", said.append)
     without = {"logger": False, "default_root_dir": str(tmp_path)}
     kit.fit(trainer=without)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"trainer.default_root_dir: a run is in .*ckpt_path=.*or leave logger out"):
-        kit.fit(trainer=without)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not said
+    kit.fit(trainer=without)
+    assert said == [f"trainer.logger: false makes no folder for a run, so this one replaces the one in {tmp_path}"]
 
 
 def test_a_run_that_goes_on_without_loggers_stays_in_its_folder(

@@ -42,6 +42,7 @@ def test_no_gap_where_a_loss_is_no_number(loss: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the two sides of a probe")
+@pytest.mark.filterwarnings("ignore:round 1. the server half is not finite")
 def test_a_run_that_diverges_leaves_json_without_nan(
     make_model: Callable[..., Any], make_orchestrator: Callable[..., Any], data: Any
 ) -> None:
