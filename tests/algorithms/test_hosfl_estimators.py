@@ -289,9 +289,8 @@ class TestRefused:
         algorithm: Any,
     ) -> None:  # fmt: skip
         model = make_model(lora=Lora(client=None, server=SERVER))
-        with pytest.raises(
-            ValueError, match=r"lora\.client: null and no side adapter.*set lora\.client, side or client_parameters"
-        ):
+        says = r"lora\.client: null and no side adapter.*set lora\.client, side or client_parameters"
+        with pytest.raises(ValueError, match=says):
             make_orchestrator(algorithm).fit(model, data)
         assert not (tmp_path / "runs").exists()
         make_orchestrator(Frozen(), max_rounds=1).fit(model, data)

@@ -104,7 +104,7 @@ def test_more_a_round_than_hold_something_is_refused_by_name(make_model: MakeMod
         fit(make_model, tmp_path, RandomTokens(LENGTHS), clients_per_round=5)
     with pytest.raises(ValueError, match=r"trainer.min_clients is 5, but a round has 4 clients"):
         fit(make_model, tmp_path, RandomTokens(LENGTHS), min_clients=5)
-    with pytest.raises(ValueError, match="RandomTokens.setup gave 2 clients, and none of them an example"):
+    with pytest.raises(ValueError, match=r"RandomTokens.setup gave 2 clients, and none of them an example"):
         fit(make_model, tmp_path, RandomTokens([[], []]))
 
 
