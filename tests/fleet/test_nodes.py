@@ -28,7 +28,7 @@ from tests.fleet.test_ranks import ENVIRONMENT
 from tests.fleet.two_ranks import left, run
 from tests.recipe_runs import QUICKSTART, ROOT, small
 
-TIMEOUT = 100
+TIMEOUT = 300
 LOOPBACK = "127.0.0.1"
 
 pytestmark = [
