@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
-from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
+from hosfl_lightning.data.checks import check_at_least, check_choice
 from hosfl_lightning.data.labels import LabelSet, check_from_zero, infer_labels, read_label_names
-from hosfl_lightning.data.partition import Partitioner, spelled
+from hosfl_lightning.data.partition import Partitioner
 from hosfl_lightning.data.prompt import LabelWords, PromptEncoder
 from hosfl_lightning.data.readers import Reader
 from hosfl_lightning.data.records import RecordData
@@ -105,26 +105,21 @@ class ClassificationData(RecordData):
         delimiter: str | None = None,
         on_missing: OnMissing = "error",
     ) -> None:
-        check_at_least(1, num_labels=num_labels, num_clients=num_clients, max_length=max_length)
+        check_at_least(1, num_labels=num_labels, max_length=max_length)
         check_at_least(0, min_examples_per_client=min_examples_per_client)
-        check_at_least(1, max_train_examples=max_train_examples)
-        check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
-        check_fraction(validation_fraction=validation_fraction)
         check_choice(("iid", "dirichlet", "field"), partition=partition)
-        if partition == "field" and field is None:
-            raise ValueError("field: partition=field needs the name of the field to go by")
-        if partition != "field" and num_clients is None and partitioner is None:
-            raise ValueError(f"num_clients: partition={partition} needs the number of clients")
         if (prompt is None) != (label_words is None):
             raise ValueError("prompt and label_words go together: give both, or neither for a classifier")
         settings = {"alpha": alpha, "field": field, "min_examples_per_client": min_examples_per_client}
         super().__init__(
-            sources={"train": train, "validation": validation, "test": test},
-            limits={"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples},
+            sources=(train, validation, test),
+            limits=(max_train_examples, max_validation_examples, max_test_examples),
             reader=Reader(encoding, delimiter, on_missing, hub, hub_config),
             validation_fraction=validation_fraction,
             num_clients=num_clients,
-            partitioner=spelled(partitioner, partition, **settings),
+            partition=partition,
+            partitioner=partitioner,
+            words=settings,
             batch_size=batch_size, eval_batch_size=eval_batch_size, tokenizer=tokenizer, seed=seed,
         )  # fmt: skip
         self.text_field = text_field

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
 from hosfl_lightning.data.chat import OWN, ChatTemplate, Message, read_messages
-from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction
+from hosfl_lightning.data.checks import check_at_least, check_choice
 from hosfl_lightning.data.instruction_encoding import DROPPED, ChatEncoder, PairEncoder
 from hosfl_lightning.data.notice import say
-from hosfl_lightning.data.partition import Partitioner, spelled
+from hosfl_lightning.data.partition import Partitioner
 from hosfl_lightning.data.readers import Reader
 from hosfl_lightning.data.records import RecordData
 from hosfl_lightning.data.rows import OnMissing, Row
@@ -101,26 +101,21 @@ class InstructionData(RecordData):
         on_missing: OnMissing = "error",
     ) -> None:
         check_at_least(2, max_length=max_length)
-        check_at_least(1, num_clients=num_clients, max_train_examples=max_train_examples)
-        check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
-        check_fraction(validation_fraction=validation_fraction)
         check_choice(("iid", "field"), partition=partition)
         check_choice(("response", "all"), train_on=train_on)
-        if partition == "field" and field is None:
-            raise ValueError("field: partition=field needs the name of the field to go by")
-        if partition == "iid" and num_clients is None and partitioner is None:
-            raise ValueError("num_clients: partition=iid needs the number of clients")
         if prompt_template is not None and not _SLOT.search(prompt_template):
             raise ValueError(f"prompt_template={prompt_template!r} must name a field of the record, such as {{prompt}}")
         if prompt_template is not None and messages_field is not None:
             raise ValueError("prompt_template is for pairs, and there is a messages_field: set chat_template instead")
         super().__init__(
-            sources={"train": train, "validation": validation, "test": test},
-            limits={"train": max_train_examples, "validation": max_validation_examples, "test": max_test_examples},
+            sources=(train, validation, test),
+            limits=(max_train_examples, max_validation_examples, max_test_examples),
             reader=Reader(encoding, delimiter, on_missing, hub, hub_config),
             validation_fraction=validation_fraction,
             num_clients=num_clients,
-            partitioner=spelled(partitioner, partition, field=field),
+            partition=partition,
+            partitioner=partitioner,
+            words={"field": field},
             batch_size=batch_size, eval_batch_size=eval_batch_size, tokenizer=tokenizer, seed=seed,
         )  # fmt: skip
         self.prompt_field = prompt_field

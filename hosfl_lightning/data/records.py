@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hosfl_lightning.data.checks import check_at_least, check_fraction
 from hosfl_lightning.data.federated import FederatedDataModule
-from hosfl_lightning.data.partition import ByField, Partitioner, fixed_subset
+from hosfl_lightning.data.partition import ByField, Partitioner, fixed_subset, spelled
 from hosfl_lightning.data.readers import Reader
 from hosfl_lightning.data.rows import Row
 from hosfl_lightning.data.tables import ClassNames
 
+SPLITS = ("train", "validation", "test")
 #: A file, folder or glob, several of them, or a split on the hub.
 Source = str | Sequence[str]
 
@@ -19,29 +21,40 @@ class RecordData(FederatedDataModule):
     """Base of `ClassificationData` and `InstructionData`: reads, holds out and deals; a subclass encodes.
 
     Args:
-        sources: Of `train`, `validation` and `test`; None: no such split.
+        sources: Of `SPLITS`; None: no such split.
         limits: The most examples of each; None: all.
         reader: How the sources are read.
         validation_fraction: Share of the training examples held out when there is no validation source.
         num_clients: As the user has given it.
-        partitioner: Says which client holds which training examples.
+        partition: The word for a partition.
+        words: What belongs to the word, as in `spelled`.
+        partitioner: An object in its place, or None.
         base: Arguments of `FederatedDataModule`.
     """
 
     def __init__(
         self,
-        sources: dict[str, Source | None],
-        limits: dict[str, int | None],
+        sources: Sequence[Source | None],
+        limits: Sequence[int | None],
         reader: Reader,
         validation_fraction: float,
         num_clients: int | None,
-        partitioner: Partitioner,
+        partition: str,
+        words: dict[str, Any],
+        partitioner: Partitioner | None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        self.sources, self.limits, self.reader = sources, limits, reader
-        self.validation_fraction = validation_fraction
-        self.requested_clients, self.partitioner = num_clients, partitioner
+        most = {f"max_{split}_examples": limit for split, limit in zip(SPLITS, limits)}
+        check_at_least(1, num_clients=num_clients, **most)
+        check_fraction(validation_fraction=validation_fraction)
+        if partition == "field" and words["field"] is None:
+            raise ValueError("field: partition=field needs the name of the field to go by")
+        if partition != "field" and num_clients is None and partitioner is None:
+            raise ValueError(f"num_clients: partition={partition} needs the number of clients")
+        self.sources, self.limits = dict(zip(SPLITS, sources)), dict(zip(SPLITS, limits))
+        self.reader, self.validation_fraction = reader, validation_fraction
+        self.requested_clients, self.partitioner = num_clients, spelled(partitioner, partition, **words)
 
     def needs(self, row: Row) -> None:
         """Ask a record for what every example must have."""

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,15 +92,6 @@ class TestLabels:
             assert said(example, tokenizer) == ["hi. You</s>", "no hi</s>", "good\n</s>"]
             whole = "<s> " + "".join(MISTRAL.chat(*p) for p in TURNS_OF_CHAT)
             assert tokenizer.decode(example.input_ids).split() == whole.replace("</s>", "</s> ").split()
-
-    @pytest.mark.parametrize("name", ["smollm2_135m", "gemma3_270m"])
-    def test_with_a_real_model_of_chats(self, name: str, real_data: Any) -> None:
-        folder: Path = real_data(name)
-        if not (folder / "tokenizer.json").is_file():
-            pytest.skip(f"no tokenizer in {folder}; its README.md says how to get one")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        example = ChatEncoder(ChatTemplate("tokenizer", tokenizer), 999, False)(conversation(), "")
-        assert [text.split("<")[0].strip() for text in said(example, tokenizer)] == ["hi. You", "no hi", "good"]
 
 
 class TestRefused:

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hosfl_lightning.loggers import CSVLogger
 from hosfl_lightning.run import folder
-from tests.faults import count_writes
 from tests.random_tokens import RandomTokens
 from tests.run.test_record import LENGTHS, Kit
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
-    with count_writes():
-        kit = Kit(tmp_path_factory.mktemp("kit"))
-        kit.fit()
-        yield kit
 
 
 def test_an_evaluation_makes_no_folder_and_leaves_its_metrics_in_the_run(kit: Kit, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.run.checkpoint import CheckpointError, load, save
 from hosfl_lightning.run.record import MAY_CHANGE
 from hosfl_lightning.split import Lora, LoraHalf
-from tests.faults import count_writes
 from tests.random_tokens import RandomTokens
 from tests.recipe_runs import tiny_pretrained
 from tests.run.test_resume import without_record
@@ -103,14 +101,6 @@ class Kit:
         made = self.trainer(**trainer or {})
         made.fit(self.model(**model or {}), data or RandomTokens(LENGTHS), str(ckpt_path) if ckpt_path else None)
         return made
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kit]:
-    with count_writes():
-        kit = Kit(tmp_path_factory.mktemp("kit"))
-        kit.fit()
-        yield kit
 
 
 #: Changed, and what the message says: the setting, its value here, its value in the run.
