@@ -41,6 +41,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "recipes": "llama",
     "resnet18": "ResNet",
+    "smollm2": "llama",
     "stories260k": "llama",
     "tiny_lm": "llama",
     "vision": "MobileNetV2",
