@@ -62,12 +62,13 @@ def cost(half: ServerHalf, z: Tensor, targets: Tensor, loss: Callable[..., Tenso
     value = loss(half, z, targets)
     torch.autograd.grad(value, z)
     seconds = time.process_time() - began
+    found = float(value.detach())
     del value
     meter = MemoryMeter()
     meter.adopt("held", [*half.parameters(), *half.buffers(), z, targets])
     with meter, meter.role("step"):
         torch.autograd.grad(loss(half, z, targets), z)
-    return float(loss(half, z, targets).detach()), seconds, meter.peak("step") / 2**20
+    return found, seconds, meter.peak("step") / 2**20
 
 
 def main() -> None:
@@ -88,9 +89,8 @@ def main() -> None:
                 continue
             value, seconds, peak = cost(half, z, targets, way)
             shape, count = f"{batch} x {length}", int((targets != IGNORE).sum())
-            print(
-                f"| {shape} | {kind}, {count:,} | {name} | {value:.6f} | {seconds:.1f} | {peak:,.0f} | {peak - least:,.0f} |"
-            )
+            figures = f"{value:.6f} | {seconds:.1f} | {peak:,.0f} | {peak - least:,.0f}"
+            print(f"| {shape} | {kind}, {count:,} | {name} | {figures} |")
 
 
 if __name__ == "__main__":
