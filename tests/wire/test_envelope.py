@@ -32,7 +32,7 @@ DATA = encode(REQUEST, RUN)
 KINDS = [
     "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
     "probed_data", "coded_gradient", "step_request", "probe_request", "round_end", "terms", "hello", "bye",
-    "held_out_request",
+    "held_out_request", "acknowledgement",
 ]  # fmt: skip
 
 
