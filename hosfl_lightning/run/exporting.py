@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from hosfl_lightning.files import write_whole
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.rendering import listed
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.by_client import OwnHalves, held_by, of_checkpoint, own_halves
@@ -39,7 +40,8 @@ def export(trainer: TrainerFace, model: SplitModule, ckpt_path: str, out: str, c
     count = checkpoint["settings"]["clients"]
     if client is not None and not 0 <= client < count:
         raise checkpoints.CheckpointError(f"client: {client} is not in 0..{count - 1}, the clients of {ckpt_path}")
-    print(f"written: {', '.join(write_clients(model, of_checkpoint(model, checkpoint), Path(out), client))}")
+    written = write_clients(model, of_checkpoint(model, checkpoint), Path(out), client)
+    print(f"{len(written)} client(s) written to {out}: {listed(written)}")
 
 
 def after_run(trainer: Any, model: SplitModule) -> None:
@@ -54,7 +56,7 @@ def after_run(trainer: Any, model: SplitModule) -> None:
 
 
 def write_clients(model: SplitModule, halves: OwnHalves, out: Path, client: int | None = None) -> list[str]:
-    """``client_<k>`` for each client that has moved, or for one, whether it has or not; where they are.
+    """``client_<k>`` for each client that has moved, or for one, whether it has or not; their names.
 
     Each is an adapter with that client's part, the server's in it; without LoRA what the client trains, as tensors.
     """
@@ -67,5 +69,5 @@ def write_clients(model: SplitModule, halves: OwnHalves, out: Path, client: int 
             else:
                 data = save({name: p.detach().cpu().contiguous() for name, p in model.client_parameters.items()})
                 write_whole(place / CLIENT, lambda file, data=data: file.write(data))  # type: ignore[misc]
-        written.append(str(place))
+        written.append(place.name)
     return written

@@ -178,7 +178,7 @@ class Server:
         """
         for answer in answers:
             if not answer.moved:
-                self.fleet.refuse(answer.client, "its own estimate is no finite number, so it has not moved")
+                self.fleet.refuse(answer.client, "its own estimate has NaN or infinite values, so it has not moved")
         moved = [answer.client for answer in answers if answer.moved]
         counted = {client: n for client in moved if (n := inbox.num_terms[client])}
         self.require(len(counted))

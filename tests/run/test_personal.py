@@ -24,7 +24,7 @@ from hosfl_lightning.optim import AdamW, Uncompressed
 from hosfl_lightning.run.by_client import held_by
 from hosfl_lightning.run.checkpoint import CheckpointError, load
 from hosfl_lightning.run.table import cost_lines, losses_table
-from hosfl_lightning.split import Lora, LoraHalf, SplitError
+from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
 from hosfl_lightning.wire import Codecs
 from tests.faults import count_writes
 from tests.models.image_runs import RandomImages, sgd
@@ -165,6 +165,33 @@ class TestEvaluation:
         [line] = [text for label, text in cost_lines(summary) if "own half" in label]
         assert line.count("at worst") == 6
         assert f"{summary['metrics_last']['val/loss_worst']:.4f} at worst" in line
+
+
+LOCAL: dict[str, Any] = {
+    "dense": {"compression": Uncompressed()},
+    "beside norms, in directions": {"probes": 4, "mu": 2**-6},
+}
+
+
+@pytest.mark.filterwarnings("ignore:probes=4")
+@pytest.mark.parametrize("settings", LOCAL.values(), ids=LOCAL)
+def test_a_side_adapters_own_gradient(settings: dict[str, Any], tmp_path: Path) -> None:
+    """One client alone ends as one that shares, to the bit; in directions its norms are probed along with it."""
+    side = {"side": Side(client=2, taps="all"), "client_parameters": None if "compression" in settings else "norm"}
+    held = []
+    for personal in (False, True):
+        method = HOSFL(estimator="local", client_optimizer=RULE, personal=personal, **settings)
+        trainer = Kit(tmp_path).trainer(method, clients_per_round=1, max_rounds=3, logger=False)
+        data = Images()
+        data.setup("fit")
+        data.clients, data.setup = data.clients[:1], lambda stage: None  # type: ignore[method-assign]
+        trainer.fit(image_model(**side), data)
+        trained = {name: p.detach() for name, p in trainer.endpoint.trained.items()}
+        held.append(trained | trainer.endpoint.own_parameters().get(0, {}))
+    shared, own = held
+    assert all(torch.equal(own[name], theta) for name, theta in shared.items())
+    start = image_model(**side).client_parameters
+    assert sum(not torch.equal(own[name], start[name]) for name in start) > len(start) / 2
 
 
 class Interrupts(Callback):
