@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
@@ -17,6 +18,7 @@ from hosfl_lightning import HOSFL
 from hosfl_lightning.aggregation.update import recorded
 from hosfl_lightning.algorithms import Algorithm, SplitFedSGD
 from hosfl_lightning.availability import Trace
+from hosfl_lightning.clients import PersonalEndpoint
 from hosfl_lightning.optim import AdamW
 from hosfl_lightning.run.folder import LOG
 from hosfl_lightning.run.rebuild import RebuildError
@@ -253,3 +255,41 @@ class TestAttempts:
         for k in range(4):
             assert alike(held(repeated, k), held(plain, k))
         assert repeated.endpoint.own._moved == {}
+
+    @pytest.mark.parametrize("personal", [True, "bias"])
+    def test_a_client_without_a_finite_estimate_stays_where_it_is(
+        self, personal: bool | str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And is named."""
+        measured = PersonalEndpoint.measured
+
+        def nan(self: PersonalEndpoint, multipliers: Any) -> Any:
+            answers = measured(self, multipliers)
+            if multipliers[0].client == 2:
+                answers[0].coefficients[:] = math.nan
+            return answers
+
+        monkeypatch.setattr(PersonalEndpoint, "measured", nan)
+        with pytest.warns(UserWarning, match=r"client 2 is refused: .*(NaN|finite)"):
+            trainer = fit(METHODS["jvp"](personal=personal), tmp_path, max_rounds=3)
+        assert 2 not in trainer.endpoint.own_parameters()
+        assert trainer.run.refused.keys() == {2}
+        assert all(theta.isfinite().all() for k in range(4) for theta in held(trainer, k).values())
+
+    @pytest.mark.parametrize("personal", [True, "bias"])
+    def test_a_client_without_a_loss_term_does_not_move(self, personal: bool | str, tmp_path: Path) -> None:
+        """AdamW's decay would move it."""
+        data = Points()
+        data.setup("fit")
+        data.clients[1] = [{**point, "labels": torch.tensor(-100)} for point in data.clients[1]]
+        data.setup = lambda stage: None  # type: ignore[method-assign]
+        trainer = make_orchestrator(METHODS["jvp"](personal=personal), tmp_path, clients_per_round=4)
+        trainer.fit(Some(adamw()), data)
+        assert sorted(trainer.endpoint.own_parameters()) == [0, 2, 3]
+
+
+class Some(Deeper):
+    """A label -100 is none."""
+
+    def count(self, labels: Tensor) -> int:
+        return int((labels != -100).sum())
