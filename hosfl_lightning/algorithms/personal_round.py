@@ -7,6 +7,7 @@ from typing import Any, get_args
 import torch
 from typing_extensions import override
 
+from hosfl_lightning.aggregation import MEAN
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.clients.personal_endpoint import PersonalEndpoint
@@ -29,7 +30,7 @@ class PersonalRound(SplitRound):
             ``side``): that part of θ_c, the rest being shared.
 
     Raises:
-        ValueError: Another word.
+        ValueError: Another word, or an aggregation of nothing.
     """
 
     def __init__(self, *args: Any, personal: bool | PersonalPart = False, **kwargs: Any) -> None:
@@ -43,6 +44,11 @@ class PersonalRound(SplitRound):
         if personal:
             self.endpoint, self.joint = PersonalEndpoint, False
         if personal is True:
+            if self.aggregation != MEAN:
+                raise ValueError(
+                    f"trainer.algorithm.init_args.aggregation={type(self.aggregation).__name__}: with personal: true "
+                    "nothing is aggregated; leave it out"
+                )
             self.records = self.codes_gradient = False
             self.tells = self.tells & {"multipliers"}
 

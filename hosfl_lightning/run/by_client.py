@@ -71,8 +71,10 @@ class ByClient:
         self.trainer, self.stage, self.loader = trainer, stage, loader
         self.examples: Any = loader.dataset
         data: FederatedDataModule = trainer.datamodule
-        owners = [data.client_of_held_out(i) for i in range(len(self.examples))]
-        self.numbers = {k: [i for i, owner in enumerate(owners) if owner == k] for k in sorted(set(owners))}
+        found: dict[int, list[int]] = {}
+        for i in range(len(self.examples)):
+            found.setdefault(data.client_of_held_out(i), []).append(i)
+        self.numbers = dict(sorted(found.items()))
         self.size = data.eval_batch_size
 
     def __len__(self) -> int:

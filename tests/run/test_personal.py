@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hosfl_lightning import HOSFL, Control, Orchestrator, SplitCausalLM, SplitImageClassifier
+from hosfl_lightning.aggregation import Median
 from hosfl_lightning.algorithms import SplitFedSGD
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.callbacks import GradientAlignment
@@ -294,6 +295,9 @@ class TestExport:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another word": (lambda root: HOSFL(personal="norms"), ValueError, "personal='norms': true, false, or one of norm"),  # type: ignore[arg-type]
+    "aggregation": (
+        lambda root: HOSFL(personal=True, aggregation=Median()), ValueError, "aggregation=Median: .* leave it out",
+    ),
     "nothing of it": (lambda root: fitted(root, "lora"), SplitError, "personal='lora': .* that is nothing of it"),
     "all of it": (lambda root: fitted(root, "norm"), SplitError, "personal='norm': .* that is all of it: say true"),
     "compression": (
