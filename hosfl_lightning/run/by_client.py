@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import pstdev
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -69,7 +69,7 @@ class ByClient:
 
     def __init__(self, trainer: TrainerFace, stage: str, loader: DataLoader[Any]) -> None:
         self.trainer, self.stage, self.loader = trainer, stage, loader
-        self.examples: Any = loader.dataset
+        self.examples = cast(Any, loader.dataset)
         data: FederatedDataModule = trainer.datamodule
         found: dict[int, list[int]] = {}
         for i in range(len(self.examples)):
