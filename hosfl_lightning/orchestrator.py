@@ -20,7 +20,7 @@ from hosfl_lightning.fleet.member import Membership
 from hosfl_lightning.link.limits import Limits
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
-from hosfl_lightning.run import folder
+from hosfl_lightning.run import exporting, folder
 from hosfl_lightning.run.control import Control
 from hosfl_lightning.run.controls import named, run_control
 from hosfl_lightning.run.evaluation import Loop, run_evaluation
@@ -33,7 +33,7 @@ from hosfl_lightning.run.rows import MetricRow
 from hosfl_lightning.run.saving import Saving
 from hosfl_lightning.run.serve import serve
 from hosfl_lightning.run.serving import Serving, default_clients
-from hosfl_lightning.run.session import check_model, check_weights, session
+from hosfl_lightning.run.session import check_model, session
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.summary import write_summary
 from hosfl_lightning.run.table import print_table
@@ -168,8 +168,7 @@ class Orchestrator(TrainerFace):
     def _fit(self, model: SplitModule, datamodule: FederatedDataModule, resumed: folder.Resumption | None) -> None:
         start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
         result = train(self, model, datamodule, resumed)
-        if self.is_global_zero and model.lora is not None:
-            model.export(str(Path(self.log_dir) / "adapter"))
+        exporting.after_run(self, model)
         controls: dict[str, RunResult] = {}
         self.summary = write_summary(self, result, controls)
         for control in self.settings.controls:
@@ -236,23 +235,23 @@ class Orchestrator(TrainerFace):
     ) -> list[Tensor]:
         """``predict_step`` of every batch; ``ckpt_path`` as in `validate`."""
         with session(self, model, datamodule, TrainerFn.PREDICTING, ckpt_path):
-            self.predictions = run_evaluation(self, "predict", datamodule.predict_dataloader())
+            self.predictions = run_evaluation(self, "predict")
         return self.predictions
 
-    def export(self, model: SplitModule, datamodule: FederatedDataModule | None, ckpt_path: str, out: str) -> None:
-        """Write the adapter of a checkpoint as one standard PEFT folder.
+    def export(
+        self, model: SplitModule, datamodule: FederatedDataModule | None, ckpt_path: str, out: str,
+        client: int | None = None,
+    ) -> None:  # fmt: skip
+        """Write the adapter of a checkpoint as one standard PEFT folder; of a personal run, ``client_<k>`` for each.
 
         Args:
             model: As in the recipe that made the checkpoint.
             datamodule: Not used; the recipe has one.
             ckpt_path: The checkpoint, or a run's folder: the last one in it.
             out: The folder to write.
+            client: Of a personal run: that client's alone; None: of all that have moved.
         """
-        checkpoint = folder.weights(ckpt_path)
-        check_weights(self, model, checkpoint)
-        checkpoints.load_model(model, checkpoint)
-        model.export(out)
-        print(f"adapter written to {out}")
+        exporting.export(self, model, ckpt_path, out, client)
 
     def replay(
         self, model: SplitModule, datamodule: FederatedDataModule | None, run: str, out: str, to: int | None = None
@@ -293,7 +292,7 @@ class Orchestrator(TrainerFace):
         self, model: SplitModule, data: FederatedDataModule, fn: TrainerFn, loop: Loop, ckpt_path: str | None
     ) -> list[dict[str, float]]:
         with folder.only(self, self._given), session(self, model, data, fn, ckpt_path):
-            run_evaluation(self, loop, data.test_dataloader() if loop == "test" else data.val_dataloader())
+            run_evaluation(self, loop)
             self.row.flush()
         metrics = {name: float(value) for name, value in self.callback_metrics.items()}
         folder.leave(ckpt_path, f"{loop}.json", metrics)

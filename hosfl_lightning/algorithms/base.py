@@ -18,6 +18,7 @@ from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import SGD, Basis, UpdateRule, check_rule
 from hosfl_lightning.parts import PartError, check_part
 from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.split.personal import PersonalPart, divide
 from hosfl_lightning.wire import Codecs, FieldError, Terms, manifest
 from hosfl_lightning.wire.checks import check_settings
 
@@ -36,7 +37,7 @@ class Algorithm(ABC):
     """
 
     #: What a client of the method runs.
-    endpoint: ClassVar[type[Endpoint]]
+    endpoint: type[Endpoint]
     #: What a client holds of the model: the layers before the cut, or all of it.
     client_holds: ClassVar[Literal["half", "whole"]] = "half"
     #: How the server trains its half: by backprop, by forwards alone, or not at all.
@@ -44,17 +45,19 @@ class Algorithm(ABC):
     #: Whether it needs something to train at the clients.
     client_trains: ClassVar[bool] = True
     #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
-    joint: ClassVar[bool] = True
+    joint: bool = True
     #: Whether `Codecs.gradient` applies to what a client sends.
-    codes_gradient: ClassVar[bool] = False
+    codes_gradient: bool = False
     #: What a `RoundCallback` can be told of its rounds: ``multipliers``, ``answers``, ``update``.
-    tells: ClassVar[frozenset[str]] = frozenset()
+    tells: frozenset[str] = frozenset()
     #: Whether a round makes an update record, which a client that was away replays.
     records: bool = True
     #: Whether the clients keep what they train from round to round; else a round begins with the server's weights.
     keeps: bool = True
     #: Minibatches, and steps, of a client in a round.
     local_steps: int = 1
+    #: What each client keeps of what it trains: nothing, all (True), or the part that a word names.
+    personal: bool | PersonalPart = False
 
     def __init__(
         self,
@@ -109,6 +112,15 @@ class Algorithm(ABC):
     def parameters(self, module: SplitModule) -> dict[str, nn.Parameter]:
         """What the clients train, by name, in manifest order: the order numbers the random directions."""
         return self.endpoint.hold(module, self.client_settings())[1]
+
+    def shared(self, module: SplitModule) -> dict[str, nn.Parameter]:
+        """Of `parameters`, what all clients hold alike; in manifest order it comes first."""
+        return divide(module.client_half, self.parameters(module), self.personal)[0]
+
+    @property
+    def step_by_step(self) -> bool:
+        """Whether a round is one minibatch a client, and one step of a server that backpropagates, as a control's."""
+        return self.local_steps == 1 and self.joint and self.server_order == "first"
 
     def terms(self, module: SplitModule, seed: int, codecs: Codecs, clients: int) -> Terms:
         """The contract of a run with so many clients, from its first round on."""

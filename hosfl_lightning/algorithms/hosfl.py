@@ -10,15 +10,16 @@ from typing import Any, get_args
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from hosfl_lightning.algorithms.personal_round import PersonalRound
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
-from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Basis, Compression, Estimator, UpdateRule
+from hosfl_lightning.split.personal import PersonalPart
 from hosfl_lightning.split.side import of_side
 
 
-class HOSFL(SharedScalars, SplitRound):
+class HOSFL(SharedScalars, PersonalRound):
     r"""Hybrid-order split federated learning: scalars up, scalars down, whatever the model's size.
 
     ::
@@ -41,6 +42,7 @@ class HOSFL(SharedScalars, SplitRound):
         compression: What travels of a gradient that ``estimator: local`` knows: ``Uncompressed``, ``RandomProjections``
             or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
         taps: Of a client with ``estimator: local``, as in `LocalGradientClient`: ``recompute`` or ``keep``.
+        personal: As in `PersonalRound`: true, or a word for a part, stays with its client, moved by its own ``v_kp``.
 
     Like every method it also takes ``client_optimizer``, the update rule on θ_c, ``client_scheduler``, which the first
     order control has too, and ``aggregation``: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
@@ -68,15 +70,21 @@ class HOSFL(SharedScalars, SplitRound):
         first_order_optimizer: UpdateRule | None = None,
         compression: Compression | None = None,
         taps: Taps = "recompute",
+        personal: bool | PersonalPart = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(probes=probes, mu=mu, estimator=estimator, distribution=distribution, **kwargs)
+        given: Any = {"estimator": estimator, "distribution": distribution, "personal": personal}
+        super().__init__(probes=probes, mu=mu, **given, **kwargs)
         self.first_order_optimizer, self.compression, self.taps = first_order_optimizer, compression, taps
         if taps not in get_args(Taps):
             raise ValueError(f"taps must be one of {', '.join(get_args(Taps))}, got {taps!r}")
         if compression is not None and estimator != "local":
             raise ValueError(f"compression={type(compression).__name__} is for a gradient that the client knows, with "
                              f"estimator: local; estimator: {estimator} measures scalars already")  # fmt: skip
+        if compression is not None and isinstance(personal, str):
+            raise ValueError(f"compression={type(compression).__name__} is of the whole gradient, and with "
+                             f"personal={personal!r} a part of it stays at the client; set compression: null, or "
+                             "personal: true")  # fmt: skip
 
     @override
     def check(self, module: SplitModule) -> None:
@@ -112,7 +120,8 @@ class HOSFL(SharedScalars, SplitRound):
     @override
     def client_settings(self) -> dict[str, Any]:
         kind = "local" if self.estimator == "local" else "forward_only"
-        return {"kind": kind, **super().client_settings(), **({"taps": self.taps} if kind == "local" else {})}
+        taps = {"taps": self.taps} if kind == "local" else {}
+        return {"kind": kind, **super().client_settings(), **taps, **self.settings_of_personal}
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, SmashedData
+from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, SmashedData, StepRequest
 from hosfl_lightning.wire.coded_gradient import ROW
 
 
@@ -25,13 +25,17 @@ class SplitRound(Algorithm):
     @override
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
         """Steps 2 to 6; both halves move at the very end, after the update is recorded."""
-        inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData))
         loss, multipliers = server.backward(inbox)
         answers = server.screen(fleet.ask(multipliers, ProjectedGradients, CodedGradient), inbox)
         update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
         server.step()
         fleet.tell(update, call.online)
         return Outcome(loss, inbox.num_examples)
+
+    def requests(self, server: Server, call: Call) -> dict[int, StepRequest]:
+        """What begins the round, by client."""
+        return call.to_each()
 
     def smoothing(self, server: Server) -> float | None:
         """``μ`` of the answers, as rounded, for the record; None: they have none."""

@@ -76,6 +76,12 @@ class GradientAlignment(RoundCallback):
                 "trainer.callbacks"
             )
 
+        if trainer.algorithm.personal:
+            raise ValueError(
+                "GradientAlignment measures the one step that all clients take, and with personal each takes its own; "
+                "remove it from trainer.callbacks"
+            )
+
     @override
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The clients of a simulation, and their data, are at hand."""

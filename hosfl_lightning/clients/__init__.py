@@ -14,6 +14,7 @@ from hosfl_lightning.clients.local_endpoint import LocalSplitEndpoint, WholeEndp
 from hosfl_lightning.clients.local_gradient import LocalGradientClient
 from hosfl_lightning.clients.mixed_endpoint import MixedEndpoint
 from hosfl_lightning.clients.objective import ObjectiveClient, WholeModel
+from hosfl_lightning.clients.personal_endpoint import PersonalEndpoint
 from hosfl_lightning.clients.probed_endpoint import ProbedEndpoint
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.clients.unbalanced_endpoint import UnbalancedEndpoint
@@ -37,6 +38,7 @@ __all__ = [
     "Minibatches",
     "MixedEndpoint",
     "ObjectiveClient",
+    "PersonalEndpoint",
     "ProbedEndpoint",
     "SphereEndpoint",
     "SplitClient",

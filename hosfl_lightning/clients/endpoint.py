@@ -126,6 +126,10 @@ class Endpoint(ABC):
         """
         raise EndpointError(f"a client with {type(self).__name__} does not take a {requests[0].kind}")
 
+    def apply(self, message: Update) -> None:
+        """Step 6: all clients move alike."""
+        self.client.apply(message)
+
     def end(self, message: RoundEnd) -> None:
         """An attempt is over."""
         self.forget()
@@ -147,7 +151,7 @@ class Endpoint(ABC):
         first = requests[0]
         if isinstance(first, Update):
             self.forget()  # before it moves: who holds an open round would put θ back
-            self.client.apply(first)
+            self.apply(first)
             return []
         if isinstance(first, RoundEnd):
             self.end(first)
@@ -196,6 +200,20 @@ class Endpoint(ABC):
                 request.attempt,
             ))  # fmt: skip
         return packed
+
+    @property
+    def shared(self) -> dict[str, nn.Parameter]:
+        """Of what is trained, what is the same at all clients: what the server has a replica of."""
+        return self.trained
+
+    @property
+    def shared_rule(self) -> ZerothOrder:
+        """The rule that moves `shared`."""
+        return self.client.optimizer
+
+    def own_parameters(self) -> dict[int, dict[str, Tensor]]:
+        """The rest of it by client and name, of those that have moved; the others hold the start."""
+        return {}
 
     def slots(self, client: int) -> list[Tensor]:
         """The optimizer state that a client keeps from round to round."""

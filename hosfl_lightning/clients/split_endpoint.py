@@ -95,7 +95,11 @@ class SplitEndpoint(Endpoint):
         return [*self.smashed(cohort, anchor.z, requests[0])]
 
     def answer(self, multipliers: Sequence[Multiplier]) -> list[Message]:
-        """Step 4: each client's coefficients of ``∇⟨λ_k, f_c(x_k; θ_c)⟩``."""
+        """Step 4: `measured`, as it travels."""
+        return [*map(self._coded, self.measured(multipliers))]
+
+    def measured(self, multipliers: Sequence[Multiplier]) -> list[ProjectedGradients]:
+        """Each client's coefficients of ``∇⟨λ_k, f_c(x_k; θ_c)⟩``."""
         first = multipliers[0]
         visit, basis = self.visits.get(first.client), self.answered_in(first.client, first.round)
         if visit is None or basis is None:
@@ -111,13 +115,12 @@ class SplitEndpoint(Endpoint):
                 self.checks = False
             values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()
         coefficients, parts = dict(zip(cohort.clients, values)), cohort.parts()
-        answers = [
+        return [
             ProjectedGradients(
                 m.round, m.client, basis.describe(), coefficients[m.client], parts[m.client][2], m.attempt
             )
             for m in multipliers
         ]
-        return [*map(self._coded, answers)]
 
     def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
         codec = self.terms.codecs["gradient"]

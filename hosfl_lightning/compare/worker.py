@@ -87,6 +87,7 @@ class Evaluate(recipe.HOSFLCommand):
         self.values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         ended = self.model.trained_state()
         moved = any(not torch.equal(bits.to(ended[name]), ended[name]) for name, bits in self.start.items())
+        moved = moved or bool(trainer.own_halves)
         if moved and trainer.algorithm.client_holds == "half":
             self.model.load_trained_state(ended | self.start)
             [again] = trainer.test(self.model, self.datamodule)

@@ -93,6 +93,10 @@ class FederatedDataModule(L.LightningDataModule):
         empty = {client for client, examples in enumerate(self.clients) if not len(examples)}
         return [client for client in range(self.num_clients) if client not in empty]
 
+    def client_of_held_out(self, number: int) -> int:
+        """Whose a held-out example is, by its number in the validation or the test set: they are dealt in turn."""
+        return number % self.num_clients
+
     @property
     def client_names(self) -> list[str]:
         """One name per client: what it holds, or `client_k`."""

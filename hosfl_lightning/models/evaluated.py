@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -41,6 +43,18 @@ class TermMean(Metric):
         return self.total / self.terms
 
 
+class Both:
+    """Two metrics that are told the same."""
+
+    def __init__(self, *metrics: Metric) -> None:
+        self.metrics = metrics
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Of each."""
+        for metric in self.metrics:
+            metric.update(*args, **kwargs)
+
+
 class Evaluated(L.LightningModule):
     """The hooks of Trainer's evaluation loops; a subclass says what the logits, the loss and its terms are."""
 
@@ -49,6 +63,8 @@ class Evaluated(L.LightningModule):
     loss: Any
     count: Any
     server_half: Any
+    #: A second set of metrics, of a part of an evaluation.
+    beside: Metrics | None = None
 
     def make_metrics(self) -> None:
         """One set for each of ``val`` and ``test``."""
@@ -89,6 +105,15 @@ class Evaluated(L.LightningModule):
         """As `validation_step`."""
         return self._evaluate(batch, "test")
 
+    @contextmanager
+    def also(self, metrics: Metrics) -> Iterator[None]:
+        """What is evaluated inside goes into these as well, which are made by `build_metrics`."""
+        self.beside = metrics
+        try:
+            yield
+        finally:
+            self.beside = None
+
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """``argmax`` of the logits: a class an example, or the next token at every position."""
         return self.logits(self.prepare(batch)).argmax(-1)
@@ -105,7 +130,10 @@ class Evaluated(L.LightningModule):
         """The batch's loss; None where it has no loss term, as a mean over nothing is no number."""
         batch = self.prepare(batch)
         labels = drop_unpredictable(batch["labels"], batch["attention_mask"])
-        return self.take(self._metrics(stage), batch, labels) if self.count(labels) else None
+        metrics = self._metrics(stage)
+        if self.beside is not None:
+            metrics = {name: cast(Metric, Both(metric, self.beside[name])) for name, metric in metrics.items()}
+        return self.take(metrics, batch, labels) if self.count(labels) else None
 
     def _metrics(self, stage: str) -> Metrics:
         return dict(self.metrics[stage].items())  # type: ignore[operator]

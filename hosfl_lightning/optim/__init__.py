@@ -19,6 +19,7 @@ from hosfl_lightning.optim.estimators import (
 )
 from hosfl_lightning.optim.local_walk import LocalWalk, check_linear
 from hosfl_lightning.optim.moments import Moments
+from hosfl_lightning.optim.own_parameters import OwnParameters, swapped
 from hosfl_lightning.optim.rules import SGD, AdamW, UpdateRule, check_rule, rule_of
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
@@ -37,6 +38,7 @@ __all__ = [
     "ForwardDifference",
     "LocalWalk",
     "Moments",
+    "OwnParameters",
     "Probes",
     "RandomProjections",
     "RandomSubset",
@@ -52,4 +54,5 @@ __all__ = [
     "forward_derivative",
     "forward_difference",
     "rule_of",
+    "swapped",
 ]

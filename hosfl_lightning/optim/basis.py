@@ -138,6 +138,12 @@ class SharedDirections(Basis):
         part.streams = self.streams[first : first + probes]
         return part
 
+    def after(self, tensors: int) -> SharedDirections:
+        """The same directions for tensors that follow on so many others, which are numbered before them."""
+        behind = copy(self)
+        behind.streams = [replace(s, first_tensor=s.first_tensor + tensors) for s in self.streams]
+        return behind
+
     def of_client(self, client: int) -> SharedDirections:
         """As many directions that are that client's own."""
         own = copy(self)

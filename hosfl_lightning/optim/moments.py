@@ -11,8 +11,10 @@ from torch import Tensor
 
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
-Held = tuple[int, dict[int, dict[str, Tensor]]]
-"""Steps taken, and the moments of each parameter by its number."""
+Slots = dict[int, dict[str, Tensor]]
+"""What is kept of each parameter, by its number and a name."""
+Held = tuple[int, Slots]
+"""Steps taken, and the moments of each parameter."""
 
 
 class Moments:
@@ -31,12 +33,11 @@ class Moments:
     def of(self, client: int) -> Iterator[None]:
         """The optimizer is that client's inside."""
         steps, slots = self.held.get(client, (0, {}))
+        slots = {**self.fresh, **slots}
         self._put(steps, {i: {name: t.clone() for name, t in held.items()} for i, held in slots.items()})
         try:
             yield
-            parameters = self.optimizer.parameters
-            slots = {i: dict(self.optimizer.state[p]) for i, p in enumerate(parameters) if p in self.optimizer.state}
-            self._moved[client] = self.optimizer.steps, slots
+            self._moved[client] = self.optimizer.steps, self._take()
         finally:
             self._put(0, {})
 
@@ -60,22 +61,37 @@ class Moments:
             ValueError: It is of other parameters, or of another rule.
         """
         parameters, slots = self.optimizer.parameters, dict[int, dict[str, Tensor]]()
-        names = self.optimizer.rule.slots(self.optimizer.param_groups[0])
         for key, tensor in state.items():
             number, _, name = key.partition(".")
             if key == "steps":
                 continue
-            fits = number.isdecimal() and int(number) < len(parameters) and name in names
+            fits = number.isdecimal() and int(number) < len(parameters) and name in self.names
             if not fits or tensor.shape != (parameters[int(number)].numel(),):
                 raise ValueError(f"the moments of {key:.80} are not those of this run")
             slots.setdefault(int(number), {})[name] = tensor.to(self.optimizer.device, copy=True)
         self.held[client] = int(state["steps"]), slots
 
     def tensors(self, client: int) -> list[Tensor]:
-        """That client's, as of its last round that counted."""
-        return [t for held in self.held.get(client, (0, {}))[1].values() for t in held.values()]
+        """That client's moments, as of its last round that counted."""
+        names = self.optimizer.rule.slots(self.optimizer.param_groups[0])
+        slots = self.held.get(client, (0, {}))[1]
+        return [held[name] for held in slots.values() for name in names if name in held]
 
-    def _put(self, steps: int, slots: dict[int, dict[str, Tensor]]) -> None:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what is kept of a parameter."""
+        return self.optimizer.rule.slots(self.optimizer.param_groups[0])
+
+    @property
+    def fresh(self) -> Slots:
+        """What a client begins with that has not moved yet."""
+        return {}
+
+    def _take(self) -> Slots:
+        state = self.optimizer.state
+        return {i: dict(state[p]) for i, p in enumerate(self.optimizer.parameters) if p in state}
+
+    def _put(self, steps: int, slots: Slots) -> None:
         for group in self.optimizer.param_groups:
             group["step"] = steps
         self.optimizer.state.clear()
@@ -90,6 +106,7 @@ class Moments:
     def load_state_dict(self, state: dict[int, Any]) -> None:
         """Continue from `state_dict`."""
         device = self.optimizer.device
+        self._moved = {}
         self.held = {
             client: (
                 steps,

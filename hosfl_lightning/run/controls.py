@@ -24,8 +24,6 @@ from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.settings import RunSettings
 from hosfl_lightning.run.wandb_controls import control_loggers
 
-KINDS: dict[str, type[Algorithm]] = {"frozen": Frozen, "first_order": SplitFedSGD}
-
 
 class Again(Protocol):
     """Makes an orchestrator with these settings in the place of the run's own."""
@@ -44,7 +42,7 @@ def run_control(
     Args:
         trainer: After its own run.
         again: Makes the control's orchestrator.
-        control: A key of `KINDS`, which has the run's own client, or a client of its own.
+        control: One of `run.settings.CONTROLS`, which has the run's own client, or a client of its own.
         start: The trained tensors as they were before the first round.
         first: The validation at that start.
     """
@@ -58,7 +56,7 @@ def run_control(
     written = trainer.loggers if trainer.is_global_zero else []
     with control_loggers(written, name, method.name) as others:
         runner = again(method, _settings(trainer), bar, [*loggers, *others])
-        runner.follows = trainer.run.attempts
+        runner.follows, runner.by_client = trainer.run.attempts, trainer.by_client or bool(trainer.algorithm.personal)
         with _at_the_start(trainer.lightning_module, control, start) as model:
             result = runner.rerun(model, trainer.datamodule, first)
     return replace(result, costs=client_costs(runner))
@@ -85,7 +83,10 @@ def _method(trainer: TrainerFace, control: str | Control) -> Algorithm:
         return control.algorithm
     method = trainer.algorithm
     own_rule = getattr(method, "first_order_optimizer", None) if control == "first_order" else None
-    return KINDS[control](own_rule or method.client_optimizer, method.make_scheduler, method.aggregation)
+    shared = own_rule or method.client_optimizer, method.make_scheduler, method.aggregation
+    if control == "frozen":
+        return Frozen(*shared)
+    return SplitFedSGD(*shared, personal=method.personal)
 
 
 @contextmanager

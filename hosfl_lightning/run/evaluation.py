@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage
 from torch.utils.data import DataLoader
 
+from hosfl_lightning.run.by_client import ByClient
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import fire
 
@@ -19,10 +20,20 @@ _STAGES = {
 }
 
 
+def held_out(trainer: TrainerFace, loop: Loop) -> DataLoader[Any] | ByClient:
+    """The batches of an evaluation, as the data module loads them, or client by client."""
+    data = trainer.datamodule
+    loaders = {"validation": data.val_dataloader, "test": data.test_dataloader, "predict": data.predict_dataloader}
+    loader = loaders[loop]()
+    if not (trainer.by_client or trainer.algorithm.personal):
+        return loader
+    return ByClient(trainer, "val" if loop == "validation" else loop, loader)
+
+
 @torch.no_grad()
-def run_evaluation(trainer: TrainerFace, loop: Loop, batches: DataLoader[Any]) -> list[Any]:
+def run_evaluation(trainer: TrainerFace, loop: Loop) -> list[Any]:
     """Both halves on every batch; returns what ``<loop>_step`` returned."""
-    model = trainer.lightning_module
+    model, batches = trainer.lightning_module, held_out(trainer, loop)
     trainer.state.stage = _STAGES[loop]
     trainer.set_num_batches(loop, len(batches))
     step = getattr(model, f"{loop}_step")
@@ -38,4 +49,4 @@ def run_evaluation(trainer: TrainerFace, loop: Loop, batches: DataLoader[Any]) -
     fire(model, f"on_{loop}_epoch_end")
     trainer.call_callbacks(f"on_{loop}_epoch_end")
     trainer.call(f"on_{loop}_end")
-    return outputs
+    return batches.in_order(outputs) if isinstance(batches, ByClient) and loop == "predict" else outputs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +105,10 @@ class TrainerFace:
         self.datamodule: Any = None
         self.ckpt_path: str | None = None
         self.has_validated = False
+        #: Whether each client's held-out examples are evaluated by themselves; of a control, as its run's are.
+        self.by_client = False
+        #: Of the checkpoint that is evaluated: what its clients have for themselves, by client and name.
+        self.own_halves: Mapping[int, Mapping[str, Tensor]] = {}
         self._asking: str | None = None
 
     def narrate(self, line: str) -> None:

@@ -117,12 +117,12 @@ class History:
         self.log = ReplayLog.open(path, start, round, saved["log_head"] if saved else None)
         records = Records(self.replica.optimizer, self.log, catch_up, self.channel.run_id, self.incarnation)
         fleet.catches_up_with(records)
-        if fleet.simulated:
+        if fleet.simulated and self.replica.trained:  # who was away has missed nothing where nothing is shared
             self.absentees = Absentees(self.replica.optimizer, records, self.channel)
             if saved and saved["absentees"]:
                 self.absentees.load_state_dict(saved["absentees"])
             self._strand(saved["starts"] if saved else 0, online)
-        else:
+        elif not fleet.simulated:
             self.records = records
         if before is not None and before.rounds > self.log.rounds:
             self._tell(before)

@@ -201,7 +201,7 @@ class RoundLoop:
             return validate_only_on_clients(trainer)
         if where == "both":
             validate_on_clients(trainer, "val_clients/")
-        losses = run_evaluation(trainer, "validation", trainer.datamodule.val_dataloader())
+        losses = run_evaluation(trainer, "validation")
         trainer.has_validated = True
         trainer.state.stage = RunningStage.TRAINING
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith("val/")}

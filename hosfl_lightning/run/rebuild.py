@@ -33,7 +33,12 @@ def replay(module: SplitModule, algorithm: Algorithm, run: Path, out: Path, to: 
     """`hosfl_lightning.Orchestrator.replay`, with the model in the run's precision."""
     log = ReplayLog.read(run / LOG)
     rounds = log.rounds if to is None else to
-    parameters = algorithm.parameters(module)
+    parameters = algorithm.shared(module)
+    if not parameters:
+        raise RebuildError(
+            f"{log.path}: with personal: true nothing of the clients' steps is on record, only who counted in which "
+            "round; their halves are in the checkpoints (hosfl export)"
+        )
     rebuild(module, parameters, log, rounds, algorithm)
     report = write_client(module, parameters, algorithm.client_holds, log, rounds, run, out)
     holds = f"client {algorithm.client_holds}"

@@ -79,6 +79,11 @@ def _check(trainer: Any, serving: Serving) -> None:
         raise ValueError(
             "trainer.devices, trainer.num_nodes: a server of clients elsewhere is one process; set both to 1"
         )
+    if trainer.algorithm.personal:
+        raise ValueError(
+            "trainer.algorithm.init_args.personal: clients on other machines cannot keep a half of their own yet; "
+            "leave it out, or run a simulation (hosfl fit)"
+        )
     if settings.controls:
         raise ValueError(
             "trainer.controls would run every round again on every device; set it to [], and compare in a simulation "

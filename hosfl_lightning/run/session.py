@@ -15,6 +15,7 @@ from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
+from hosfl_lightning.run.by_client import of_checkpoint
 from hosfl_lightning.run.data_check import check_data, set_up
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
@@ -61,6 +62,7 @@ def session(
         model.eval()
         if checkpoint is not None:
             checkpoints.load_model(model, checkpoint)
+        trainer.own_halves = of_checkpoint(model, checkpoint or {})
         folder.open_loggers(trainer.loggers)
         with folder.may_hold_checkpoints(trainer.log_dir):
             trainer.call("setup", stage=fn.value)

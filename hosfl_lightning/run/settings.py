@@ -86,7 +86,7 @@ class RunSettings:
                 raise ValueError(f"trainer.controls: {name!r} is not one of {', '.join(CONTROLS)}, nor a Control")
             if names.count(name) > 1:
                 raise ValueError(f"trainer.controls: {name} is there twice")
-            if isinstance(one, Control) and not _step_by_step(one.algorithm):
+            if isinstance(one, Control) and not one.algorithm.step_by_step:
                 raise ValueError(
                     f"trainer.controls: a round of {one.algorithm.name} ({name}) is not a control's (one minibatch a "
                     "client, one step of a server that backpropagates); compare it with hosfl compare"
@@ -117,7 +117,13 @@ class RunSettings:
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         algorithm.check(model)
-        if self.controls and not _step_by_step(algorithm):
+        own = [one.name for one in self.controls if isinstance(one, Control) and one.algorithm.personal]
+        if own and not algorithm.personal:
+            raise ValueError(
+                f"trainer.controls: {own[0]} is personal, and the run is not, so they are not evaluated alike; set "
+                "trainer.algorithm.init_args.personal, or compare them with hosfl compare"
+            )
+        if self.controls and not algorithm.step_by_step:
             raise ValueError(
                 f"trainer.controls: a round of {algorithm.name} is not a round of theirs (one minibatch a client, one "
                 "step of a server that backpropagates); set it to [], and compare with hosfl compare"
@@ -125,7 +131,7 @@ class RunSettings:
         if self.world_size > 1 and not algorithm.joint:
             name = "devices" if self.devices > 1 else "num_nodes"
             raise ValueError(f"trainer.{name}: the clients of {algorithm.name} run one after the other; set it to 1")
-        algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.parameters(model).values()])
+        algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.shared(model).values()])
 
     def sample_size(self, clients: int, empty: int = 0) -> int:
         """How many clients a round samples.
@@ -175,8 +181,3 @@ class RunSettings:
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
         }
-
-
-def _step_by_step(algorithm: Algorithm) -> bool:
-    """Whether its rounds are those of a control."""
-    return algorithm.local_steps == 1 and algorithm.joint and algorithm.server_order == "first"

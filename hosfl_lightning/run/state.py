@@ -51,6 +51,8 @@ class RunState:
             # A run that was stopped early stays so, unless it is given more rounds.
             "stopped_of": max_rounds if self.should_stop else 0,
         }
+        if algorithm.personal:  # weights too
+            checkpoint["personal"] = endpoint.own_parameters()
         if not weights_only:
             scheduler = server.scheduler
             checkpoint["method"] = {**endpoint.state_dict(), **algorithm.state_dict()}

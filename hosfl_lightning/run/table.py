@@ -11,6 +11,8 @@ from hosfl_lightning.run.summary import size
 
 #: Of the kinds of messages, those that a newcomer knows by another name.
 WORDS = {"smashed_data": "z", "multiplier": "λ", "projected_gradients": "its answer"}
+#: How names end that say something over clients, which have a line of their own.
+OVER_CLIENTS = ("_worst", "_std")
 #: Of a control without a name of its own.
 TITLES = {"frozen": "frozen (control)", "first_order": "first order (control)"}
 
@@ -27,7 +29,8 @@ def print_table(summary: dict[str, Any], folder: str) -> None:
 
 def losses_table(summary: dict[str, Any]) -> Table:
     """The validation metrics before the first round and, for each client, after the last."""
-    names = sorted(summary["metrics_last"], key=lambda name: name != "val/loss")
+    found = (name for name in summary["metrics_last"] if not name.endswith(OVER_CLIENTS))
+    names = sorted(found, key=lambda name: name != "val/loss")
     title = (
         f"{summary['algorithm']}: {summary['rounds']} rounds, {summary['clients_per_round']} of {summary['clients']} "
         "clients; validation"
@@ -54,6 +57,8 @@ def cost_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What stands below the table: the gap, a line a client, and what happened on the way."""
     lines = [("gap closed", _gap_in_words(summary))] if summary["controls"] else []
     lines += [(label, _in_words(run)) for label, run in runs(summary).items()]
+    if "val/loss_worst" in summary["metrics_last"]:
+        lines.append(("clients, each by its own half", "; ".join(map(_spread, runs(summary).items()))))
     if summary["catch_up"]:
         chosen = ", ".join(f"{how} {count}" for how, count in sorted(summary["catch_up"].items()))
         lines.append(("returns of absent clients, by", chosen))
@@ -85,6 +90,18 @@ def _in_words(run: dict[str, Any]) -> str:
     sent = {kind: value for kind, value in run["bytes_per_client_round"].items() if value}
     named = ", ".join(f"{WORDS.get(kind, kind.replace('_', ' '))} {size(value)}" for kind, value in sent.items())
     return "; ".join([*parts, f"a round: {named}"])
+
+
+def _spread(row: tuple[str, dict[str, Any]]) -> str:
+    """The worst client, and the deviation over clients."""
+    label, metrics = row[0], row[1]["metrics_last"]
+    names = [name.removesuffix("_worst") for name in metrics if name.endswith("_worst")]
+    told = (
+        f"{name.removeprefix('val/').replace('_', ' ')} {_number(metrics[f'{name}_worst'])} at worst, deviation "
+        f"{_number(metrics[f'{name}_std'])}"
+        for name in sorted(names, key=lambda name: name != "val/loss")
+    )
+    return f"{label}: {', '.join(told)}"
 
 
 def _number(value: float | None) -> str:

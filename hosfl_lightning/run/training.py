@@ -13,6 +13,7 @@ from hosfl_lightning.clients.cohort import Minibatches
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Channel, LocalFleet, Ranks
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.optim import Dense
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.face import TrainerFace
@@ -110,7 +111,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     optimizer, scheduler = configured(model)
     check_length(scheduler, settings.max_rounds, "model.init_args.lr_scheduler")
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
-    replica = Replica(endpoint.trained, endpoint.client.optimizer)
+    replica = Replica(endpoint.shared, endpoint.shared_rule)
     sizes = [p.numel() for p in replica.trained.values()]
     agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None, trainer.sample_size)
     trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
@@ -164,7 +165,9 @@ def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
     """Of a new run, or of the one that goes on."""
     history, settings, log = trainer.run.history, trainer.settings, Path(trainer.log_dir) / folder.LOG
     assert history is not None
-    basis, always = trainer.server.basis(0), isinstance(settings.availability, Always)
+    # Where all of θ_c is personal the record is of who counted, in no coefficients.
+    basis = Dense([]) if trainer.algorithm.personal is True else trainer.server.basis(0)
+    always = isinstance(settings.availability, Always)
     if resumed is not None and not settings.replay_log and log.exists():
         raise checkpoints.CheckpointError(
             f"ckpt_path: the run wrote {log}, which would lack the rounds to come; set trainer.replay_log: true"

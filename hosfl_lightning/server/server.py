@@ -22,7 +22,15 @@ from hosfl_lightning.server.contract import counted, reached, scalar_loss
 from hosfl_lightning.server.inbox import Inbox
 from hosfl_lightning.server.replica import Replica
 from hosfl_lightning.server.watching import RoundWatcher
-from hosfl_lightning.wire import CodedGradient, Multiplier, ProjectedGradients, SmashedData, Terms, Update
+from hosfl_lightning.wire import (
+    Acknowledgement,
+    CodedGradient,
+    Multiplier,
+    ProjectedGradients,
+    SmashedData,
+    Terms,
+    Update,
+)
 
 Part = tuple[Tensor, Tensor, Tensor]
 """What one client sent, unpacked: ``z (B, S, h)``, labels, ``mask (B, S)``."""
@@ -157,6 +165,24 @@ class Server:
             self.fleet.refuse(client, reason)
         self.require(sum(answer.num_terms > 0 for answer in valid))
         return valid
+
+    def acknowledged(self, answers: Sequence[Acknowledgement], inbox: Inbox) -> dict[int, int]:
+        """Step 5 where nothing of the clients' steps travels: who counts, with its loss terms.
+
+        Args:
+            answers: Of the clients.
+            inbox: Says how many loss terms each of them has; one without any does not count.
+
+        Raises:
+            TooFewClientsError: Too few are left.
+        """
+        for answer in answers:
+            if not answer.moved:
+                self.fleet.refuse(answer.client, "its own estimate has NaN or infinite values, so it has not moved")
+        moved = [answer.client for answer in answers if answer.moved]
+        counted = {client: n for client in moved if (n := inbox.num_terms[client])}
+        self.require(len(counted))
+        return counted
 
     def _honest(self, answer: ProjectedGradients, inbox: Inbox) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""

@@ -1,5 +1,6 @@
 """What crosses the cut: the messages, their bytes, and the errors of a bad one."""
 
+from hosfl_lightning.wire.acknowledgement import Acknowledgement
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.codec import Codec
 from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
@@ -36,6 +37,7 @@ __all__ = [
     "MESSAGES",
     "PROTOCOL",
     "TOKEN_CODECS",
+    "Acknowledgement",
     "AddressError",
     "Bye",
     "CatchUpRequest",

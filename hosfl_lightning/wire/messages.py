@@ -22,6 +22,7 @@ The server begins, and asks for what does not follow from its last message; a me
              either way           Weights              full vectors, which the server averages
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
+             client k -> server   Acknowledgement      it has moved what is its own; in the place of step 4, without 5
 
 Every message of a round says in which attempt of it it was sent, so that a late answer is known as one.
 
@@ -39,6 +40,7 @@ from typing import Any, ClassVar, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hosfl_lightning.wire.acknowledgement import Acknowledgement
 from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_lightning.wire.checks import (
     check_clients,
@@ -320,6 +322,7 @@ Message: TypeAlias = (
     | Hello
     | Bye
     | HeldOutRequest
+    | Acknowledgement
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind; the number of a kind in a frame is its place here, from 1 on."""

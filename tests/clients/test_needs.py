@@ -8,11 +8,16 @@ from pathlib import Path
 import pytest
 from lightning.fabric import Fabric
 
+from hosfl_lightning import HOSFL
 from hosfl_lightning.clients import Endpoint, Minibatches
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import Codecs
 from tests.fleet.pipe_client import LENGTHS, model_of
-from tests.fleet.test_pipe import CASES
+from tests.fleet.test_pipe import CASES as BEHIND_A_PIPE
+from tests.fleet.test_pipe import Case, common
+
+#: With one whose server cannot evaluate what it does not hold.
+CASES = BEHIND_A_PIPE | {"personal": Case(lambda: HOSFL(personal=True, **common()))}
 
 
 @pytest.mark.parametrize("name", CASES)

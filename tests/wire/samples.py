@@ -17,6 +17,7 @@ from hosfl_lightning.rng import Domain, Stream
 from hosfl_lightning.wire import (
     CODECS,
     MESSAGES,
+    Acknowledgement,
     Bye,
     CatchUpRequest,
     Coded,
@@ -102,6 +103,7 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         Hello(first.round, "é", "0.1", "00ff" * seed, ["A", "B"][: seed % 3]),
         Bye(first.round, "é" * seed, bool(seed % 2), not seed % 2),
         HeldOutRequest(first.round, first.client, 9 * seed, seed),
+        Acknowledgement(first.round, first.client, seed, bool(seed % 2)),
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load
 
 from hosfl_lightning.wire import (
     CODECS,
+    Acknowledgement,
     Bye,
     CatchUpRequest,
     Coded,
@@ -79,6 +80,7 @@ def _fixed(codec: str = "fp32") -> list[Message]:
         Hello(3, "ann", "0.1", "00ff", ["A"]),
         Bye(3, "over", True, False),
         HeldOutRequest(3, 1, 4, 2),
+        Acknowledgement(3, 1, 2, False),
     ]  # fmt: skip
 
 
@@ -100,6 +102,7 @@ GOLDEN = {
         "8be32638054337a2",
         "5eebbcf6c92cd2e3",
         "3ce1e3b2da1948d1",
+        "556603b10acebdd7",
     ],
     "bf16": ["455215a8e55aa80a", "c146238567c99db4", "a2f035a1fbf87eed", "381889f7c613828a"],
     "fp16": ["bc51270ad5b8b07e", "5a2fd085a3e3207b", "db96df3d1e356e31", "5e5029437ad34a37"],

@@ -32,7 +32,7 @@ DATA = encode(REQUEST, RUN)
 KINDS = [
     "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
     "probed_data", "coded_gradient", "step_request", "probe_request", "round_end", "terms", "hello", "bye",
-    "held_out_request",
+    "held_out_request", "acknowledgement",
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ BAD: list[tuple[bytes, type[WireError], str]] = [
     (_set(4, "<H", 2), VersionError, "version 2, this side speaks 1"),
     (_set(4, "<H", 256), VersionError, "256"),
     (_set(6, "<B", 0), KindError, "unknown kind of message: 0"),
-    (_set(6, "<B", 17), KindError, "unknown kind of message: 17"),
+    (_set(6, "<B", 18), KindError, "unknown kind of message: 18"),
     (_set(32, "<Q", 2**64 - 1), TooLargeError, "announces"),
     (_set(32, "<Q", 2**30), TooLargeError, "announces"),
     (_set(32, "<Q", 2**29), TruncatedError, "are missing"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hosfl_lightning.wire import (
+    Acknowledgement,
     AddressError,
     Bye,
     DuplicateKeyError,
@@ -41,9 +42,10 @@ TERMS = Terms(
 HELLO = Hello(5, "ann", "0.1", "00ff", ["SplitEndpoint"])
 BYE = Bye(5, "over", False, True)
 HELD_OUT = HeldOutRequest(5, 2, 7, 3)
-ALL: list[Message] = [STEP, PROBE, END, TERMS, HELLO, BYE, HELD_OUT]
+MOVED = Acknowledgement(5, 2, 3, False)
+ALL: list[Message] = [STEP, PROBE, END, TERMS, HELLO, BYE, HELD_OUT, MOVED]
 KINDS = {"step_request": 10, "probe_request": 11, "round_end": 12, "terms": 13, "hello": 14, "bye": 15,
-         "held_out_request": 16}  # fmt: skip
+         "held_out_request": 16, "acknowledgement": 17}  # fmt: skip
 """With the number of each in a frame."""
 
 
@@ -94,7 +96,9 @@ NO_DICT: list[Any] = [None, [], "a"]
 BAD: list[tuple[Message, str, Any, str]] = [
     *((message, "round", value, "an integer >= 0") for message in ALL for value in (-1, 1.0, None, True, 2**63)),
     *((message, "client", value, "an integer >= 0") for message in (STEP, PROBE, TERMS) for value in (-1, "2", True)),
-    *((message, "attempt", value, "an integer >= 0") for message in (STEP, PROBE, END) for value in (-1, None, 2**63)),
+    *((message, "attempt", value, "an integer >= 0") for message in (STEP, PROBE, END, MOVED)
+      for value in (-1, None, 2**63)),
+    *((MOVED, "moved", value, "must be a bool") for value in (None, 1, "yes")),
     *((STEP, "step", value, "an integer >= 0") for value in (-1, 0.0, None)),
     (STEP, "rule", None, "a dict with string keys"),
     (STEP, "rule", {1: 2}, "a dict with string keys"),
