@@ -35,7 +35,7 @@ QUICK = [replace(CELLS[0], rows=(FROZEN, FIRST_ORDER, EIGHT, SIDE), seeds=(0, 1)
 
 def comparison(cell: Cell, places: dict[str, str], out: Path, personal: bool = False) -> Comparison:
     """The settings of a cell."""
-    task = TASKS[cell.task]
+    task = cell.settings
     rows = (*cell.rows, *(PERSONAL if personal and cell.each_client else ()))
     overrides = placed(task.overrides, places) | cell.overrides | {
         "data.init_args.num_clients": CLIENTS, "trainer.clients_per_round": None,
@@ -57,7 +57,7 @@ def comparison(cell: Cell, places: dict[str, str], out: Path, personal: bool = F
 
 def entries(cell: Cell, results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of ``input_shift.json``: those of `measured`, with what the cell is."""
-    task = TASKS[cell.task]
+    task = cell.settings
     about = {"title": cell.title, "cell": cell.name, "task": cell.task, "shift": cell.shift, "clients": CLIENTS}
     plain = "lora" if task.lora else "all weights"
     return [*measured(about, dict(methods(task)), results, task.metric, plain)]

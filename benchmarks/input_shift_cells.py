@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.cells import FIRST_ORDER, FROZEN
@@ -69,7 +69,7 @@ def images(channels: int) -> Task:
             "data.init_args.eval_batch_size": 250,
         },
         metric="accuracy", mode="max", width=32, narrow=32, kernel=3,
-        server=(0.001, 0.002, 0.004), first_order=(0.001, 0.003, 0.01), norms=(0.003, 0.01, 0.03),
+        server=(0.0005, 0.001, 0.002), first_order=(0.001, 0.003, 0.01), norms=(0.003, 0.01, 0.03),
         side=(0.003, 0.01, 0.03),
         zeroth={2: (0.001, 0.003, 0.01), 8: (0.003, 0.01, 0.03), 32: (0.003, 0.01, 0.03)},
     )  # fmt: skip
@@ -86,7 +86,7 @@ TASKS = {
             "data.init_args.files": "{data}/tinystories_sample/train.jsonl.gz",
             "data.init_args.test_files": "{data}/tinystories_sample/test.jsonl.gz",
             "data.init_args.max_test_examples": 512, "data.init_args.max_validation_examples": 128,
-            "data.init_args.batch_size": 8,
+            "data.init_args.batch_size": 4,
         },
         metric="perplexity", mode="min", width=128, narrow=40, kernel=1, lora=True,
         server=(0.0025, 0.005, 0.01), first_order=(0.003, 0.01, 0.03), norms=(0.003, 0.01, 0.03),
@@ -116,6 +116,7 @@ class Cell:
         rows: Names of methods.
         seeds: Of data, sensors, model and run.
         rounds: Of every run.
+        rates: Fields of the `Task` that are others here.
     """
 
     name: str
@@ -125,7 +126,13 @@ class Cell:
     overrides: dict[str, Any] = field(default_factory=dict)
     rows: tuple[str, ...] = FEW
     seeds: tuple[int, ...] = (0, 1, 2)
-    rounds: int = 150
+    rounds: int = 120
+    rates: dict[str, Rates] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Task:
+        """The task, with the cell's own rates."""
+        return replace(TASKS[self.task], **self.rates)  # type: ignore[arg-type]
 
     @property
     def each_client(self) -> bool:
@@ -134,23 +141,21 @@ class Cell:
 
 
 CELLS = [
-    Cell("inverted", "inverted contrast, one for all", shift=("Contrast", {"gain": -1.0}), rows=ALL),
-    Cell(
-        "contrast_each", "contrast, each client its own",
-        shift=("Contrast", {"gain": -1.0, "offset": 0.3, "each_client": True}), rows=ALL,
-    ),
+    Cell("inverted", "inverted contrast, one for all", shift=("Contrast", {"gain": -1.0}), rows=ALL,
+         rates={"server": (0.001, 0.002, 0.004), "first_order": (0.003, 0.01, 0.03)}),
+    Cell("contrast_each", "contrast, each client its own",
+         shift=("Contrast", {"gain": -1.0, "offset": 0.3, "each_client": True}),
+         rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT, MANY)),
     Cell("cipher", "TinyStories in a cipher, one for all", "text", ("Cipher", {}), rounds=60,
-         rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT, SIDE)),
-    Cell(
-        "labels", "label shift, Dirichlet(0.1), inputs as they are",
-        overrides={
-            "data.init_args.partition": "dirichlet", "data.init_args.alpha": 0.1,
-            "data.init_args.min_examples_per_client": 16,
-        },
-    ),
+         rows=(FROZEN, FIRST_ORDER, NORMS, SIDE)),
+    Cell("labels", "label shift, Dirichlet(0.1), inputs as they are",
+         overrides={"data.init_args.partition": "dirichlet", "data.init_args.alpha": 0.1,
+                    "data.init_args.min_examples_per_client": 16},
+         rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT),
+         rates={"server": (0.0001, 0.0003, 0.001), "first_order": (0.0003, 0.001, 0.003)}),
+    Cell("noise", "noise, one level for all", shift=("Noise", {"std": 0.4})),
     Cell("pattern_each", "sensor pattern, each client its own",
          shift=("SensorPattern", {"strength": 0.4, "each_client": True})),
-    Cell("noise", "noise, one level for all", shift=("Noise", {"std": 0.4})),
     Cell("blur", "blur, one for all", shift=("Blur", {"sigma": 2.0})),
     Cell("colour", "colour cast, each client its own", "colour",
          ("ColourCast", {"gains": [1.0, -0.5, 0.3], "offsets": [0.0, 0.6, 0.3], "each_client": True})),

@@ -17,7 +17,9 @@ from hosfl_lightning.models.pretrained import seeded
 from hosfl_lightning.networks import ConvNet
 
 
-def pretrain(folder: str, channels: Literal[1, 3], out: Path, epochs: int = 4, batch_size: int = 128, lr: float = 0.004) -> float:
+def pretrain(
+    folder: str, channels: Literal[1, 3], out: Path, epochs: int = 4, batch_size: int = 128, lr: float = 0.004
+) -> float:
     """Train on the training images that are neither dealt to clients nor held out, and write the weights.
 
     AdamW, the rate falling from `lr` to 0 as a cosine; order and start under seed 0.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,10 @@ def _slips() -> set[str]:
     """All that two letters q and x can become when each slips, or the second does not come to it."""
     one, two = {"w", "qq", ""}, {"z", "c", "xx", "", "x"}
     return {a + b for a in one for b in two} | {"xq"}
+
+
+def test_every_shift_is_in_the_page() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "shift.md").read_text()
+    kinds = {kind for base in (Shift, TextShift) for kind in base.__subclasses__()}
+    shipped = {kind.__name__ for kind in kinds if kind.__module__.startswith("hosfl_lightning.")}
+    assert shipped == set(re.findall(r"^\| `(\w+)\(", text, flags=re.MULTILINE))
