@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,3 +317,14 @@ def test_every_shift_is_in_the_page() -> None:
     kinds = {kind for base in (Shift, TextShift) for kind in base.__subclasses__()}
     shipped = {kind.__name__ for kind in kinds if kind.__module__.startswith("hosfl_lightning.")}
     assert shipped == set(re.findall(r"^\| `(\w+)\(", text, flags=re.MULTILINE))
+
+
+def test_the_shift_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "shift.md").read_text()
+    [code] = re.findall(r"```python\n(# my_shift\.py\n.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "my_shift.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("my_shift").DeadPixels(0.5, each_client=True)
+    black = [[image.pixel_values == 0 for image in client] for client in made(shift=own, size=8).clients]
+    assert all(torch.equal(black[0][0] | one, one) for one in black[0])  # and the image of value 0 is black all over
+    assert not torch.equal(black[0][1], black[1][1])
