@@ -28,11 +28,13 @@ class Task:
         width: Of the strong server's bottleneck on z.
         narrow: Width of the side adapter whose gradient, in three values, fits into 4 KiB a client-round.
         kernel: Of the bottlenecks of both halves.
-        server: Three rates of the frozen row's server; all other rows have the middle one.
+        server: Three rates of the server.
         first_order: Three rates of a client that knows the gradient of all that it could train.
         norms: Of one that knows its norms'.
         side: Of one that knows its side adapter's.
         zeroth: Of one that estimates, by probes.
+        paired: Whether the rows beside the frozen one try all three of the server's rates, the lowest with the lowest
+            of their own; else the middle one with each.
         lora: Whether a client without `client_parameters` or side adapter trains LoRA on all projections; else it
             trains all weights.
     """
@@ -49,6 +51,7 @@ class Task:
     norms: Rates
     side: Rates
     zeroth: dict[int, Rates]
+    paired: bool = False
     lora: bool = False
 
 
@@ -127,12 +130,12 @@ class Cell:
     rows: tuple[str, ...] = FEW
     seeds: tuple[int, ...] = (0, 1, 2)
     rounds: int = 120
-    rates: dict[str, Rates] = field(default_factory=dict)
+    rates: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> Task:
         """The task, with the cell's own rates."""
-        return replace(TASKS[self.task], **self.rates)  # type: ignore[arg-type]
+        return replace(TASKS[self.task], **self.rates)
 
     @property
     def each_client(self) -> bool:
@@ -140,9 +143,16 @@ class Cell:
         return self.shift is not None and bool(self.shift[1].get("each_client"))
 
 
+#: With three of four children at the client the server alone bears a higher rate than beside a client that moves.
+DEEP = {
+    "paired": True, "server": (0.001, 0.002, 0.004), "first_order": (0.001, 0.002, 0.004), "norms": (0.01, 0.02, 0.04),
+    "zeroth": {2: (0.003, 0.006, 0.012), 8: (0.01, 0.02, 0.04), 32: (0.01, 0.02, 0.04)},
+}  # fmt: skip
 CELLS = [
     Cell("inverted", "inverted contrast, one for all", shift=("Contrast", {"gain": -1.0}), rows=ALL,
          rates={"server": (0.001, 0.002, 0.004), "first_order": (0.003, 0.01, 0.03)}),
+    Cell("inverted_deep", "inverted contrast, one for all, cut 3", shift=("Contrast", {"gain": -1.0}),
+         overrides={"model.init_args.cut": 3}, rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT, MANY), rates=DEEP),
     Cell("cipher", "TinyStories in a cipher, one for all", "text", ("Cipher", {}), rounds=40,
          rows=(FROZEN, FIRST_ORDER, NORMS, SIDE)),
     Cell("contrast_each", "contrast, each client its own",
@@ -197,5 +207,6 @@ def row(algorithm: dict[str, Any], overrides: dict[str, Any], client: Rates | No
     if client is None:
         grid = [{"server_lr": rate} for rate in task.server]
     else:
-        grid = [{"client_lr": rate, "server_lr": task.server[1]} for rate in client]
+        server = task.server if task.paired else [task.server[1]] * len(client)
+        grid = [{"client_lr": own, "server_lr": rate} for own, rate in zip(client, server)]
     return {"algorithm": algorithm, "overrides": overrides, "grid": grid}

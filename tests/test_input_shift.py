@@ -51,12 +51,13 @@ class TestCells:
         assert all(one["init_args"]["personal"] for one in algorithms)
         assert [one["class_path"].rpartition(".")[2] for one in algorithms] == ["HOSFL", "SplitFedSGD"]
 
-    def test_the_server_has_one_rate_in_all_rows_but_the_frozen_one(self) -> None:
+    def test_no_row_has_a_rate_of_the_server_that_the_frozen_one_has_not(self) -> None:
         for cell in CELLS:
+            server = cell.settings.server
             for name, one in methods(cell.settings):
-                rates = {point["server_lr"] for point in one["grid"]}
-                server = cell.settings.server
-                assert rates == ({*server} if name == FROZEN else {server[1]})
+                rates = [point["server_lr"] for point in one["grid"]]
+                all_three = name == FROZEN or cell.settings.paired
+                assert rates == ([*server] if all_three else 3 * [server[1]])
 
     def test_names_are_folders_of_their_own(self) -> None:
         assert len({cell.name for cell in CELLS}) == len({cell.title for cell in CELLS}) == len(CELLS)
