@@ -64,7 +64,7 @@ def entries(cell: Cell, results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write(found: list[tuple[Cell, dict[str, Any]]], out: Path, command: str) -> None:
-    """``input_shift.json``, ``table.md`` and the picture, of the cells that are finished."""
+    """``input_shift.json``, ``table.md`` and the pictures, of the cells that are finished."""
     table, settings = [row for cell, results in found for row in entries(cell, results)], dict(methods(TASKS["grey"]))
     done = [cell for cell, _ in found]
     content = {
