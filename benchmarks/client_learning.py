@@ -17,18 +17,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.client_learning_cells import CELLS, FIRST_ORDER, FROZEN, QUICK, TASKS, Cell, methods
+from benchmarks.cells import FIRST_ORDER, finished, measured, placed, strings
+from benchmarks.client_learning_cells import CELLS, QUICK, TASKS, Cell, methods
 from benchmarks.client_learning_overview import overview
 from benchmarks.client_learning_pictures import draw
 from hosfl_lightning.compare.command import compare, parse
 from hosfl_lightning.compare.settings import Comparison
-from hosfl_lightning.compare.statistics import spread
 from hosfl_lightning.compare.table import markdown
 from hosfl_lightning.files import write_whole
 
 ROOT = Path(__file__).parent.parent
-#: In what a client's update travels, by the compression of a gradient that it knows.
-BASES = {"Uncompressed": "dense", "RandomSubset": "coordinates"}
 
 
 def comparison(cell: Cell, places: dict[str, str], out: Path) -> Comparison:
@@ -52,15 +50,6 @@ def comparison(cell: Cell, places: dict[str, str], out: Path) -> Comparison:
     return parse(Comparison, "client_learning", [f"--config={path}"])
 
 
-def placed(value: Any, places: dict[str, str]) -> Any:
-    """With ``{data}`` and ``{minilm}`` replaced, at any depth."""
-    if isinstance(value, dict):
-        return {name: placed(one, places) for name, one in value.items()}
-    if isinstance(value, list):
-        return [placed(one, places) for one in value]
-    return value.format(**places) if isinstance(value, str) else value
-
-
 def absent(cells: Sequence[Cell], places: dict[str, str]) -> str:
     """The first file or folder that a cell needs and that is not there, in a line; empty: there is none."""
     for cell in cells:
@@ -72,101 +61,29 @@ def absent(cells: Sequence[Cell], places: dict[str, str]) -> str:
     return ""
 
 
-def strings(value: Any) -> Iterator[str]:
-    """At any depth."""
-    if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from strings(one)
-    elif isinstance(value, str):
-        yield value
-
-
 def entries(cell: Cell, results: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The rows of ``client_learning.json``: bytes are a client-round's, forwards those of the client half.
-
-    ``edge`` names the rates at an end of those that were tried (of two, always); ``failed`` says why, by seed. A row
-    without a finished run has no costs. ``gap_closed_std`` is that of ``gap_closed_each_seed``.
-    """
+    """The rows of ``client_learning.json``: those of `measured`, with what the cell is."""
     task = TASKS[cell.task]
+    about = {
+        "task": cell.task, "server": cell.server, "cut": cell.cut, "clients": cell.clients,
+        "partition": cell.partition.get("data.init_args.partition", "iid"),
+        "alpha": cell.partition.get("data.init_args.alpha"),
+    }  # fmt: skip
     settings = dict(methods(task, cell.server == "strong"))
-    for name, found in results["methods"].items():
-        method, gap = settings[name], found["gap_closed"]
-        init, each = method["algorithm"].get("init_args", {}), gap_of_each_seed(results, name)
-        yield {
-            "task": cell.task, "server": cell.server, "cut": cell.cut, "clients": cell.clients,
-            "partition": cell.partition.get("data.init_args.partition", "iid"),
-            "alpha": cell.partition.get("data.init_args.alpha"), "split": results["evaluated_on"], "method": name,
-            "adapter": "side" if method["overrides"].get("model.init_args.side", {}).get("client") else
-            ("lora" if task.attention else "all weights"),
-            "estimator": init.get("estimator", "forward" if "probes" in init else None),
-            "client_backprop": class_of(method["algorithm"]) == "SplitFedSGD", "d_client": found.get("d_client"),
-            "probes": init.get("probes"), **sent(method, found.get("d_client")),
-            "rounds": found.get("rounds"), "bytes_up": found.get("bytes_up_per_client_round"),
-            "bytes_down": found.get("bytes_down_per_client_round"),
-            "client_peak_bytes": found.get("client_peak_bytes"),
-            "client_inference_bytes": found.get("client_inference_bytes"),
-            "client_forward_equivalents": found.get("client_forwards_per_round"),
-            "loss": found["loss"], task.metric: found[task.metric], "below_frozen": found["below_frozen"],
-            "gap_closed": gap["value"] if gap else None, "gap_closed_interval": gap and [gap["low"], gap["high"]],
-            "gap_closed_std": spread(each.values())["sd"], "gap_closed_each_seed": each,
-            "no_gap_closed": found["no_gap_closed"], "client_put_back": found["client_put_back"],
-            "learning_rate": found["point"], "edge": at_ends(found), "seeds": found["seeds"], "failed": found["failed"],
-        }  # fmt: skip
-
-
-def sent(method: dict[str, Any], d_client: float | None) -> dict[str, Any]:
-    """In what a client's update travels, and how many values a client-round that is."""
-    init, name = method["algorithm"].get("init_args", {}), class_of(method["algorithm"])
-    if name == "Frozen":
-        return {"aggregation": None, "codec": None, "scalars_up": 0}
-    compression = init.get("compression", {"class_path": "Uncompressed"})
-    count = compression.get("init_args", {}).get("count") or init.get("probes") or d_client
-    basis = "shared_directions" if "probes" in init else BASES[class_of(compression)]
-    codec = method["overrides"].get("trainer.codec.gradient", "fp32")
-    return {"aggregation": basis, "codec": codec, "scalars_up": count}
-
-
-def class_of(setting: dict[str, Any]) -> str:
-    """Its name without the module's."""
-    return setting["class_path"].rpartition(".")[2]
-
-
-def at_ends(found: dict[str, Any]) -> list[str]:
-    """The learning rates of a row that are the lowest or the highest that were tried."""
-    tried = [trial["point"] for trial in found["trials"]]
-    ends = {key: {pick(one[key] for one in tried) for pick in (min, max)} for key in (tried[0] if tried else ())}
-    return [key for key, rate in (found["point"] or {}).items() if len(ends.get(key, ())) > 1 and rate in ends[key]]
-
-
-def gap_of_each_seed(results: dict[str, Any], name: str) -> dict[str, float]:
-    """(frozen − method) / (frozen − first order) of each seed alone; empty where over all of them there is no gap."""
-    if results["methods"][name]["gap_closed"] is None:
-        return {}
-    frozen, first, own = (results["methods"][one]["loss"]["values"] for one in (FROZEN, FIRST_ORDER, name))
-    return {
-        seed: (frozen[seed] - own[seed]) / (frozen[seed] - first[seed])
-        for seed in sorted(frozen.keys() & first.keys() & own.keys())
-        if frozen[seed] != first[seed]
-    }
-
-
-def finished(cells: Sequence[Cell], out: Path) -> list[tuple[Cell, dict[str, Any]]]:
-    """Those whose results are there, of this call or an earlier one."""
-    paths = [(cell, out / "cells" / cell.name / "results.json") for cell in cells]
-    return [(cell, json.loads(path.read_text())) for cell, path in paths if path.is_file()]
+    return measured(about, settings, results, task.metric, "lora" if task.attention else "all weights")
 
 
 def write(found: list[tuple[Cell, dict[str, Any]]], out: Path, command: str) -> None:
     """``client_learning.json``, ``table.md`` and the pictures, of the cells that are finished."""
     table = [entry for cell, results in found for entry in entries(cell, results)]
-    done = [cell for cell, _ in found]
+    done, settings = [cell for cell, _ in found], dict(methods(TASKS["shakespeare"], strong=True))
     content = {"command": command, "rows": table, "cells_left_out": [c.name for c in CELLS if c not in done]}
     text = json.dumps(content, indent=1, ensure_ascii=False)
     write_whole(out / "client_learning.json", lambda file: file.write(text.encode() + b"\n"))
-    parts = [f"# What a client's learning is worth\n\n`{command}`\n", overview(table)]
+    parts = [f"# What a client's learning is worth\n\n`{command}`\n", overview(table, [*settings])]
     parts += [f"## {cell.name}\n\n{markdown(results)}" for cell, results in found]
     write_whole(out / "table.md", lambda file: file.write("\n".join(parts).encode()))
-    draw(table, dict(methods(TASKS["shakespeare"], strong=True)), out)
+    draw(table, settings, out)
 
 
 def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:

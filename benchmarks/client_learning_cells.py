@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-FROZEN, FIRST_ORDER = "frozen", "first order"
+from benchmarks.cells import FIRST_ORDER, FROZEN
+
 ALGORITHMS = "hosfl_lightning.algorithms"
 ADAMW = {"class_path": "hosfl_lightning.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN, TASKS, methods
+from benchmarks.cells import FIRST_ORDER, FROZEN
 from hosfl_lightning.compare.table import NONE, pm, share
 
 #: Columns of a table at most.
@@ -13,19 +13,19 @@ WIDTH = 7
 NO_GAP, DIVERGED = "no gap", "failed"
 
 
-def overview(rows: Iterable[dict[str, Any]]) -> str:
+def overview(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> str:
     """A line a cell: both controls' losses, then the gap closed by each method, with its interval over seeds.
 
     As many tables as it takes, of `WIDTH` columns at most: first the methods that most cells have. Of the later ones a
     line is there only if it says something.
 
     Args:
-        rows: Of ``client_learning.json``.
+        rows: Of `measured`.
+        names: Methods, in the order in which they are shown.
     """
     cells: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         cells.setdefault(title(row), {})[row["method"]] = row
-    names = [name for name, _ in methods(next(iter(TASKS.values())), strong=True)]
     count = {name: sum(name in found for found in cells.values()) for name in names}
     shown = sorted((n for n in names if count[n] and n not in (FROZEN, FIRST_ORDER)), key=lambda name: -count[name])
     first, rest = shown[: WIDTH - 3], shown[WIDTH - 3 :]
@@ -49,7 +49,9 @@ def _table(cells: dict[str, dict[str, dict[str, Any]]], columns: list[str]) -> s
 
 
 def title(row: dict[str, Any]) -> str:
-    """The cell of a row in words."""
+    """The cell of a row in words, of its own where it has such."""
+    if "title" in row:
+        return str(row["title"])
     skew = "" if row["alpha"] is None else f", {row['partition']}({row['alpha']})"
     clients = "1 client" if row["clients"] == 1 else f"{row['clients']} clients"
     return f"{row['task']}, cut {row['cut']}, {row['server']} server, {clients}{skew}"

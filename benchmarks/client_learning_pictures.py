@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmarks.client_learning_cells import FIRST_ORDER, FROZEN
+from benchmarks.cells import FIRST_ORDER, FROZEN
 from benchmarks.client_learning_overview import title
 from hosfl_lightning.compare.pictures import LINES, below, blank, facets, left_out, style
 

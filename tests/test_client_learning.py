@@ -10,8 +10,9 @@ import matplotlib.image
 import pytest
 
 from benchmarks import client_learning
+from benchmarks.cells import FIRST_ORDER, FROZEN
 from benchmarks.client_learning import arguments, entries, main, shown, write
-from benchmarks.client_learning_cells import CELLS, FIRST_ORDER, FROZEN, QUICK, TASKS, Cell, methods
+from benchmarks.client_learning_cells import CELLS, QUICK, TASKS, Cell, methods
 from benchmarks.client_learning_overview import DIVERGED, NO_GAP, overview
 from benchmarks.client_learning_pictures import by_cell, over
 from hosfl_lightning.compare.command import untuned
@@ -21,6 +22,7 @@ from hosfl_lightning.compare.statistics import gap_closed, spread
 from hosfl_lightning.compare.table import cost_columns
 
 CELL = CELLS[0]
+NAMES = [name for name, _ in methods(TASKS["shakespeare"], strong=True)]
 LOSSES = {FROZEN: [3.0, 3.1], FIRST_ORDER: [2.5, 2.5], "side adapter": [2.6, 2.8]}
 COSTS = {
     "rounds": 150, "d_client": 5000, "bytes_up_per_client_round": 900.0, "bytes_down_per_client_round": 800.0,
@@ -218,7 +220,7 @@ class TestOverview:
         other = next(cell for cell in CELLS if cell.clients == 1)
         for one in none["methods"].values():
             one["accuracy"] = one["perplexity"]
-        words, _, head, _, first, second = overview([*entries(CELL, gap), *entries(other, none)]).splitlines()
+        words, _, head, _, first, second = overview([*entries(CELL, gap), *entries(other, none)], NAMES).splitlines()
         assert words.startswith("Both controls' test loss, then the gap closed")
         assert head == f"| task | {FROZEN} | {FIRST_ORDER} | side adapter | side adapter, int4 |"
         controls = "3.0500 ± 0.0707 | 2.5000 ± 0.0000"
@@ -231,7 +233,7 @@ class TestOverview:
         every = [name for name, _ in methods(TASKS["shakespeare"], strong=True)]
         many = results(**{name: [2.6, 2.8] for name in every if name not in LOSSES})
         few = next(cell for cell in CELLS if (cell.task, cell.cut) == ("shakespeare", 2))
-        tables = overview([*entries(few, results()), *entries(CELL, many)]).split("\n\n")[1:]
+        tables = overview([*entries(few, results()), *entries(CELL, many)], NAMES).split("\n\n")[1:]
         heads = [[name.strip() for name in table.splitlines()[0].split("|")[1:-1]] for table in tables]
         assert [len(head) for head in heads] == [7, 7]
         assert {name for head in heads for name in head} == {"task", *every}
@@ -241,7 +243,7 @@ class TestOverview:
     def test_the_shipped_tables_are_those_of_the_shipped_figures(self) -> None:
         shipped = Path(__file__).parent.parent / "docs" / "results" / "client_learning"
         rows = json.loads((shipped / "client_learning.json").read_text())["rows"]
-        assert overview(rows) in (shipped / "table.md").read_text()
+        assert overview(rows, NAMES) in (shipped / "table.md").read_text()
 
 
 class TestPictures:

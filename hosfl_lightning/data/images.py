@@ -15,6 +15,8 @@ from hosfl_lightning.data.checks import check_at_least, check_choice, check_frac
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.labels import LabelSet
 from hosfl_lightning.data.partition import Partitioner, fixed_subset, spelled
+from hosfl_lightning.data.shift import Shift, seen
+from hosfl_lightning.parts import check_part
 
 
 class ImageExample(NamedTuple):
@@ -57,7 +59,9 @@ class ImageData(FederatedDataModule):
         std: What they are then divided by; one number or one per channel.
         batch_size: Images a client uses a round; a client that holds fewer uses all it has.
         eval_batch_size: Images per batch of the held-out loaders.
-        seed: Fixes the partition and every client's order.
+        seed: Fixes the partition, every client's order and, with `shift`, its sensor.
+        shift: The sensor through which clients see, of `hosfl_lightning.data.shift` or a `Shift` of your own; held-out
+            image i is seen through that of client i mod N. None: as stored.
 
     Attributes:
         label_set: Number of the classes and, where known, their names; known after `setup`.
@@ -82,8 +86,11 @@ class ImageData(FederatedDataModule):
         batch_size: int = 4,
         eval_batch_size: int = 32,
         seed: int = 0,
+        shift: Shift | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, seed=seed)
+        if shift is not None:
+            check_part(shift, Shift, "data.init_args.shift")
         check_at_least(0, min_examples_per_client=min_examples_per_client)
         check_at_least(1, num_clients=num_clients)
         check_at_least(1, max_train_examples=max_train_examples, max_validation_examples=max_validation_examples)
@@ -105,6 +112,7 @@ class ImageData(FederatedDataModule):
         self.std = _per_channel(std, channels, "std")
         if not (self.std > 0).all():
             raise ValueError(f"std={std}: must be above 0")
+        self.shift = shift
         self.label_set = LabelSet(0)
 
     @property
@@ -142,6 +150,28 @@ class ImageData(FederatedDataModule):
         labels = [example.labels for example in train]
         field = None if any(example.fields is None for example in train) else partial(_field, train)
         self.deal(train, self.partitioner, num_clients=self.requested_clients, labels=labels, field=field)
+        if self.shift is not None:
+            self._see_through(self.shift)
+
+    def _see_through(self, shift: Shift) -> None:
+        """Every image as the sensor of its client stores it."""
+        numbers = torch.tensor([len(examples) for examples in self.clients]).cumsum(0).tolist()
+        self.clients = [
+            self._seen(shift, examples, [client] * len(examples), "train", end - len(examples))
+            for client, (examples, end) in enumerate(zip(self.clients, numbers))
+        ]
+        for split in ("validation", "test"):
+            examples = getattr(self, f"{split}_set")
+            clients = [self.client_of_held_out(number) for number in range(len(examples))]
+            setattr(self, f"{split}_set", self._seen(shift, examples, clients, split))
+
+    def _seen(
+        self, shift: Shift, examples: list[ImageExample], clients: list[int], split: str, first: int = 0
+    ) -> list[ImageExample]:
+        # a grey image has its channels before the sensor, which may treat them unequally
+        pixels = [example.pixel_values.expand(self.channels, -1, -1) for example in examples]
+        images = seen(shift, pixels, clients, self.seed, split, first)
+        return [example._replace(pixel_values=image) for example, image in zip(examples, images)]
 
     @override
     def collate(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:

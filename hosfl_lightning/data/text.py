@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +12,14 @@ from typing_extensions import override
 from hosfl_lightning.data.checks import check_at_least, check_choice, check_fraction, check_share
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.partition import ByFile, Partitioner, fixed_subset, spelled
-from hosfl_lightning.data.readers import Reader
+from hosfl_lightning.data.readers import Reader, Texts
 from hosfl_lightning.data.rows import OnMissing
+from hosfl_lightning.data.shift import TextShift, heard
 from hosfl_lightning.data.tokenization import Example, language_blocks, token_stream
+from hosfl_lightning.parts import check_part
+
+#: The split that a setting names the files of.
+SPLITS = {"files": "train", "validation_files": "validation", "test_files": "test"}
 
 
 class TextData(FederatedDataModule):
@@ -52,6 +57,9 @@ class TextData(FederatedDataModule):
         delimiter: Between the cells of a CSV or TSV file. None: a comma, and in .tsv a tab.
         on_missing: What becomes of records whose text is absent, null or empty: `error` refuses the first, `skip`
             leaves them out and says how many.
+        shift: What clients write in place of the texts, of `hosfl_lightning.data.shift` or a `TextShift` of your own.
+            One for all changes documents before they are tokenized; one for each client changes the text of a block,
+            which is tokenized anew and cut at `sequence_length`: held-out block i as client i mod N writes it.
 
     Example::
 
@@ -81,8 +89,11 @@ class TextData(FederatedDataModule):
         encoding: str = "utf-8",
         delimiter: str | None = None,
         on_missing: OnMissing = "error",
+        shift: TextShift | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, tokenizer, seed)
+        if shift is not None:
+            check_part(shift, TextShift, "data.init_args.shift")
         check_at_least(2, sequence_length=sequence_length)
         check_at_least(1, num_clients=num_clients)
         check_at_least(1, max_validation_examples=max_validation_examples, max_test_examples=max_test_examples)
@@ -105,6 +116,7 @@ class TextData(FederatedDataModule):
         self.max_validation_examples = max_validation_examples
         self.max_test_examples = max_test_examples
         self.sequence_length = sequence_length
+        self.shift = shift
 
     @override
     def setup(self, stage: str) -> None:
@@ -130,10 +142,51 @@ class TextData(FederatedDataModule):
         blocks = [block for piece in training for block in piece.blocks]
         files = [piece.name for piece in training for _ in piece.blocks]
         self.deal(blocks, self.partitioner, files=files, num_clients=self.requested_clients)
+        if self.shift is not None and self.shift.each_client:
+            self._write_anew(self.shift)
+
+    def _write_anew(self, shift: TextShift) -> None:
+        """Every block as its client writes it."""
+        first = 0
+        for client, blocks in enumerate(self.clients):
+            self.clients[client] = [
+                self._rewritten(shift, block, client, "train", first + i) for i, block in enumerate(blocks)
+            ]
+            first += len(blocks)
+        for split in ("validation", "test"):
+            blocks = getattr(self, f"{split}_set")
+            blocks[:] = [
+                self._rewritten(shift, block, self.client_of_held_out(i), split, i) for i, block in enumerate(blocks)
+            ]
+
+    def _rewritten(self, shift: TextShift, block: Example, client: int, split: str, number: int) -> Example:
+        tokenizer = self.resolve_tokenizer()
+        text: Any = tokenizer.decode(block.input_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = token_stream([heard(shift, text, client, self.seed, split, number)], tokenizer)[: self.sequence_length]
+        if len(ids) < 2:
+            raise ValueError(
+                f"shift: {type(shift).__name__} leaves {len(ids)} token(s) of a block; raise sequence_length from "
+                f"{self.sequence_length}"
+            )
+        return Example(ids, ids)
+
+    def _as_written(self, texts: list[Texts], setting: str) -> list[Texts]:
+        """The documents, changed where all clients write alike."""
+        shift = self.shift
+        if shift is None or shift.each_client:
+            return texts
+        found, number = [], 0
+        for path, documents in texts:
+            changed = [
+                heard(shift, text, 0, self.seed, SPLITS[setting], number + i) for i, text in enumerate(documents)
+            ]
+            found.append(Texts(path, changed))
+            number += len(documents)
+        return found
 
     def _pieces(self, source: str | Sequence[str] | None, setting: str) -> list[_Piece]:
         """Each file's blocks; files too short to be split one by one are one piece, unless each is to be a client."""
-        texts = self.reader.texts(source, self.text_field, setting) if source else []
+        texts = self._as_written(self.reader.texts(source, self.text_field, setting), setting) if source else []
         pieces = [_Piece(one.path, self._blocks(one.documents)) for one in texts]
         shares = self._shares if setting == "files" else ()
         short = [i for i, piece in enumerate(pieces) if _left(piece.blocks, shares) < 1]

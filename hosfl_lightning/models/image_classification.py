@@ -16,6 +16,7 @@ from hosfl_lightning.models.classification import SplitClassifier, check_classes
 from hosfl_lightning.models.evaluated import Batch
 from hosfl_lightning.models.halves import Part
 from hosfl_lightning.models.pretrained import PretrainedError, load_model, seeded
+from hosfl_lightning.models.weights import load_weights
 from hosfl_lightning.split import (
     ImageClientHalf,
     ImageServerHalf,
@@ -50,6 +51,8 @@ class SplitImageClassifier(SplitClassifier):
         pretrained: Folder or hub name of an image classifier.
         network: In place of ``pretrained``: the class of a network to train from scratch with its arguments, such as
             ``hosfl_lightning.networks.ConvNet``; in Python what makes one. Its weights are drawn under ``seed``.
+        weights: With what the ``network`` starts instead: a safetensors file with all tensors of its ``state_dict``,
+            as ``safetensors.torch.save_model(network, FILE)`` writes it.
         lora: Adapters on both halves of a vision transformer; None trains every weight that is not ``frozen``.
         frozen: Regular expressions, searched in the names of the whole model's parameters: what is not trained, such
             as ``normalization`` for MobileNetV2's norms.
@@ -91,16 +94,19 @@ class SplitImageClassifier(SplitClassifier):
         side: Side | None = None,
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
+        weights: str | None = None,
     ) -> None:
         if bool(pretrained) == (network is not None) or isinstance(network, nn.Module):
             raise PretrainedError(
                 "model.init_args: give one of pretrained (a folder or hub name) and network (a class, which is made "
                 "anew under seed; not a module)"
             )
+        if weights is not None and network is None:
+            raise PretrainedError("model.init_args.weights: they are a network's; give network, or leave them out")
         self.num_labels, self.image_size, self.channels = check_classes(num_labels), image_size, channels
         super().__init__(
             pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
-            part, client_parameters, network=network, frozen=frozen,
+            part, client_parameters, network=network, frozen=frozen, weights=weights,
         )  # fmt: skip
 
     def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
@@ -118,6 +124,8 @@ class SplitImageClassifier(SplitClassifier):
                     f"model.init_args.network: it made a {type(whole).__name__}; it is a class or function of an "
                     "nn.Sequential, from images (B, channels, H, W) to logits (B, num_labels)"
                 )
+            if model_kwargs["weights"] is not None:
+                load_weights(whole, model_kwargs["weights"])
             if dtype != "auto":
                 whole.to(getattr(torch, dtype))
             self.pretrained = type(whole).__name__

@@ -7,7 +7,7 @@ from hosfl_lightning.rng.philox import Domain, Stream, philox4x32, words
 from hosfl_lightning.rng.rounding import uniform16
 from hosfl_lightning.rng.sampling import permutation
 
-RADEMACHER, GAUSS16, CLIENT_SAMPLING, DATA_ORDER, COORDINATES, ROUNDING = Domain
+RADEMACHER, GAUSS16, CLIENT_SAMPLING, DATA_ORDER, COORDINATES, ROUNDING, SHIFT = Domain
 
 __all__ = [
     "CLIENT_SAMPLING",
@@ -17,6 +17,7 @@ __all__ = [
     "GAUSS16",
     "RADEMACHER",
     "ROUNDING",
+    "SHIFT",
     "DirectionBatch",
     "Domain",
     "Stream",

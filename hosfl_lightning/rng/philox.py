@@ -38,6 +38,7 @@ class Domain(IntEnum):
     DATA_ORDER = 4
     COORDINATES = 5
     ROUNDING = 6
+    SHIFT = 7
 
 
 def check_range(name: str, value: int, stop: int) -> None:

@@ -21,7 +21,7 @@ def permutation(n: int, seed: int, domain: Domain, *, round: int = 0, client: in
     Args:
         n: Number of entries.
         seed: The run's seed.
-        domain: ``Domain.CLIENT_SAMPLING``, ``Domain.DATA_ORDER`` or ``Domain.COORDINATES``.
+        domain: ``Domain.CLIENT_SAMPLING``, ``Domain.DATA_ORDER``, ``Domain.COORDINATES`` or ``Domain.SHIFT``.
         round: Round (or epoch) of the run.
         client: Client id, or ``None`` for what all clients share.
 

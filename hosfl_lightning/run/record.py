@@ -29,7 +29,7 @@ MAY_CHANGE = (
     "enable_checkpointing",
 )  # fmt: skip
 #: Arguments of a model that say where it lies, how it is trained (recorded apart), or which part of it is here.
-NOT_OF_THE_MODEL = ("pretrained", "network", "optimizer", "lr_scheduler", "part", "client_holds")
+NOT_OF_THE_MODEL = ("pretrained", "network", "weights", "optimizer", "lr_scheduler", "part", "client_holds")
 #: What of the model matters to a run alone: its weights mean the same in any precision and from any start.
 OF_THE_RUN = ("seed", "dtype")
 #: Digests of the data, by name; and its arguments that have no part in them.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jsonargparse import ArgumentParser
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
@@ -29,6 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:the two sides of a probe")
 #: Two blocks and a head for grey 8x8 images of two classes.
 small = partial(ConvNet, widths=(4, 8), num_labels=2)
 MOBILENET = Path(__file__).parents[3] / "shared" / "data" / "mobilenet_v2"
+
+
+def grey(count: int) -> Tensor:
+    """Seeded images that `small` takes."""
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(2))
 
 
 def classifier(**kwargs: Any) -> SplitImageClassifier:
@@ -327,3 +333,56 @@ def test_mobilenet_trains_between_its_blocks(make_orchestrator: Callable[..., Or
     trainer.fit(model, RandomImages(size=32, channels=3))
     assert trainer.summary["metrics_last"]["val/loss"] < trainer.summary["metrics_first"]["val/loss"]
     assert all(torch.equal(b, held[n]) for n, b in whole.named_buffers())
+
+
+class TestWeights:
+    """A network that starts from a file."""
+
+    @staticmethod
+    def file(folder: Path, **changed: Tensor | None) -> str:
+        torch.manual_seed(5)
+        tensors = {name: one.contiguous() for name, one in small().state_dict().items()} | changed
+        save_file({name: one for name, one in tensors.items() if one is not None}, folder / "w.safetensors")
+        return str(folder / "w.safetensors")
+
+    def test_the_split_network_is_that_of_the_file_whatever_the_seed(self, tmp_path: Path) -> None:
+        path = self.file(tmp_path)
+        whole = small()
+        whole.load_state_dict(load_file(path))
+        for seed in (0, 1):
+            assert torch.equal(classifier(weights=path, seed=seed)(grey(3)), whole(grey(3)))
+        other = classifier(seed=1)(grey(3))
+        assert not torch.equal(other, whole(grey(3)))
+
+    def test_a_client_alone_starts_from_it_too(self, tmp_path: Path) -> None:
+        path = self.file(tmp_path)
+        alone, both = classifier(weights=path, part="client", seed=1), classifier(weights=path)
+        for (name, one), (_, other) in zip(
+            alone.client_half.named_parameters(), both.client_half.named_parameters(), strict=True
+        ):
+            assert torch.equal(one, other), name
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            ({"1.conv.weight": None}, r"w\.safetensors lacks 1\.conv\.weight: it is of another network than ConvNet"),
+            ({"more": torch.zeros(1)}, r"w\.safetensors has more, which the network has not"),
+            (
+                {"0.conv.weight": torch.zeros(4, 1, 5, 5)},
+                r"has 0\.conv\.weight of shape \(4, 1, 5, 5\), the network \(4",
+            ),
+        ],
+    )
+    def test_other_names_or_shapes_are_refused_by_name(
+        self, changed: dict[str, Tensor | None], message: str, tmp_path: Path
+    ) -> None:
+        with pytest.raises(PretrainedError, match=message):
+            classifier(weights=self.file(tmp_path, **changed))
+
+    def test_what_is_no_such_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "w.bin").write_bytes(b"\x80\x02pickle, not read")
+        for path, message in (("w.bin", "is no safetensors file"), ("none", "is no file; give a safetensors file")):
+            with pytest.raises(PretrainedError, match=message):
+                classifier(weights=str(tmp_path / path))
+        with pytest.raises(PretrainedError, match=r"model\.init_args\.weights: they are a network's; give network"):
+            classifier(network=None, pretrained=str(tmp_path), weights=str(tmp_path / "w.bin"))

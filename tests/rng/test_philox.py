@@ -134,7 +134,7 @@ def test_counters_of_different_fields_never_meet() -> None:
         ("seed", 2**64),
         ("seed", 1.0),
         ("domain", 0),
-        ("domain", 7),
+        ("domain", 8),
         ("round", -1),
         ("round", 2**32),
         ("client", -1),
@@ -169,6 +169,6 @@ def test_blocks_of_another_type_are_refused() -> None:
 
 
 def test_domains_are_those_of_the_standard() -> None:
-    names = ["RADEMACHER", "GAUSS16", "CLIENT_SAMPLING", "DATA_ORDER", "COORDINATES", "ROUNDING"]
-    assert [int(getattr(rng, name)) for name in names] == [1, 2, 3, 4, 5, 6]
+    names = ["RADEMACHER", "GAUSS16", "CLIENT_SAMPLING", "DATA_ORDER", "COORDINATES", "ROUNDING", "SHIFT"]
+    assert [int(getattr(rng, name)) for name in names] == [1, 2, 3, 4, 5, 6, 7]
     assert rng.DISTRIBUTIONS == {"rademacher": 1, "gauss16": 2}
