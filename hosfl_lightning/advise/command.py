@@ -58,7 +58,7 @@ class Advisor(Orchestrator):
         found = measure(self, model, datamodule, known, rounds, batches)
         if not found.findings:
             why = next(iter(found.left_out.values()))
-            raise ValueError(f"model: no client of it has anything to train below the cut, so there is no advice: {why}")
+            raise ValueError(f"model: there is nothing to train below the cut, or none that its method can: {why}")
         choice = choose(found.findings)
         print_advice(found, choice)
         advice = as_written(found, choice)

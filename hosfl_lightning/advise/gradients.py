@@ -71,9 +71,7 @@ def server_gradients(trainer: Any, model: SplitModule, cohorts: Sequence[Cohort]
 def client_gradients(trainer: Any, client: Client, smashed: Smashed) -> Tensor:
     """``g_b`` of a client, ``(B, d_c)`` fp32; it is left as it is."""
     with trainer.fabric.autocast():
-        return torch.stack(
-            [flat(client_gradient(client, *pair)) for pair in zip(smashed.batches, smashed.multipliers)]
-        )
+        return torch.stack([flat(client_gradient(client, *pair)) for pair in zip(smashed.batches, smashed.multipliers)])
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -25,14 +24,15 @@ from hosfl_lightning.advise.gradients import (
     shares,
 )
 from hosfl_lightning.advise.ranking import Finding, gains, summed
-from hosfl_lightning.advise.trials import UNSEEN, orchestrator, trial
+from hosfl_lightning.advise.trials import FAILED, UNSEEN, Trials
 from hosfl_lightning.algorithms import HOSFL
 from hosfl_lightning.callbacks import GradientAlignment
 from hosfl_lightning.clients.cohort import Minibatches
+from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run.costs import client_costs
-from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.split import SplitError
+from hosfl_lightning.wire import Codecs
 
 State = dict[str, Tensor]
 
@@ -66,7 +66,14 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Warmed:
-    """The server that a frozen client leaves."""
+    """The server that a frozen client leaves.
+
+    Attributes:
+        state: Of the server's half.
+        smashed: Its gradients on the rounds that would come next.
+        decreases: Of one step of its own, by resample.
+        counts: The resamples.
+    """
 
     state: State
     smashed: Smashed
@@ -75,7 +82,12 @@ class Warmed:
 
 
 def measure(
-    trainer: Any, model: SplitModule, data: Any, known: Iterable[Candidate], rounds: int, batches: int
+    trainer: Any,
+    model: SplitModule,
+    data: FederatedDataModule,
+    known: Iterable[Candidate],
+    rounds: int,
+    batches: int,
 ) -> Measurement:
     """All of it; model, data and random state end as they were, and nothing is written.
 
@@ -88,39 +100,47 @@ def measure(
         batches: Rounds whose gradients are measured, and held-out batches that are scored.
     """
     found = Measurement(rounds, batches, trainer.settings.max_rounds)
-    trainer.lightning_module, trainer.datamodule = model, data
-    with _as_before(trainer, model, data), isolate_rng():
-        start = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-        server = {name: tensor for name, tensor in start.items() if name.startswith("server_half.")}
-        own = frozen(trainer.algorithm)
-        runner, still = trial(trainer, model, own, "fp32", rounds, batches, "frozen client")
+    with isolate_rng(), _as_before(model, data) as start, tempfile.TemporaryDirectory() as folder:
+        trials = Trials(trainer, data, rounds, batches, folder)
+        runner, still = trials.run(model, frozen(trainer.algorithm), "fp32", "frozen client")
         found.loss, found.frozen_costs = float(still[rounds].mean()), client_costs(runner)
         warmed = _warmed(runner, model, found)
         model.load_trained_state(start)
         curves: dict[str, dict[int, Tensor]] = {}
-        about: dict[str, Finding] = {}
+        about = []
         for one in known:
             try:
-                made = one.make()
-                one.algorithm.check(made)
-                sizes = [p.numel() for p in one.algorithm.parameters(made).values()]
-                one.algorithm.check_codecs(orchestrator(trainer, own, one.gradient, 1, []).settings.codec, sizes)
+                made = _made(one, trainer.settings.codec)
             except (SplitError, ValueError) as error:
                 found.left_out[one.name] = str(error)
                 continue
-            begun = {n: t.clone() for n, t in made.trained_state().items()} | server
+            begun = {name: t.clone() for name, t in made.trained_state().items()} | _server(start)
             made.load_trained_state(begun)
-            try:
-                _, curves[one.name] = trial(trainer, made, one.in_trial, one.gradient, rounds, batches, one.name)
-            except DivergedError:
-                pass
-            about[one.name] = _finding(trainer, one, made, begun | warmed.state, warmed)
+            with suppress(*FAILED):
+                _, curves[one.name] = trials.run(made, one.in_trial, one.gradient, one.name)
+            about.append(_finding(trials, one, made, begun | warmed.state, warmed))
             made.load_trained_state(begun)
-        predicted = gains(still, curves, found.planned)
-        for name, one in about.items():
-            told = predicted.get(name)
-            found.findings.append(replace(one, gain=None if told is None else summed(told)))
+        predicted = {name: summed(values) for name, values in gains(still, curves, found.planned).items()}
+    found.findings = [replace(one, gain=predicted.get(one.name)) for one in about]
     return found
+
+
+def _made(one: Candidate, codecs: Codecs) -> SplitModule:
+    """The candidate's model, which its method can train.
+
+    Raises:
+        SplitError: There is none.
+        ValueError: It cannot.
+    """
+    made = one.make()
+    one.algorithm.check(made)
+    sizes = [p.numel() for p in one.algorithm.parameters(made).values()]
+    one.algorithm.check_codecs(replace(codecs, gradient=one.gradient), sizes)
+    return made
+
+
+def _server(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if name.startswith("server_half.")}
 
 
 def _warmed(runner: Any, model: SplitModule, found: Measurement) -> Warmed:
@@ -131,43 +151,37 @@ def _warmed(runner: Any, model: SplitModule, found: Measurement) -> Warmed:
     optimizer, counts = runner.server.optimizer, resamples(len(smashed.server))
     rule = Rule.of(getattr(optimizer, "optimizer", optimizer), optimizer.param_groups[0]["lr"])
     found.noise_scale, found.examples = noise_scale(smashed.server, smashed.examples), smashed.examples
-    state = {n: t.clone() for n, t in model.trained_state().items() if n.startswith("server_half.")}
+    state = {name: t.clone() for name, t in _server(model.trained_state()).items()}
     return Warmed(state, smashed, decreases(smashed.server, rule, counts), counts)
 
 
-def _finding(trainer: Any, one: Candidate, model: SplitModule, begun: State, warmed: Warmed) -> Finding:
+def _finding(trials: Trials, one: Candidate, model: SplitModule, begun: State, warmed: Warmed) -> Finding:
     """A real round of the candidate beside the warmed-up server, then its gradients there; all but its gain."""
     model.load_trained_state(begun)
-    runner = orchestrator(trainer, one.algorithm, one.gradient, 1, [GradientAlignment(1)])
-    try:
-        runner.rerun(model, trainer.datamodule, UNSEEN)
-    except DivergedError:
-        pass
+    runner: Any = trials.orchestrator(one.algorithm, one.gradient, 1, [GradientAlignment(1)])
+    with suppress(*FAILED):
+        runner.rerun(model, trials.data, UNSEEN)
     model.load_trained_state(begun)
-    client = runner.endpoint.client
-    gradients = client_gradients(runner, client, warmed.smashed)
-    rule, probes = Rule.of(one.algorithm.client_optimizer, one.algorithm.client_optimizer.lr), one.probes
-    known = runner.callback_metrics.get("alignment/cosine")
+    gradients = client_gradients(runner, runner.endpoint.client, warmed.smashed)
+    own, probes = one.algorithm.client_optimizer, one.probes
+    seen = runner.callback_metrics.get("alignment/cosine")
     distribution = one.algorithm.distribution if isinstance(one.algorithm, HOSFL) else "rademacher"
     return Finding(
         name=one.name, backprop=one.backprop, probes=probes, values=gradients.shape[1], gain=None,
-        share=summed(shares(decreases(gradients, rule, warmed.counts), warmed.decreases)),
+        share=summed(shares(decreases(gradients, Rule.of(own, own.lr), warmed.counts), warmed.decreases)),
         noise_scale=noise_scale(gradients, warmed.smashed.examples),
         cosine=None if probes is None else expected_cosine(probes, gradients.shape[1], distribution),
-        measured_cosine=None if known is None else float(known), costs=client_costs(runner),
+        measured_cosine=None if seen is None else float(seen), costs=client_costs(runner),
     )  # fmt: skip
 
 
 @contextmanager
-def _as_before(trainer: Any, model: SplitModule, data: Any) -> Iterator[None]:
-    """What was borrowed goes back, and nothing is left in a folder."""
+def _as_before(model: SplitModule, data: FederatedDataModule) -> Iterator[State]:
+    """What is borrowed is given back; the start of what is trained."""
     held = {name: tensor.clone() for name, tensor in model.trained_state().items()}
-    root, size = trainer.default_root_dir, data.eval_batch_size
-    with tempfile.TemporaryDirectory() as folder:
-        trainer.default_root_dir = folder
-        try:
-            yield
-        finally:
-            trainer.default_root_dir, data.eval_batch_size = root, size
-            model.load_trained_state(held)
-            torch.clear_autocast_cache()
+    size = data.eval_batch_size
+    try:
+        yield held
+    finally:
+        data.eval_batch_size = size
+        model.load_trained_state(held)

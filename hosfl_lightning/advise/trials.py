@@ -12,12 +12,17 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.algorithms import Algorithm
+from hosfl_lightning.algorithms import Algorithm, TooFewClientsError
 from hosfl_lightning.callbacks import RoundProgressBar
+from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
+from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.result import Evaluation
+from hosfl_lightning.wire import WireError
 
+#: How a trial ends that says nothing but that these rates do not bear it.
+FAILED = (DivergedError, TooFewClientsError, WireError)
 #: In place of a first validation, which nobody reads.
 UNSEEN = Evaluation({"val/loss": nan}, [])
 
@@ -69,39 +74,46 @@ class Curve(Callback):
         self._now = []
 
 
-def trial(
-    trainer: Any, model: SplitModule, method: Algorithm, gradient: str, rounds: int, batches: int, name: str
-) -> tuple[Any, dict[int, Tensor]]:
-    """So many rounds; the model ends as they leave it.
+class Trials:
+    """Runs trials under a recipe's settings; they write nothing.
 
     Args:
-        trainer: The recipe's, whose settings are taken.
-        model: As it starts.
-        method: Of the client.
-        gradient: In what a client's gradient travels.
-        rounds: Even, so that the middle one is validated too.
+        trainer: The recipe's.
+        data: The recipe's.
+        rounds: Of each, even, so that the middle one is validated too.
         batches: Held-out batches at least.
-        name: On the progress bar.
-
-    Returns:
-        Who ran them, and the losses of held-out batches in the middle and at the end.
+        folder: That nobody keeps.
     """
-    curve = Curve(batches)
-    bar = [RoundProgressBar(f"trial: {name}")] if trainer.progress_bar_callback else []
-    runner = orchestrator(trainer, method, gradient, rounds, [curve, *bar])
-    runner.rerun(model, trainer.datamodule, UNSEEN)
-    return runner, curve.losses
 
+    def __init__(self, trainer: Any, data: FederatedDataModule, rounds: int, batches: int, folder: str) -> None:
+        self.trainer, self.data, self.rounds, self.batches, self.folder = trainer, data, rounds, batches, folder
 
-def orchestrator(
-    trainer: Any, method: Algorithm, gradient: str, rounds: int, callbacks: list[Callback]
-) -> Orchestrator:
-    """Of the recipe's settings; it writes nothing."""
-    settings = replace(
-        trainer.settings, max_rounds=rounds, val_check_interval=ceil(rounds / 2), controls=[], replay_log=False,
-        codec=replace(trainer.settings.codec, gradient=gradient),
-    )  # fmt: skip
-    return Orchestrator(
-        method, **settings.arguments(), accelerator=trainer.fabric.device.type, callbacks=callbacks, logger=False,
-        default_root_dir=trainer.default_root_dir, enable_progress_bar=False, enable_checkpointing=False,
-    )  # fmt: skip
+    def run(self, model: SplitModule, method: Algorithm, gradient: str, name: str) -> tuple[Any, dict[int, Tensor]]:
+        """One; the model ends as its rounds leave it.
+
+        Args:
+            model: As it starts.
+            method: Of the client.
+            gradient: In what a client's gradient travels.
+            name: On the progress bar.
+
+        Returns:
+            Who ran it, and the losses of held-out batches in the middle and at the end.
+        """
+        curve = Curve(self.batches)
+        bar: list[Callback] = [RoundProgressBar(f"trial: {name}")] if self.trainer.progress_bar_callback else []
+        runner = self.orchestrator(method, gradient, self.rounds, [curve, *bar])
+        runner.rerun(model, self.data, UNSEEN)
+        return runner, curve.losses
+
+    def orchestrator(self, method: Algorithm, gradient: str, rounds: int, callbacks: list[Callback]) -> Orchestrator:
+        """Of so many rounds."""
+        settings = self.trainer.settings
+        settings = replace(
+            settings, max_rounds=rounds, val_check_interval=ceil(rounds / 2), controls=[], replay_log=False,
+            codec=replace(settings.codec, gradient=gradient),
+        )  # fmt: skip
+        return Orchestrator(
+            method, **settings.arguments(), accelerator=self.trainer.fabric.device.type, callbacks=callbacks,
+            logger=False, default_root_dir=self.folder, enable_progress_bar=False, enable_checkpointing=False,
+        )  # fmt: skip

@@ -92,7 +92,9 @@ def _widest(found: Measurement) -> Finding:
 
 def _noise(found: Measurement) -> str:
     told = (
-        "not told: no mean gradient is seen" if found.noise_scale is None else f"{found.noise_scale:.0f} examples at the server"
+        "not told: no mean gradient is seen"
+        if found.noise_scale is None
+        else f"{found.noise_scale:.0f} examples at the server"
     )
     widest = _widest(found).noise_scale
     client = "" if widest is None else f", {widest:.0f} at the client"
