@@ -121,7 +121,7 @@ class TestRefusals:
         [
             ({}, {"rounds": 3}, "--rounds must be even"),
             ({}, {"batches": 4}, "--batches must be >= 8"),
-            ({"devices": 2}, {}, "set trainer.devices: 1"),
+            ({"devices": 2}, {}, "hosfl advise runs in one process"),
             ({"algorithm": FedAvg()}, {}, "FedAvg has no cut"),
         ],
     )
