@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,14 @@ class OnePixel(FederatedDataModule):
     def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
         pixels = torch.stack([one.pixel_values for one in examples])
         return {"pixel_values": pixels, "labels": torch.tensor([one.labels for one in examples])}
+
+
+class Drawing(OnePixel):
+    """Draws from everybody's random state, as augmentation may."""
+
+    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        torch.rand(()), random.random()
+        return super().collate(examples)
 
 
 def network(sees: bool) -> nn.Sequential:
@@ -104,7 +113,7 @@ class TestTheAdvice:
 
     def test_leaves_everything_as_it_was(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        trainer, cut, data = advisor(tmp_path / "runs"), model(sees=False), OnePixel(wrong=0.0)
+        trainer, cut, data = advisor(tmp_path / "runs"), model(sees=False), Drawing(wrong=0.0)
         before = {name: tensor.clone() for name, tensor in cut.trained_state().items()}
         torch.manual_seed(7)
         states = random_states()
@@ -113,6 +122,21 @@ class TestTheAdvice:
         assert all(torch.equal(tensor, before[name]) for name, tensor in cut.trained_state().items())
         assert data.eval_batch_size == 32
         assert [*tmp_path.rglob("*")] == []
+
+    def test_leaves_the_model_as_it_was_when_it_is_stopped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        cut = model(sees=False)
+        before = {name: tensor.clone() for name, tensor in cut.trained_state().items()}
+
+        def stopped(*_: Any) -> None:
+            assert any(not torch.equal(tensor, before[name]) for name, tensor in cut.trained_state().items())
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr("hosfl_lightning.advise.measurement._warmed", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            advisor(tmp_path).advise(cut, OnePixel(0.0), rounds=2, batches=8)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in cut.trained_state().items())
 
 
 class TestRefusals:
