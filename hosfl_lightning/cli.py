@@ -12,7 +12,7 @@ from hosfl_lightning.rendering import fail, nearest, process
 OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
-COMMANDS = (*OF_A_RUN, *COMPARISONS, "certs", "join")
+COMMANDS = ("advise", *OF_A_RUN, *COMPARISONS, "certs", "join")
 #: By the option that names a run, whose folder has its recipe.
 TAKES_A_RUN = {**dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"), "replay": "--run"}
 
@@ -56,6 +56,10 @@ def _run(args: list[str]) -> None:
             from hosfl_lightning.compare.command import main as compare
 
             compare(args)
+        elif args[:1] == ["advise"]:
+            from hosfl_lightning.advise.command import main as advise
+
+            advise(args)
         elif args[:1] == ["join"]:
             from hosfl_lightning.client_command import main as join
 

@@ -29,10 +29,12 @@ from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.hooks import HookError
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
+#: As they stand before a key in a parser's message.
+PREFIXES = (*SUBCOMMANDS, "advise")
 DESCRIPTION = (
     "Fine-tune a split model without backprop on the clients. Clients on other machines: hosfl serve here, hosfl join "
-    "--help there, with certificates of hosfl certs --help. Several methods at equal conditions: hosfl compare --help; "
-    "the same tables from runs that are there: hosfl report --help."
+    "--help there, with certificates of hosfl certs --help. Which client to train: hosfl advise --help. Several "
+    "methods at equal conditions: hosfl compare --help; the same tables from runs that are there: hosfl report --help."
 )
 #: The keys of a recipe.
 RECIPE = ("seed_everything", "trainer", "model", "data")
@@ -58,9 +60,9 @@ class Parser(LightningArgumentParser):
     def add_lightning_class_args(
         self, lightning_class: Any, nested_key: str, subclass_mode: bool = False, required: bool = True
     ) -> list[str]:
-        if lightning_class is Orchestrator:
+        if isinstance(lightning_class, type) and issubclass(lightning_class, Orchestrator):
             return self.add_class_arguments(
-                Orchestrator, nested_key, fail_untyped=False, instantiate=False, sub_configs=True
+                lightning_class, nested_key, fail_untyped=False, instantiate=False, sub_configs=True
             )
         return super().add_lightning_class_args(lightning_class, nested_key, subclass_mode, required)
 
@@ -96,7 +98,7 @@ class Parser(LightningArgumentParser):
         """With options as they stand on a command line, and the nearest to one that is not known."""
         head, colon, rest = message.partition(": ")
         if head == "the following arguments are required" and self.exit_on_error:
-            typed = (re.sub(rf"^({'|'.join(SUBCOMMANDS)})\.", "", name) for name in rest.split(", "))
+            typed = (re.sub(rf"^({'|'.join(PREFIXES)})\.", "", name) for name in rest.split(", "))
             return head + colon + ", ".join(f"--{name}" for name in typed)
         if head != "unrecognized arguments":
             return message
@@ -245,13 +247,21 @@ class HOSFLCommand(LightningCLI):
         print(f"predictions written to {path}")
 
 
-def command(args: list[str], kind: type[HOSFLCommand] | None = None) -> HOSFLCommand:
-    """Run a subcommand of ``hosfl`` on a recipe; what it leaves: trainer, model and data."""
+def command(
+    args: list[str], kind: type[HOSFLCommand] | None = None, trainer: type[Orchestrator] = Orchestrator
+) -> HOSFLCommand:
+    """Run a subcommand of ``hosfl`` on a recipe; what it leaves: trainer, model and data.
+
+    Args:
+        args: Of the command line.
+        kind: The command, where it is another one.
+        trainer: Whose methods its subcommands are.
+    """
     Parser.files = read_files(args)
     return (kind or HOSFLCommand)(
         SplitModule,
         FederatedDataModule,
-        trainer_class=Orchestrator,  # type: ignore[arg-type]  # our parser takes it
+        trainer_class=trainer,  # type: ignore[arg-type]  # our parser takes it
         parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,

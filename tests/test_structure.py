@@ -17,7 +17,7 @@ PACKAGE = Path(hosfl_lightning.__file__).parent
 #: From the command line down to the generator. Parts in one line do not import each other.
 LAYERS = [
     ["cli"],
-    ["compare", "client_command"],
+    ["advise", "compare", "client_command"],
     ["recipe"],
     ["orchestrator"],
     ["run"],
