@@ -131,10 +131,6 @@ class FederatedDataModule(L.LightningDataModule):
         self._names, parts = deal(partitioner, told, self.seed)
         self.clients = [[examples[i] for i in part.tolist()] for part in parts]
 
-    def client_of_held_out(self, number: int) -> int:
-        """The client whose validation or test example number i is: i mod N."""
-        return number % self.num_clients
-
     def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself, loaded once if only its name was given."""
         self.tokenizer = load_tokenizer(self.tokenizer)
