@@ -14,7 +14,7 @@ def test_a_cell_is_a_comparison_at_equal_conditions(cell, tmp_path: Path):
     settings.check()  # equal grids, no setting of one method that all must share
     assert FROZEN in settings.methods
     assert settings.methods[settings.first_order].algorithm["class_path"].endswith("SplitFedSGD")
-    assert (settings.jobs, settings.grid_size) == (1, 1 if cell.server_rate == PUBLISHED_RATE else 2)
+    assert (settings.jobs, settings.grid_size) == (1, 1 if cell.server_rate == PUBLISHED_RATE else cell.points)
     assert settings.overrides["data.init_args.test"].endswith("mr_polarity/test.jsonl.gz")
 
 

@@ -33,7 +33,7 @@ PLACES = ("out", "jobs", "wandb", "catalogue", "only")
 
 
 class Runner:
-    """Runs a comparison; started again in the same folder it goes on, also with more methods than before.
+    """Runs a comparison; started again in the same folder it goes on, also with more methods or more seeds.
 
     Args:
         comparison: Checked.
@@ -106,12 +106,17 @@ class Runner:
             return {}
         theirs, mine = json.loads(path.read_text()), self._settings()
         mine["methods"] = {name: one for name, one in mine["methods"].items() if name in theirs["settings"]["methods"]}
-        names = [*_differences(theirs["settings"] | {"only": None}, mine)]
+        before, added = theirs["settings"]["seeds"], {}
+        if {*before} < {*mine["seeds"]}:  # one that was run may not be left out for what it gave
+            added = {"seeds": mine["seeds"]}
+        names = [*_differences(theirs["settings"] | {"only": None} | added, mine)]
         if names:
             raise ComparisonError(
                 f"out: {self.comparison.out} holds another comparison, which differs in {', '.join(names[:5])}; "
                 "give another folder"
             )
+        if added:
+            write_json(path, theirs | {"settings": theirs["settings"] | added}, indent=2)
         return {name: Rehearsal(**one) for name, one in theirs["rehearsals"].items()}
 
     def _settings(self) -> dict[str, Any]:

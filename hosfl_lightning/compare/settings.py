@@ -104,7 +104,7 @@ class Comparison:
     """Methods on the same data, partitions, initial weights, client samples and seeds, under one budget.
 
     Args:
-        out: The folder of all runs and results; a comparison that was killed, or has more methods now, goes on in it.
+        out: The folder of all runs and results; one that was killed, or has more methods or seeds now, goes on in it.
         recipe: What the methods share: ``trainer``, ``model`` and ``data`` as for ``hosfl fit``.
         methods: By the name in the table.
         catalogue: A file of methods by name, ``algorithm`` and ``overrides``, for those that are only named here.

@@ -1,4 +1,4 @@
-"""A finished comparison that is given one more method."""
+"""A finished comparison that is given one more method, or one more seed."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def test_it_is_run_and_no_other_again(compared: Compared, tmp_path: Path) -> Non
     assert sorted(methods.pop(ADDED)["loss"]["values"]) == ["0", "1"]
     for name, one in methods.items():
         assert one["loss"] == compared.results["methods"][name]["loss"]
+
+
+def test_one_more_seed_is_run_and_no_other_again(compared: Compared, tmp_path: Path) -> None:
+    out = shutil.copytree(compared.out, tmp_path / "out")
+    times = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/*")}
+    hosfl("compare", f"--config={compared.config}", f"--out={out}", "--seeds=[0,1,5]")
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    methods = json.loads((out / "results.json").read_text())["methods"]
+    assert {name: [*one["loss"]["values"]] for name, one in methods.items()} == {
+        name: [] if name == "wild" else ["0", "1", "5"] for name in METHODS
+    }
+    assert json.loads((out / "comparison.json").read_text())["settings"]["seeds"] == [0, 1, 5]
+    fewer = parse(Comparison, "", [f"--config={compared.config}", f"--out={out}"])
+    with pytest.raises(ComparisonError, match="differs in seeds;"):
+        Runner(fewer).run()
 
 
 @pytest.mark.parametrize(
