@@ -188,7 +188,9 @@ def test_only_a_client_half_that_moved_is_put_back(
         tested.append(all(torch.equal(state[n], start[n]) == n.startswith("client_half.") for n in start))
         return [{"test/loss": 4.0}]
 
-    trainer = SimpleNamespace(algorithm=method, callback_metrics={"test/loss": 3.0}, is_global_zero=False, test=test)
+    trainer = SimpleNamespace(
+        algorithm=method, callback_metrics={"test/loss": 3.0}, is_global_zero=False, test=test, own_halves={}
+    )
     command.model, command.datamodule, command.trainer = model, None, trainer  # type: ignore[assignment]
     command.before_test()
     with torch.no_grad():

@@ -98,7 +98,7 @@ BAD: list[tuple[Message, str, Any, str]] = [
     *((message, "client", value, "an integer >= 0") for message in (STEP, PROBE, TERMS) for value in (-1, "2", True)),
     *((message, "attempt", value, "an integer >= 0") for message in (STEP, PROBE, END, MOVED)
       for value in (-1, None, 2**63)),
-    *((MOVED, "moved", value, "must be a bool") for value in (None, 1, "yes")),
+    *((MOVED, "moved", value, "a bool") for value in (None, 1, "yes")),
     *((STEP, "step", value, "an integer >= 0") for value in (-1, 0.0, None)),
     (STEP, "rule", None, "a dict with string keys"),
     (STEP, "rule", {1: 2}, "a dict with string keys"),
