@@ -76,9 +76,8 @@ def losses(results: Path, panel: Panel) -> dict[str, dict[int, float]]:
     rows = {row["method"]: row for row in found if panel.cell.items() <= row.items()}
     bars = {FROZEN: FROZEN, "forward-only": panel.row, FIRST_ORDER: FIRST_ORDER}
     if lacking := [row for row in bars.values() if row not in rows]:
-        raise SystemExit(
-            f"{panel.file}: {[*panel.cell.values()]} has no row {lacking[0]!r}; run python -m benchmarks.{MODULES[panel.file]}"
-        )
+        place, module = f"{panel.file}: {[*panel.cell.values()]}", MODULES[panel.file]
+        raise SystemExit(f"{place} has no row {lacking[0]!r}; run python -m benchmarks.{module}")
     return {bar: {int(s): v for s, v in rows[row]["loss"]["values"].items()} for bar, row in bars.items()}
 
 
