@@ -59,6 +59,8 @@ PANELS = [
     Panel("a camera that inverts,\ndeep cut", "input_shift", {"cell": "inverted_deep"}, "HO-SFL on norms, P = 32",
           "32 numbers"),
     Panel("Gemma-3-270M,\nfilm reviews", "claims", {"cell": "gemma_cut12_strong_bfloat16"}, FOUR_KB, SIDE),
+    Panel("other labels at each client,\ninputs as trained", "input_shift", {"cell": "labels"},
+          "HO-SFL on norms, P = 8", "8 numbers"),
 ]  # fmt: skip
 
 
@@ -92,8 +94,8 @@ def closed(found: dict[str, dict[int, float]]) -> str:
     """The share of the gap in words."""
     share, _ = gap_closed(found["forward-only"], found[FROZEN], found[FIRST_ORDER])
     if share is None:
-        return "no gap"
-    return f"{share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
+        return "no gap to close"
+    return f"gap closed {share['value']:.0%} [{share['low']:.0%}, {share['high']:.0%}]"
 
 
 def draw(axes: Axes, panel: Panel, found: dict[str, dict[int, float]]) -> None:
@@ -101,10 +103,10 @@ def draw(axes: Axes, panel: Panel, found: dict[str, dict[int, float]]) -> None:
     for place, (bar, values) in enumerate(found.items()):
         mean, error = moments(values)
         axes.bar(place, mean, 0.75, yerr=error, color=COLOURS[bar], capsize=4, ecolor="#333333")
-        axes.text(place, 0.02 * mean, f"{mean:.3g}", ha="center", va="bottom", fontsize=9)
+        axes.text(place, 0.02 * mean, f"{mean:.3f}", ha="center", va="bottom", fontsize=9)
     axes.set_title(panel.title, fontsize=10)
     axes.set_xticks(range(3), ["frozen", "forward-\nonly", "first\norder"], fontsize=9)
-    axes.set_xlabel(f"gap closed {closed(found)}\nits update: {panel.sends}", fontsize=9)
+    axes.set_xlabel(f"{closed(found)}\nits update: {panel.sends}", fontsize=9)
 
 
 def table(found: list[tuple[Panel, dict[str, dict[int, float]]]]) -> str:
@@ -117,7 +119,9 @@ def table(found: list[tuple[Panel, dict[str, dict[int, float]]]]) -> str:
         cells = [f"{mean:.4f} ± {error:.4f}" for mean, error in map(moments, bars.values())]
         seeds = ", ".join(map(str, sorted(bars[FROZEN])))
         title = panel.title.replace("\n", " ")
-        lines.append(f"| {title} | {' | '.join(cells)} | {closed(bars)} | {panel.row} | {seeds} |")
+        lines.append(
+            f"| {title} | {' | '.join(cells)} | {closed(bars).removeprefix('gap closed ')} | {panel.row} | {seeds} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -128,7 +132,7 @@ def main() -> None:
     results = parser.parse_args().results
     found = [(panel, losses(results, panel)) for panel in PANELS]
     with matplotlib.rc_context(LOOK):
-        figure = blank(2.55 * len(PANELS), 3.7)
+        figure = blank(2.3 * len(PANELS), 3.6)
         for axes, (panel, bars) in zip(figure.subplots(1, len(PANELS)), found):
             draw(axes, panel, bars)
         figure.axes[0].set_ylabel("test loss, nats (lower is better)")
