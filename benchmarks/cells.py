@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,14 @@ class Named(Protocol):
 
 
 C = TypeVar("C", bound=Named)
+
+
+def chosen(parser: argparse.ArgumentParser, names: Sequence[str] | None, cells: Sequence[C]) -> list[C]:
+    """The cells that ``--cells`` names, in the order of the table, all without it; an unknown name ends the parser."""
+    known = {cell.name: cell for cell in cells}
+    if unknown := [name for name in names or () if name not in known]:
+        parser.error(f"--cells: {', '.join(unknown)} is not one of {', '.join(known)}")
+    return [cell for name, cell in known.items() if name in (names or known)]
 
 
 def placed(value: Any, places: dict[str, str]) -> Any:

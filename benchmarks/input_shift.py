@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.cells import FIRST_ORDER, FROZEN, finished, measured, placed, strings
+from benchmarks.cells import FIRST_ORDER, FROZEN, chosen, finished, measured, placed, strings
 from benchmarks.client_learning_overview import overview
 from benchmarks.client_learning_pictures import draw
 from benchmarks.input_shift_cells import CELLS, CLIENTS, EIGHT, PERSONAL, SIDE, TASKS, Cell, methods
@@ -106,11 +106,7 @@ def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one small cell, in a minute")
     parser.add_argument("--list", action="store_true", help="the cells' names, and nothing else")
     own = parser.parse_args(args)
-    known = {cell.name: cell for cell in (QUICK if own.quick else CELLS)}
-    unknown = [name for name in own.cells or () if name not in known]
-    if unknown:
-        parser.error(f"--cells: {', '.join(unknown)} is not one of {', '.join(known)}")
-    own.cells = [cell for name, cell in known.items() if name in (own.cells or known)]
+    own.cells = chosen(parser, own.cells, QUICK if own.quick else CELLS)
     if not own.list:
         if own.out is None or not own.data:
             parser.error("give --data and --out")

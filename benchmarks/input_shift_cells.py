@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.cells import FIRST_ORDER, FROZEN
-from benchmarks.client_learning_cells import ALGORITHMS, hosfl, known
+from benchmarks.client_learning_cells import ADAMW, ALGORITHMS, hosfl, known
 
 CLIENTS, WIDTHS, SIZE = 8, [16, 32, 64], 28
 #: Of the training images: so many are dealt to the clients, and the network is pretrained on none of them.
 DEALT, VALIDATED, TESTED = 800, 500, 2000
-ADAMW = {"class_path": "hosfl_lightning.optim.AdamW", "init_args": {"weight_decay": 0.0}}
 Rates = tuple[float, ...]
 
 

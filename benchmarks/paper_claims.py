@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cells import chosen
 from benchmarks.client_learning_cells import ADAMW, ALGORITHMS, FIRST_ORDER, FROZEN, hosfl, known, lora
 from hosfl_lightning.compare.command import compare, parse
 from hosfl_lightning.compare.settings import Comparison
@@ -161,10 +162,7 @@ def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, help="of every cell; more can be given later")
     parser.add_argument("--list", action="store_true", help="the cells' names, and nothing else")
     own = parser.parse_args(args)
-    known = {cell.name: cell for cell in CELLS}
-    if unknown := [name for name in own.cells or () if name not in known]:
-        parser.error(f"--cells: {', '.join(unknown)} is not one of {', '.join(known)}")
-    own.cells = [cell for name, cell in known.items() if name in (own.cells or known)]
+    own.cells = chosen(parser, own.cells, CELLS)
     if own.list:
         return own
     if own.out is None or own.data is None or not (own.data / "mr_polarity").is_dir():
@@ -185,8 +183,8 @@ def main(args: Sequence[str] | None = None) -> None:
     command = "python -m benchmarks.paper_claims --data DATA --gemma MODEL --smollm2 MODEL --out OUT"
     for number, cell in enumerate(own.cells, 1):
         print(f"cell {number} of {len(own.cells)}: {cell.name}", flush=True)
-        chosen = replace(cell, seeds=tuple(own.seeds)) if own.seeds else cell
-        compare(comparison(chosen, own.data, getattr(own, cell.model), own.out), command)
+        settled = replace(cell, seeds=tuple(own.seeds)) if own.seeds else cell
+        compare(comparison(settled, own.data, getattr(own, cell.model), own.out), command)
         write(own.out, command)
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
+from benchmarks.cells import FIRST_ORDER, FROZEN
 from hosfl_lightning.compare.pictures import below, blank
 from hosfl_lightning.compare.statistics import gap_closed
 from hosfl_lightning.files import write_whole
 
-FROZEN, FIRST_ORDER = "frozen", "first order"
 COLOURS = {FROZEN: "#bbbbbb", "forward-only": "#44aa99", FIRST_ORDER: "#777777"}
 MODULES = {"client_learning": "client_learning", "input_shift": "input_shift", "claims": "paper_claims"}
 LOOK: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}

@@ -23,6 +23,7 @@ from torch import Tensor
 from hosfl_lightning.callbacks.gradient_alignment import client_gradient
 from hosfl_lightning.clients import Client
 from hosfl_lightning.clients.cohort import Cohort
+from hosfl_lightning.clients.vectors import flat
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.server.server import loss_of
 from hosfl_lightning.split import run
@@ -72,11 +73,6 @@ def client_gradients(trainer: Any, client: Client, smashed: Smashed) -> Tensor:
     """``g_b`` of a client, ``(B, d_c)`` fp32; it is left as it is."""
     with trainer.fabric.autocast():
         return torch.stack([flat(client_gradient(client, *pair)) for pair in zip(smashed.batches, smashed.multipliers)])
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements, ``(d,)`` fp32 on the host."""
-    return torch.cat([tensor.detach().float().reshape(-1).cpu() for tensor in tensors])
 
 
 def squared_norm(gram: Tensor, counts: Tensor | None = None) -> float:

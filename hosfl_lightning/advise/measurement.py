@@ -24,13 +24,14 @@ from hosfl_lightning.advise.gradients import (
     shares,
 )
 from hosfl_lightning.advise.ranking import Finding, gains, summed
-from hosfl_lightning.advise.trials import FAILED, UNSEEN, Trials
+from hosfl_lightning.advise.trials import UNSEEN, Trials
 from hosfl_lightning.algorithms import HOSFL
 from hosfl_lightning.callbacks import GradientAlignment
 from hosfl_lightning.clients.cohort import Minibatches
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run.costs import client_costs
+from hosfl_lightning.run.divergence import DIVERGED
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import Codecs
 
@@ -116,7 +117,7 @@ def measure(
                 continue
             begun = {name: t.clone() for name, t in made.trained_state().items()} | _server(start)
             made.load_trained_state(begun)
-            with suppress(*FAILED):
+            with suppress(*DIVERGED):
                 _, curves[one.name] = trials.run(made, one.in_trial, one.gradient, one.name)
             about.append(_finding(trials, one, made, begun | warmed.state, warmed))
             made.load_trained_state(begun)
@@ -159,7 +160,7 @@ def _finding(trials: Trials, one: Candidate, model: SplitModule, begun: State, w
     """A real round of the candidate beside the warmed-up server, then its gradients there; all but its gain."""
     model.load_trained_state(begun)
     runner: Any = trials.orchestrator(one.algorithm, one.gradient, 1, [GradientAlignment(1)])
-    with suppress(*FAILED):
+    with suppress(*DIVERGED):
         runner.rerun(model, trials.data, UNSEEN)
     model.load_trained_state(begun)
     gradients = client_gradients(runner, runner.endpoint.client, warmed.smashed)

@@ -12,17 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from typing_extensions import override
 
-from hosfl_lightning.algorithms import Algorithm, TooFewClientsError
+from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.callbacks import RoundProgressBar
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
-from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.result import Evaluation
-from hosfl_lightning.wire import WireError
 
-#: How a trial ends that says nothing but that these rates do not bear it.
-FAILED = (DivergedError, TooFewClientsError, WireError)
 #: In place of a first validation, which nobody reads.
 UNSEEN = Evaluation({"val/loss": nan}, [])
 

@@ -19,19 +19,15 @@ import torch
 from typing_extensions import override
 
 from hosfl_lightning import recipe
-from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.callbacks import Budget
 from hosfl_lightning.compare.clock import Clock
 from hosfl_lightning.compare.conditions import CONDITIONS, conditions
 from hosfl_lightning.compare.configs import Job
 from hosfl_lightning.compare.settings import ComparisonError
 from hosfl_lightning.files import write_json
-from hosfl_lightning.run.divergence import DivergedError
+from hosfl_lightning.run.divergence import DIVERGED
 from hosfl_lightning.run.folder import IDENTITY
-from hosfl_lightning.wire import WireError
 
-#: How a run ends that diverges: recorded, and the comparison goes on. Anything else is a fault, and stops it.
-DIVERGED = (DivergedError, TooFewClientsError, WireError)
 #: What the test set gave, in the run folder of a chosen point.
 TEST = "test.json"
 #: The prefix of what it gave once more, with the client half put back to its start.

@@ -10,10 +10,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_lightning.algorithms import TooFewClientsError
 from hosfl_lightning.optim.growth import RUNAWAY, Growth, SilentProbes
 from hosfl_lightning.run.checkpoint import whole
 from hosfl_lightning.server import RoundWatcher
-from hosfl_lightning.wire import Update
+from hosfl_lightning.wire import Update, WireError
 
 #: What of a client's answers says that they overflowed: NaN, infinity, or a size that no half in order has.
 OVERFLOW = ("NaN or infinite", "beyond ±", " is nan", " is inf", " is -inf")
@@ -24,6 +25,10 @@ SERVER_RATE = {"first": "model.init_args.optimizer.lr", "zeroth": "trainer.algor
 
 class DivergedError(RuntimeError):
     """A half holds, or gives, NaN or infinity."""
+
+
+#: How a run ends that diverges, and says nothing but that its rates do not bear it; anything else is a fault.
+DIVERGED = (DivergedError, TooFewClientsError, WireError)
 
 
 class Halves(RoundWatcher):
