@@ -1,9 +1,9 @@
 """Elementwise update rules, on one chunk, with no gradient of full size: the same bits on every engine.
 
-Every operation on elements is one fp32 operation whose result is rounded before the next; scalars are computed in fp64
-and rounded to fp32 once; the square root goes through fp64. So there is nothing that an engine could contract to a fused
-multiply-add, and torch on any CPU or GPU, numpy, or another engine move θ to the same bits. `torch.optim` contracts, and
-takes a square root that is not correctly rounded: it differs from these rules by rounding, 5e-7 after 30 steps.
+Every operation on elements is one fp32 operation, rounded before the next; scalars are computed in fp64 and rounded to
+fp32 once; the square root goes through fp64. So there is nothing that an engine could contract to a fused multiply-add,
+and torch on any CPU or GPU, numpy, or another engine move θ to the same bits: the standard is `wire.RULES`. `torch.optim`
+contracts, and its square root is not correctly rounded: it differs from these rules by rounding.
 
 The steps, line by line, are in the docstring of each rule; golden vectors: ``tests/optim/golden_rules.json``.
 """
