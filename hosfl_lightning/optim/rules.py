@@ -2,7 +2,7 @@
 
 Every operation on elements is one fp32 operation, rounded before the next; scalars are computed in fp64 and rounded to
 fp32 once; the square root goes through fp64. So there is nothing that an engine could contract to a fused multiply-add,
-and torch on any CPU or GPU, numpy, or another engine move θ to the same bits: the standard is `wire.RULES`. `torch.optim`
+and torch on any CPU or GPU, numpy, or another engine move θ to the same bits (`wire.RULES`). `torch.optim`
 contracts, and its square root is not correctly rounded: it differs from these rules by rounding.
 
 The steps, line by line, are in the docstring of each rule; golden vectors: ``tests/optim/golden_rules.json``.
