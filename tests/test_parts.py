@@ -333,6 +333,8 @@ class TestCodecs:
         fabric = Fabric(accelerator="cpu", devices=1)
         with pytest.raises(TermsError, match=r"in the codec 'theirs', which is not known here, only fp32.*--imports"):
             Endpoint.of(model, Minibatches(data, model), terms, fabric)
+        with pytest.raises(TermsError, match=r"by 'theirs', this client's by 'hosfl-rules/1', to other bits; use the"):
+            Endpoint.of(model, Minibatches(data, model), replace(terms, rules="theirs"), fabric)
         for change in ({"settings": {**terms.settings, "estimator": "Theirs"}}, {"rule": {"name": "Theirs"}}):
             lacking = replace(terms, codecs=method.terms(model, 0, Codecs(), 3).codecs, **change)
             with pytest.raises(TermsError, match=r"'Theirs' is known here, only .*import its class"):

@@ -25,7 +25,7 @@ from hosfl_lightning.wire import (
     Update,
     manifest,
 )
-from hosfl_lightning.wire.terms import difference
+from hosfl_lightning.wire.terms import RULES, difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
@@ -71,6 +71,11 @@ class Endpoint(ABC):
 
     def __init__(self, model: Any, data: ClientData, terms: Terms, fabric: Fabric) -> None:
         self.model, self.data, self.terms, self.fabric = model, data, terms, fabric
+        if terms.rules != RULES:
+            raise TermsError(
+                f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; "
+                "use the server's version of hosfl_lightning"
+            )
         half, self.trained = self.hold(model, terms.settings)
         if (differ := difference(manifest(self.trained), terms.manifest)) is not None:
             raise TermsError(

@@ -94,7 +94,7 @@ class Basis(ABC):
         """``θ += α · ĝ`` for contiguous parameters of any float dtype (the sum is in fp32, then cast)."""
         for tensor, piece, total in self.chunks(parameters, coefficients):
             flat = parameters[tensor].detach().view(-1)[piece]
-            flat.copy_(flat.float().add_(total, alpha=alpha))
+            flat.copy_(flat.float().add_(total.mul_(alpha)))
 
 
 class SharedDirections(Basis):

@@ -65,7 +65,7 @@ class Coordinates(Basis):
             bounds = torch.tensor([begin, begin + stop - start])
             first, last = torch.searchsorted(self.chosen, bounds).tolist()
             places = (self.chosen[first:last] - begin).to(target.device)
-            target.index_add_(0, places, coefficients[first:last], alpha=self.scale)
+            target.index_add_(0, places, coefficients[first:last] * self.scale)
 
     @override
     def project(self, gradient: Sequence[Tensor]) -> Tensor:

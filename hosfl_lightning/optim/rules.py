@@ -1,4 +1,12 @@
-"""Elementwise update rules: what torch's optimizers do, on one chunk, with no gradient of full size."""
+"""Elementwise update rules, on one chunk, with no gradient of full size: the same bits on every engine.
+
+Every operation on elements is one fp32 operation, rounded before the next; scalars are computed in fp64 and rounded to
+fp32 once; the square root goes through fp64. So there is nothing that an engine could contract to a fused multiply-add,
+and torch on any CPU or GPU, numpy, or another engine move θ to the same bits (`wire.RULES`). `torch.optim`
+contracts, and its square root is not correctly rounded: it differs from these rules by rounding.
+
+The steps, line by line, are in the docstring of each rule; golden vectors: ``tests/optim/golden_rules.json``.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +62,13 @@ class UpdateRule(ABC):
 
 @dataclass(frozen=True)
 class SGD(UpdateRule):
-    """``g ← ĝ + wd·θ;  m ← momentum·m + g;  θ ← θ − lr·m``, equal to ``torch.optim.SGD``.
+    """``g ← ĝ + wd·θ;  m ← momentum·m + g;  θ ← θ − lr·m``, ``torch.optim.SGD`` up to rounding.
 
-    Without momentum the rule keeps no state: the client holds its parameters and nothing else.
+    Without momentum the rule keeps no state: the client holds its parameters and nothing else. To the bit::
+
+        if wd:        t = θ · wd;  g = g + t
+        if momentum:  m = m · momentum;  m = m + g;  g = m
+                      t = g · lr;  θ = θ − t
     """
 
     momentum: float = 0.0
@@ -73,18 +85,24 @@ class SGD(UpdateRule):
     @override
     def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
         if group["weight_decay"]:
-            grad.add_(param, alpha=group["weight_decay"])
+            grad.add_(param * group["weight_decay"])
         if group["momentum"]:
             # The buffer starts at zero, so the first step gives 0·momentum + g = g, as torch's first clone does.
             grad = state["momentum_buffer"].mul_(group["momentum"]).add_(grad)
-        param.add_(grad, alpha=-group["lr"])
+        param.sub_(grad * group["lr"])
 
 
 @dataclass(frozen=True)
 class AdamW(UpdateRule):
-    """``m ← β₁m + (1−β₁)ĝ;  s ← β₂s + (1−β₂)ĝ²;  θ ← θ(1 − lr·wd) − lr·m̂/(√ŝ + ε)``, equal to ``torch.optim.AdamW``.
+    """``m ← β₁m + (1−β₁)ĝ;  s ← β₂s + (1−β₂)ĝ²;  θ ← θ(1 − lr·wd) − lr·m̂/(√ŝ + ε)``, ``torch.optim.AdamW`` to rounding.
 
-    Keeps two fp32 tensors a parameter; the memory report counts them.
+    Keeps two fp32 tensors a parameter; the memory report counts them. At step k, to the bit::
+
+        θ = θ · fp32(1 − lr·wd)
+        m = m · β₁;     t = g · fp32(1 − β₁);                m = m + t
+        s = s · β₂;     t = g · g;  t = t · fp32(1 − β₂);    s = s + t
+        r = fp32(sqrt(fp64(s)));  r = r / fp32(sqrt(1 − β₂^k));  r = r + ε
+        t = m · fp32(lr / (1 − β₁^k));  t = t / r;  θ = θ − t
     """
 
     weight_decay: float = 0.01
@@ -104,10 +122,12 @@ class AdamW(UpdateRule):
     def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         param.mul_(1 - group["lr"] * group["weight_decay"])
-        mean = state["exp_avg"].lerp_(grad, 1 - beta1)
-        square = state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (square.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-        param.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        mean = state["exp_avg"].mul_(beta1).add_(grad * (1 - beta1))
+        square = state["exp_avg_sq"].mul_(beta2).add_(grad.mul_(grad).mul_(1 - beta2))
+        # A scalar on the device: by one on the host CUDA would multiply by the reciprocal.
+        scale = torch.full((), (1 - beta2**step) ** 0.5, dtype=torch.float32, device=param.device)
+        denominator = square.double().sqrt_().float().div_(scale).add_(group["eps"])
+        param.sub_((mean * (group["lr"] / (1 - beta1**step))).div_(denominator))
 
 
 def check_rule(rule: Any, setting: str) -> None:

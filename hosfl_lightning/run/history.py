@@ -20,7 +20,7 @@ from hosfl_lightning.run.folder import Resumption
 from hosfl_lightning.run.identity import digest, hardware, incarnation, run_id
 from hosfl_lightning.server import CatchUp, Records, Replica
 from hosfl_lightning.server.replay_log import ReplayLog, WitnessError
-from hosfl_lightning.wire import LIMIT, PROTOCOL, Snapshot, TooLargeError, Update, encode, encoded_size, manifest
+from hosfl_lightning.wire import LIMIT, PROTOCOL, RULES, Snapshot, TooLargeError, Update, encode, encoded_size, manifest
 
 
 @dataclass
@@ -66,6 +66,7 @@ class History:
         channel.run_id = run_id(agreed, replica.trained, backbone)
         start: dict[str, Any] = {
             "protocol": PROTOCOL,
+            "rules": RULES,
             "run_id": channel.run_id.hex(),
             "incarnation": incarnation(0, here),
             "hardware": here,

@@ -26,7 +26,7 @@ from hosfl_lightning.wire.joining import Bye, Hello
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
 from hosfl_lightning.wire.probed_data import ProbedData
 from hosfl_lightning.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
-from hosfl_lightning.wire.terms import Terms, manifest
+from hosfl_lightning.wire.terms import RULES, Terms, manifest
 from hosfl_lightning.wire.weights import Weights
 from hosfl_lightning.wire.words import printable
 
@@ -36,6 +36,7 @@ __all__ = [
     "LIMIT",
     "MESSAGES",
     "PROTOCOL",
+    "RULES",
     "TOKEN_CODECS",
     "Acknowledgement",
     "AddressError",

@@ -13,6 +13,8 @@ from hosfl_lightning.wire.checks import check_counts, check_settings, check_stri
 from hosfl_lightning.wire.errors import FieldError
 
 SEEDS = 1 << 64
+#: How an update record moves θ_c, to the bit: the standard that `hosfl_lightning.optim.rules` keeps.
+RULES = "hosfl-rules/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,7 @@ class Terms:
             rounds begins with the server's weights.
         precision: Of forwards, as Fabric names it.
         backbone: Fingerprint of what a client holds and does not train; empty: not compared.
+        rules: The standard by which updates move θ_c; a client that keeps another would end with other bits.
     """
 
     kind: ClassVar[str] = "terms"
@@ -50,13 +53,16 @@ class Terms:
     keeps: bool = True
     precision: str = "32-true"
     backbone: str = ""
+    rules: str = RULES
 
     def check(self) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round)
         if self.client is not None:
             check_counts(self.kind, client=self.client)
-        check_strings(self.kind, endpoint=self.endpoint, precision=self.precision, backbone=self.backbone)
+        check_strings(
+            self.kind, endpoint=self.endpoint, precision=self.precision, backbone=self.backbone, rules=self.rules
+        )
         if type(self.keeps) is not bool:
             raise FieldError(f"terms: keeps must be true or false, got {self.keeps!r:.80}")
         for name in ("settings", "rule", "basis", "codecs"):

@@ -22,6 +22,7 @@ from hosfl_lightning.optim import SGD, AdamW
 from hosfl_lightning.run.checkpoint import load, save
 from hosfl_lightning.run.rebuild import RebuildError, rebuild
 from hosfl_lightning.server.replay_log import ReplayLog
+from hosfl_lightning.wire import RULES
 from tests.algorithms.auxiliary import WithHead
 from tests.algorithms.two_layers import Points, TwoLayers, orchestrator
 from tests.random_tokens import RandomTokens
@@ -121,6 +122,9 @@ class TestRebuild:
         next(p for p in changed.server_half.parameters() if not p.requires_grad).data.add_(0.5)
         with pytest.raises(RebuildError, match="backbone has other weights"):
             rebuild(changed, changed.client_parameters, log, 1, HOSFL())
+        assert log.starts[0].pop("rules") == RULES
+        with pytest.raises(RebuildError, match=r"by 'the rules before hosfl-rules/1'.*the version that wrote it"):
+            rebuild(another := make_model(), another.client_parameters, log, 1, HOSFL())
 
 
 @pytest.mark.parametrize(
