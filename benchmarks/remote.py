@@ -32,7 +32,7 @@ import hosfl_lightning.recipe  # noqa: F401
 from benchmarks import remote_peers, remote_rounds, remote_steps
 from benchmarks.remote_page import page
 from benchmarks.remote_rounds import Place
-from hosfl_lightning.clients.connection import Backoff
+from hosfl_client.connection import Backoff
 from hosfl_lightning.run.identity import hardware
 
 

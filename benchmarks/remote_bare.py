@@ -19,7 +19,7 @@ import grpc
 import grpc.aio
 
 from benchmarks.remote_children import Talk
-from hosfl_lightning.link.limits import METHOD
+from hosfl_client.limits import METHOD
 
 #: A round: what goes down, and what comes up in answer.
 EXCHANGES = (("step_request", "smashed_data"), ("multiplier", "projected_gradients"), ("update", None))

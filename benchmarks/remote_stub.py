@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.remote_children import Talk
 from hosfl_lightning import __version__
-from hosfl_lightning.clients.connection import Connection
+from hosfl_client.connection import Connection
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.fleet.admission import Admission
@@ -26,7 +26,7 @@ from hosfl_lightning.fleet.remote import RemoteFleet
 from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.credentials import Site
 from hosfl_lightning.link.gate import Gate
-from hosfl_lightning.link.limits import Limits
+from hosfl_client.limits import Limits
 from hosfl_lightning.link.reception import Reception
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, StepRequest, Terms, Update

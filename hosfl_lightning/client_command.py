@@ -23,9 +23,8 @@ killed, start the same command again: it goes on where it was.
 
 def main(args: list[str]) -> None:
     """``hosfl join --server HOST:PORT --config client.yaml --certs DIR``."""
-    from hosfl_lightning.clients.connection import ServerGoneError, TurnedAwayError
     from hosfl_lightning.clients.endpoint import TermsError
-    from hosfl_lightning.join import join
+    from hosfl_lightning.join import ServerGoneError, TurnedAwayError, join
 
     parser = _parser(prog="hosfl join", description=DESCRIPTION)
     parser.add_argument("-c", "--config", action="config", help="A YAML file with these settings.")

@@ -7,21 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hosfl_client.addresses import check_address, check_plain
+from hosfl_client.limits import Limits
 from lightning.fabric import Fabric
 
 from hosfl_lightning import __version__
 from hosfl_lightning.clients import Endpoint, Minibatches, TermsError
-from hosfl_lightning.clients.connection import Backoff, Connection
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.contract import DataContractError, check_clients, check_examples, check_held_out
 from hosfl_lightning.link.credentials import Site, channel_options
-from hosfl_lightning.link.limits import Limits
-from hosfl_lightning.link.loopback import check_address, check_plain
+from hosfl_lightning.link.extra import remote_extra
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.checks import check_padding
 from hosfl_lightning.wire import Terms
+
+with remote_extra():
+    from hosfl_client.connection import Backoff, Connection, ServerGoneError, TurnedAwayError
+
+__all__ = ["ServerGoneError", "TurnedAwayError", "join"]
 
 MakeModel = Callable[[str], SplitModule]
 """The client's model, of which it builds ``part``: ``client``, its half alone, or ``both``."""

@@ -17,7 +17,7 @@ from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Processes, RankProcesses
 from hosfl_lightning.fleet.member import Membership
-from hosfl_lightning.link.limits import Limits
+from hosfl_client.limits import Limits
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import exporting, folder

@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from hashlib import sha256
 
 import torch
+from hosfl_client.refusals import CatchUpError
 from torch import Tensor, nn
 
 from hosfl_lightning.optim import ZerothOrder
 
 State = dict[str, Tensor]
-
-
-class CatchUpError(RuntimeError):
-    """A client that came back does not hold what the others hold."""
 
 
 def client_state(optimizer: ZerothOrder, copy: bool = False) -> State:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
+from hosfl_client.refusals import EndpointError, TermsError
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of
 from hosfl_lightning.parts import PartError
@@ -29,14 +31,6 @@ from hosfl_lightning.wire.terms import RULES, difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
-
-
-class EndpointError(RuntimeError):
-    """The server asks for what this client does not do."""
-
-
-class TermsError(ValueError):
-    """The client cannot take part in the run: its model or its code are others than the terms say."""
 
 
 class Endpoint(ABC):
@@ -226,6 +220,27 @@ class Endpoint(ABC):
 
     # ---- a client on a machine of its own
 
+    @property
+    def version(self) -> int:
+        """Updates that it holds."""
+        return self.client.optimizer.steps
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """What all clients hold at this version."""
+        return client_state(self.client.optimizer)
+
+    def load_shared(self, state: Mapping[str, Tensor], version: int) -> None:
+        """Go on from a `shared_state`.
+
+        Raises:
+            CatchUpError: It is of other tensors. Nothing has moved then.
+        """
+        load_state(self.client.optimizer, dict(state), version)
+
+    def digest(self) -> str:
+        """Of a `shared_state` and its version."""
+        return state_digest(self.client.optimizer)
+
     @torch.no_grad()
     def hold_out(self, request: HeldOutRequest) -> list[SmashedData]:
         """z of a batch of its validation data, at what is held now.
@@ -244,8 +259,8 @@ class Endpoint(ABC):
         """What the client alone knows of its part in the round, which the server has not counted; None: nothing."""
         return None
 
-    def load_own(self, client: int, state: dict[str, Tensor]) -> None:  # noqa: B027
-        """Go on from an `own_state` that counts."""
+    def load_own(self, client: int, state: dict[str, Tensor] | None) -> None:  # noqa: B027
+        """Go on from an `own_state` that counts; None: begin anew."""
 
     # ---- what goes on from a checkpoint
 

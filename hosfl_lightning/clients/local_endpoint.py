@@ -128,8 +128,8 @@ class LocalEndpoint(Endpoint):
         return self.moments.moved(client)
 
     @override
-    def load_own(self, client: int, state: dict[str, Tensor]) -> None:
-        self.moments.put_back(client, state)
+    def load_own(self, client: int, state: dict[str, Tensor] | None) -> None:
+        self.moments.put_back(client, state or {"steps": torch.tensor(0)})
 
     @override
     def slots(self, client: int) -> list[Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hosfl_lightning.link.extra import remote_extra
-from hosfl_lightning.link.limits import METHOD, Limits
+from hosfl_client.limits import METHOD, Limits
 
 with remote_extra():
     import grpc

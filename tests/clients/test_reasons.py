@@ -13,12 +13,12 @@ from typing import Any
 import grpc
 import pytest
 
-from hosfl_lightning.clients import connection
-from hosfl_lightning.clients.connection import Backoff, Connection, ServerGoneError
-from hosfl_lightning.clients.reasons import reason
+from hosfl_client import connection
+from hosfl_client.connection import Backoff, Connection, ServerGoneError
+from hosfl_client.reasons import reason
 from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.credentials import Site, channel_options
-from hosfl_lightning.link.limits import METHOD, Limits
+from hosfl_client.limits import METHOD, Limits
 from hosfl_lightning.link.reception import Reception
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from hosfl_lightning.link.limits import METHOD, Limits
+from hosfl_client.limits import METHOD, Limits
 from hosfl_lightning.link.reception import Event, Reception
 
 

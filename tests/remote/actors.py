@@ -48,7 +48,7 @@ def once(flag: str, kill: Callable[[], None] = die) -> Callable[[], None]:
 
 
 def client(spec: dict[str, Any]) -> None:
-    from hosfl_lightning.clients.connection import Backoff
+    from hosfl_client.connection import Backoff
     from hosfl_lightning.join import join
 
     if version := spec.get("protocol"):
@@ -111,7 +111,7 @@ def rank(spec: dict[str, Any]) -> None:
 
 def server(spec: dict[str, Any]) -> None:
     from hosfl_lightning import Orchestrator, orchestrator
-    from hosfl_lightning.link.limits import Limits
+    from hosfl_client.limits import Limits
     from hosfl_lightning.server import CatchUp
     from tests.fleet.test_pipe import CASES
     from tests.remote.deaths import DieAt, StopAt

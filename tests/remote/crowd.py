@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 from hosfl_lightning import __version__
 from hosfl_lightning.clients import Endpoint, Minibatches
 from hosfl_lightning.clients.catch_up import state_digest
-from hosfl_lightning.link.limits import METHOD
+from hosfl_client.limits import METHOD
 from hosfl_lightning.wire import CatchUpRequest, Hello, decode, encode, peek
 
 

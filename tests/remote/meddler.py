@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 
 from hosfl_lightning import __version__
-from hosfl_lightning.clients.connection import Backoff, Connection
+from hosfl_client.connection import Backoff, Connection
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState

@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc.aio
 
-from hosfl_lightning.link.limits import METHOD
+from hosfl_client.limits import METHOD
 from hosfl_lightning.wire import WireError, decode, encode, peek
 from tests.remote.meddler import Frames, Puppet
 from tests.wire.samples import every_form

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import random
 import time
@@ -10,15 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from hosfl_lightning.clients.endpoint import TermsError
-from hosfl_lightning.clients.joined import Farewell, Joined, OutOfStepError
-from hosfl_lightning.clients.reasons import reason
-from hosfl_lightning.link.extra import remote_extra
-from hosfl_lightning.link.limits import METHOD, Limits
-from hosfl_lightning.wire import Bye, VersionError, WireError, encode
+from hosfl_client.joined import Farewell, Joined, OutOfStepError
+from hosfl_client.limits import METHOD, Limits
+from hosfl_client.reasons import reason
+from hosfl_client.refusals import TermsError
+from hosfl_client.wire import Bye, VersionError, WireError
 
-with remote_extra():
-    import grpc
+# gRPC writes by itself to the standard error a line for every handshake that fails. GRPC_VERBOSITY=info brings it back.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+import grpc  # noqa: E402
 
 #: Seconds between two lines that say the same.
 EVERY = 60.0
@@ -153,7 +154,7 @@ class Connection:
             except (OutOfStepError, WireError) as error:
                 if isinstance(error, VersionError) and not heard:
                     raise TurnedAwayError(
-                        f"{self.server}: {error}; the same version of hosfl_lightning must run on both"
+                        f"{self.server}: {error}; hosfl_lightning there and this client must be of one version"
                     ) from error
                 self.joined.forget()
                 return heard, f"{type(error).__name__}: {error}"
@@ -176,7 +177,7 @@ class Connection:
         why = str(error) if isinstance(error, TermsError) else type(error).__name__
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         bye = Bye(0, "stopped" if stopped else f"it cannot go on: {why}", failed=not stopped)
-        outbox.put(encode(bye, self.joined.run_id))
+        outbox.put(self.joined.bytes_of(bye))
         outbox.put(None)
         self.joined.rest()
         with suppress(Exception):  # the server closes its side when it has read this
