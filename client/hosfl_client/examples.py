@@ -1,0 +1,262 @@
+"""What a device has to learn from: the records of its own file, encoded as the clients of the run encode theirs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+IGNORE = -100
+KINDS = ("blocks", "labelled", "prompted", "images")
+_SLOT = "{text}"
+_WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
+
+
+class DataError(ValueError):
+    """The device's data cannot be used; says which setting mends it."""
+
+
+class Example(NamedTuple):
+    """One example.
+
+    Attributes:
+        values: Token ids ``(T,)`` int64, or an image ``(C, H, W)`` uint8.
+        labels: ``(T,)`` int64 with -100 where no loss is taken, or one class, ``()``.
+    """
+
+    values: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What a recipe says of the data, as the exported manifest carries it.
+
+    Attributes:
+        kind: ``blocks`` of running text, ``labelled`` texts of a classifier, ``prompted`` texts with a word for each
+            class, or ``images``.
+        batch_size: Examples a round; who holds fewer uses all.
+        seed: Of the order of the examples.
+        pad: Token at padding.
+        eos: Token between documents; None: there is none.
+        sequence_length: Of blocks.
+        max_length: Most tokens of a text.
+        prompt: With ``{text}``.
+        label_words: A word for each class.
+        label_names: The names of the classes by index; None: labels are indices.
+        text_field: Of a record.
+        label_field: Of a record.
+        mean: Of pixels in [0, 1], one number or one a channel.
+        std: Likewise.
+        channels: 1 or 3.
+    """
+
+    kind: str
+    batch_size: int = 4
+    seed: int = 0
+    pad: int = 0
+    eos: int | None = None
+    sequence_length: int = 128
+    max_length: int = 128
+    prompt: str = ""
+    label_words: list[str] = field(default_factory=list)
+    label_names: list[str] | None = None
+    text_field: str = "text"
+    label_field: str = "label"
+    mean: list[float] = field(default_factory=lambda: [0.5])
+    std: list[float] = field(default_factory=lambda: [0.5])
+    channels: int = 3
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any] | None, **own: Any) -> DataSettings:
+        """From a manifest's ``data``, and what the user says in its place (None: nothing).
+
+        Raises:
+            DataError: The manifest says nothing of the data, or what is not known here.
+        """
+        if not told or told.get("kind") not in KINDS:
+            raise DataError(
+                f"--half: its manifest tells of no data that this client reads ({', '.join(KINDS)}); export it with a "
+                "recipe whose data is TextData, DocstringData, ClassificationData or ImageData"
+            )
+        known = {one.name for one in fields(cls)}
+        if unknown := sorted(told.keys() - known):
+            raise DataError(f"--half: its manifest's data has {unknown[0]!r}, which this version does not know")
+        settings = cls(**{**told, **{name: value for name, value in own.items() if value is not None}})
+        for name in ("batch_size", "sequence_length", "max_length"):
+            value = getattr(settings, name)
+            if type(value) is not int or value < 1:
+                raise DataError(f"--{name.replace('_', '-')} must be an integer >= 1, got {value!r}")
+        return settings
+
+
+def read_examples(path: str | Path, settings: DataSettings, tokenizer: Any) -> list[Example]:
+    """The examples of a file: .jsonl, .csv or .txt; of images .npz with ``images`` and ``labels``.
+
+    Args:
+        path: The file.
+        settings: As the manifest and the user say.
+        tokenizer: A `hosfl_client.text.Text`; None for images.
+
+    Raises:
+        DataError: The file is not there, cannot be read, or lacks what is asked of it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"--data: there is no file {path}")
+    if settings.kind == "images":
+        found = _images(path, settings)
+    elif settings.kind == "blocks":
+        stream = tokenizer.stream(_documents(path, settings), settings.eos)
+        size = settings.sequence_length
+        found = [Example(row, row) for row in stream[: len(stream) // size * size].reshape(-1, size)]
+        if not found:
+            raise DataError(f"--data: {path} has {len(stream)} tokens, too few for a block of {size}; give more text")
+    else:
+        texts, labels = _labelled(path, settings)
+        if settings.kind == "labelled":
+            rows = tokenizer.truncated(texts, settings.max_length)
+            found = [Example(row, np.asarray(label, np.int64)) for row, label in zip(rows, labels)]
+        else:
+            found = _prompted(texts, labels, settings, tokenizer)
+    if not found:
+        raise DataError(f"--data: {path} holds no example")
+    return found
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Place and fields of each record."""
+    text = _decoded(path)
+    if path.suffix == ".csv":
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            header, *rows = [row for row in reader if row]
+        except (csv.Error, ValueError) as error:
+            raise DataError(f"--data: {path} line {reader.line_num}: not valid CSV ({error})") from error
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(header):
+                raise DataError(f"--data: {path} record {number} has {len(row)} cells, the header {len(header)}")
+        return [(f"{path} record {i}", dict(zip(map(str.strip, header), row))) for i, row in enumerate(rows, 1)]
+    if path.suffix not in (".jsonl", ".ndjson"):
+        raise DataError(f"--data: {path} must be .jsonl or .csv, with a text and a label a record")
+    found = []
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"--data: {path} line {number}: not valid JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise DataError(f"--data: {path} line {number} must be a JSON object with named fields")
+            found.append((f"{path} line {number}", record))
+    return found
+
+
+def _decoded(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"--data: {path} is no UTF-8 ({error}); write it as that") from error
+
+
+def _field(where: str, record: dict[str, Any], name: str, setting: str) -> Any:
+    value = record.get(name)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"--data: {where} has no {name!r}, only {', '.join(record)}; set {setting}, or mend the record")
+    return value
+
+
+def _text(where: str, record: dict[str, Any], settings: DataSettings) -> str:
+    value = _field(where, record, settings.text_field, "--text-field")
+    if not isinstance(value, str):
+        raise DataError(f"--data: {where}: {settings.text_field!r} must be a text, not {value!r:.60}")
+    return value
+
+
+def _documents(path: Path, settings: DataSettings) -> list[str]:
+    if path.suffix in (".txt", ".text", ".md", ".rst", ".py"):
+        return [_decoded(path)]
+    return [_text(where, record, settings) for where, record in _records(path)]
+
+
+def _labelled(path: Path, settings: DataSettings) -> tuple[list[str], list[int]]:
+    records = _records(path)
+    names = {_whole(name): index for index, name in enumerate(settings.label_names or ())}
+    count = len(settings.label_words) or len(names) or None
+    labels = []
+    for where, record in records:
+        given = _whole(_field(where, record, settings.label_field, "--label-field"))
+        if given in names:
+            labels.append(names[given])
+        elif _WHOLE.fullmatch(given) and not any(map(_WHOLE.fullmatch, names)):
+            labels.append(int(given))
+        else:
+            known = ", ".join(names) or "no names: classes count from 0"
+            raise DataError(f"--data: {where}: label {given!r} is none of the exported ones ({known})")
+        if labels[-1] < 0 or (count is not None and labels[-1] >= count):
+            raise DataError(f"--data: {where}: label {labels[-1]} is not in 0..{(count or 1) - 1}")
+    return [_text(where, record, settings) for where, record in records], labels
+
+
+def _whole(value: Any) -> str:
+    """A label as a text that is the same however a file writes it: 1, 1.0 and "1"."""
+    text = str(value).strip()
+    return str(int(text.split(".")[0])) if _WHOLE.fullmatch(text) else text
+
+
+def _prompted(texts: list[str], labels: list[int], settings: DataSettings, tokenizer: Any) -> list[Example]:
+    """``[prompt(text), word(label)]``, the loss on the word's tokens; a text that is too long loses its end."""
+    start = tokenizer.leading()
+
+    def encode(texts: Sequence[str], words: Sequence[str]) -> list[list[int]]:
+        full = [settings.prompt.replace(_SLOT, text) + word for text, word in zip(texts, words)]
+        return [[*start, *ids] for ids in tokenizer.plain(full)]
+
+    longest = max(settings.label_words, key=lambda word: len(encode([""], [word])[0]))
+
+    def shortened(text: str) -> str:
+        def length(count: int) -> int:
+            return len(encode([text[:count]], [longest])[0])
+
+        if length(len(text)) <= settings.max_length:
+            return text
+        kept = bisect_right(range(len(text)), settings.max_length, key=length) - 1
+        while kept > 0 and length(kept) > settings.max_length:  # a longer text may have fewer tokens
+            kept -= 1
+        return text[:kept]
+
+    texts = [shortened(text) for text in texts]
+    words = [settings.label_words[label] for label in labels]
+    found = []
+    for asked, answered, word in zip(encode(texts, [""] * len(texts)), encode(texts, words), words):
+        if answered[: len(asked)] != asked or len(answered) == len(asked):
+            raise DataError(f"--half: its label word {word!r} merges with the end of its prompt; export another")
+        row = np.asarray(answered, np.int64)
+        found.append(Example(row, np.where(np.arange(len(row)) < len(asked), IGNORE, row)))
+    return found
+
+
+def _images(path: Path, settings: DataSettings) -> list[Example]:
+    """``images (n, H, W)`` or ``(n, C, H, W)`` uint8 and ``labels (n,)`` of a .npz file; nothing in it is executed."""
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            images, labels = np.asarray(held["images"]), np.asarray(held["labels"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"--data: {path} must be a .npz with the arrays images and labels ({error})") from error
+    images = images[:, None] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, settings.channels):
+        raise DataError(
+            f"--data: {path}: images must be uint8 (n, H, W) or (n, {settings.channels}, H, W), got {images.dtype} "
+            f"{images.shape}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise DataError(f"--data: {path}: labels must be integers ({len(images)},), got {labels.dtype} {labels.shape}")
+    return [Example(image, label) for image, label in zip(images, labels.astype(np.int64))]

@@ -1,0 +1,195 @@
+"""A server and a client in PyTorch, two devices without it, in one run on this machine; then the same by probes.
+
+    python examples/device/run.py            # from the root of a clone in which hosfl_lightning is installed
+
+It makes an environment for the devices (``pip install ./client``), exports their half, and lets the three clients take
+part. At the end θ_c is the same at all three, to the bit, and a table says what each process held in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RUNS = Path("runs/device")
+#: The texts of the clients, files of this clone.
+TEXTS = {"lab": "docs/own_data.md", "phone-a": "docs/remote.md", "phone-b": "docs/extend.md"}
+MIB = 1 << 20
+
+
+@dataclass
+class Process:
+    """One of the four, and what it held.
+
+    Attributes:
+        idle: Resident bytes when it had joined and waited.
+        peak: Most resident bytes.
+    """
+
+    name: str
+    running: subprocess.Popen[bytes]
+    log: Path
+    idle: int = 0
+    peak: int = 0
+    first: list[float] = field(default_factory=list)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def look(self) -> None:
+        """At its memory, where the system tells (Linux)."""
+        try:
+            status = Path(f"/proc/{self.running.pid}/status").read_text()
+        except OSError:
+            return
+        held = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("VmRSS", "VmHWM")))
+        if held:
+            resident, self.peak = (int(held[key].split()[0]) << 10 for key in ("VmRSS", "VmHWM"))
+            if not self.idle and "of the run" in self.said:
+                self.idle = resident
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of each of the two runs (default 20)")
+    parser.add_argument("--python", help="of an environment that has hosfl-client; default: one is made")
+    parser.add_argument("--only", choices=["side", "lora"], help="one of the two runs")
+    given = parser.parse_args()
+    began = time.monotonic()
+    os.chdir(ROOT)
+    python = given.python or environment()
+    table = []
+    for kind in [given.only] if given.only else ["side", "lora"]:
+        table += federation(kind, given.rounds, python)
+    print("\n| run | process | θ_c (SHA-256) | idle MiB | peak MiB |\n|---|---|---|---|---|")
+    print("\n".join(table))
+    print(f"\n{time.monotonic() - began:.0f} s")
+
+
+def environment() -> str:
+    """The devices' own: nothing in it but `hosfl-client` and what that needs."""
+    folder = RUNS / "env"
+    python = folder / "bin" / "python"
+    if not (folder / "ready").is_file():
+        print("making the devices' environment: pip install ./client")
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+        subprocess.run([*pip, "./client"], check=True)
+        (folder / "ready").touch()
+    found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
+    assert found.returncode != 0, "the devices' environment must have no PyTorch"
+    return str(python)
+
+
+def federation(kind: str, rounds: int, python: str) -> list[str]:
+    """One run: rows of the table."""
+    folder, recipe = RUNS / kind, HERE / f"{kind}.yaml"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    half = folder / "phone.onnx"
+    print(f"{kind}: exporting the client's half")
+    subprocess.run([*hosfl(), "export-client", "--config", recipe, "--out", half], check=True)
+    address = f"127.0.0.1:{free_port()}"
+    join = ["--server", address, "--insecure", "--name"]
+    server = start(folder, "server", [
+        *hosfl(), "serve", "--config", recipe, "--clients", HERE / "clients.yaml", "--insecure", "--listen", address,
+        "--run", folder / "run", "--trainer.max_rounds", rounds, "--quorum", 3,
+    ])  # fmt: skip
+    clients = [
+        start(folder, name, [
+            python, "-m", "hosfl_client.cli", "join", *join, name, "--half", half, "--data", TEXTS[name],
+            "--state", folder / name, "--threads", 1,
+        ])
+        for name in ("phone-a", "phone-b")
+    ] + [
+        start(folder, "lab", [
+            *hosfl(), "join", *join, "lab", "--config", client_recipe(folder, recipe), "--state", folder / "lab",
+        ])
+    ]  # fmt: skip
+    watch([server, *clients])
+    rows = []
+    digests = {client.name: digest(folder / client.name / "shared.safetensors") for client in clients}
+    for one in [server, *clients]:
+        figures = [f"{value / MIB:.0f}" if value else "" for value in (one.idle, one.peak)]
+        rows.append(f"| {kind} | {one.name} | {digests.get(one.name, '')[:16]} | {' | '.join(figures)} |")
+    if len({*digests.values()}) != 1:
+        print("\n".join(rows))
+        raise SystemExit(f"{kind}: the clients do not hold the same θ_c")
+    print(f"{kind}: {rounds} rounds, the same θ_c at all three: {digests['lab'][:16]}")
+    return rows
+
+
+def hosfl() -> list[str]:
+    return [sys.executable, "-c", "from hosfl_lightning.cli import main; main()"]
+
+
+def client_recipe(folder: Path, recipe: Path) -> Path:
+    """The run's model, and the text of the client in PyTorch, all of it for training."""
+    import yaml
+
+    told = yaml.safe_load(recipe.read_text())
+    told = {"model": told["model"], "data": told["data"]}
+    told["model"]["init_args"].pop("optimizer")
+    told["data"]["init_args"] |= {"files": [TEXTS["lab"]], "validation_files": ["CONTRIBUTING.md"]}
+    path = folder / "lab.yaml"
+    path.write_text(yaml.safe_dump(told))
+    return path
+
+
+def start(folder: Path, name: str, command: list[object]) -> Process:
+    log = folder / f"{name}.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with log.open("wb") as file:
+        words = [str(word) for word in command]
+        return Process(name, subprocess.Popen(words, stdout=file, stderr=file, env=environment), log)
+
+
+def watch(processes: list[Process]) -> None:
+    """Until all have ended; when one fails, the others are ended."""
+    try:
+        while any(one.running.poll() is None for one in processes):
+            for one in processes:
+                one.look()
+                if one.running.poll():
+                    raise SystemExit(f"{one.name} has failed:\n{one.said[-2000:]}")
+            time.sleep(0.05)
+    finally:
+        for one in processes:
+            if one.running.poll() is None:
+                one.running.kill()
+            one.running.wait()
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of θ_c in what a client keeps, by its name and bytes: a safetensors file, read without a library."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    total = hashlib.sha256()
+    for name in sorted(name for name in header if name.endswith(".theta")):
+        begin, end = header[name]["data_offsets"]
+        total.update(name.encode() + body[begin:end])
+    return total.hexdigest()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
