@@ -112,6 +112,8 @@ def read_examples(path: str | Path, settings: DataSettings, tokenizer: Any) -> l
     path = Path(path)
     if not path.is_file():
         raise DataError(f"--data: there is no file {path}")
+    if tokenizer is None and settings.kind != "images":
+        raise DataError("--half: it was exported without a tokenizer, so it reads no text; export it with its own")
     if settings.kind == "images":
         found = _images(path, settings)
     elif settings.kind == "blocks":
@@ -130,6 +132,31 @@ def read_examples(path: str | Path, settings: DataSettings, tokenizer: Any) -> l
     if not found:
         raise DataError(f"--data: {path} holds no example")
     return found
+
+
+def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSettings) -> None:
+    """Refuse what the half cannot take, before it is connected.
+
+    Raises:
+        DataError: An image of another size, a token without an embedding, a row without positions, an unknown class.
+    """
+    if settings.kind == "images":
+        size = tuple(manifest.inputs[0].shape[2:])
+        if wrong := {one.values.shape[1:] for one in examples} - {size}:
+            raise DataError(f"--data: images of {wrong.pop()} pixels, the half takes {size}; resize them")
+    else:
+        most = max(int(one.values.max(initial=0)) for one in examples)
+        if manifest.vocabulary is not None and most >= manifest.vocabulary:
+            raise DataError(f"--half: its tokenizer makes token {most}, it embeds {manifest.vocabulary}; export it anew")
+        longest = max(len(one.values) for one in examples)
+        if manifest.max_length is not None and longest > manifest.max_length:
+            raise DataError(f"--data: a row of {longest} tokens, the half has {manifest.max_length} positions; export "
+                            "it with a shorter sequence_length or max_length")  # fmt: skip
+    if manifest.labels == ("example" if settings.kind in ("blocks", "prompted") else "token"):
+        raise DataError(f"--half: its data is {settings.kind}, its model has labels of another kind; export it anew")
+    largest = max(int(one.labels.max(initial=0)) for one in examples)
+    if largest >= manifest.classes:
+        raise DataError(f"--data: label {largest} is not in 0..{manifest.classes - 1}")
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from hosfl_client.addresses import check_address, check_plain
 from hosfl_client.connection import Backoff, Connection
 from hosfl_client.credentials import Site
 from hosfl_client.endpoint import KNOWN, Endpoint
-from hosfl_client.examples import DataSettings, read_examples
+from hosfl_client.examples import DataSettings, check_examples, read_examples
 from hosfl_client.half import OnnxHalf
 from hosfl_client.joined import Joined
 from hosfl_client.limits import Limits
@@ -19,6 +19,7 @@ from hosfl_client.messages import FRAMES
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.own_state import OwnState
 from hosfl_client.state import NumpyStorage
+from hosfl_client.text import Text
 
 
 def join(
@@ -80,7 +81,9 @@ def join(
     engine = OnnxHalf(half, threads)
     manifest = engine.manifest
     settings = DataSettings.of(manifest.data, batch_size=batch_size, text_field=text_field, label_field=label_field)
-    examples = read_examples(data, settings, manifest, Path(half).parent)
+    text = None if manifest.tokenizer is None else Text(Path(half).parent / manifest.tokenizer)
+    examples = read_examples(data, settings, text)
+    check_examples(examples, manifest, settings)
     batches = Minibatches(examples, settings)
     joined = Joined(
         who, f"hosfl-client {__version__}", lambda terms: Endpoint(engine, manifest, batches, terms), KNOWN, FRAMES,

@@ -83,6 +83,7 @@ class Manifest:
         precision: As ``Terms.precision``.
         opset: Of the graph.
         quantization: ``none``, ``int8`` or ``int4``: of the frozen weights, not of what is trained.
+        data: Of a recipe's data what makes its batches: `hosfl_client.examples.DataSettings`; None: not known.
         figures: What was measured on export, for people.
         format: Version of these fields.
     """
@@ -110,6 +111,7 @@ class Manifest:
     opset: int
     quantization: str
     figures: Mapping[str, Any]
+    data: Mapping[str, Any] | None = None
     format: str = FORMAT
 
     @property
@@ -214,6 +216,8 @@ def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
     )
     held["side"] = tuple(_rung(one, {name for name, *_ in held["parameters"]}) for one in held["side"])
     _one_of(held["labels"], LABELS)
+    if held["data"] is not None and not isinstance(held["data"], dict):
+        raise TypeError("data is no dict")
     return cls(**held)
 
 

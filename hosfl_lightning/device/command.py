@@ -8,11 +8,12 @@ from typing import Any
 from hosfl_client.manifest import Manifest
 from jsonargparse import SUPPRESS
 
+from hosfl_lightning.device.data import data_of
 from hosfl_lightning.device.export import export_client
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.recipe import Parser, read_files
 
-#: Keys of a recipe that say nothing of the client's half.
+#: Keys of a recipe beside the model; of the data the manifest says what a device needs.
 BESIDE = ("seed_everything", "trainer", "data")
 #: Correlation of the probes below which they are no estimate any more.
 LEAST = 0.95
@@ -30,13 +31,12 @@ def main(args: list[str]) -> None:
     parser.add_lightning_class_args(SplitModule, "model", subclass_mode=True, required=True)
     for name in BESIDE:
         parser.add_argument(f"--{name}", type=Any, default=None, help=SUPPRESS)
-    parser.add_function_arguments(export_client, skip={"model"})
+    parser.add_function_arguments(export_client, skip={"model", "data"})
     given = parser.parse_args(args)
     given.model.init_args.part = "client"
-    for name in BESIDE:
-        given.pop(name)
+    beside = {name: given.pop(name) for name in BESIDE}
     model = parser.instantiate_classes(given).model
-    written = export_client(model, given.out, given.quantize, given.mu)
+    written = export_client(model, given.out, given.quantize, given.mu, data_of(beside["data"], model))
     print(table(written))
 
 

@@ -32,7 +32,13 @@ from hosfl_lightning.wire.terms import manifest as entries
 Quantization = Literal["none", "int8", "int4"]
 
 
-def export_client(model: SplitModule, out: str, quantize: Quantization = "none", mu: float = 1e-3) -> Manifest:
+def export_client(
+    model: SplitModule,
+    out: str,
+    quantize: Quantization = "none",
+    mu: float = 1e-3,
+    data: Mapping[str, Any] | None = None,
+) -> Manifest:
     """Write the client's half of a model, with what it trains as it is now.
 
     Beside ``phone.onnx`` lie ``phone.json`` (the manifest, written last), ``phone.safetensors`` (what is trained) and,
@@ -45,6 +51,7 @@ def export_client(model: SplitModule, out: str, quantize: Quantization = "none",
         quantize: Of the frozen weights: ``none``, ``int8`` (one scale a row) or ``int4`` (one for 32 weights). What is
             trained stays fp32.
         mu: Smoothing length of the probes that are measured.
+        data: What `hosfl_lightning.device.data.data_of` says of a recipe's; None: the device is told nothing of it.
 
     Returns:
         The manifest.
@@ -74,6 +81,7 @@ def export_client(model: SplitModule, out: str, quantize: Quantization = "none",
     written = replace(
         _manifest(model, half, trained, bottlenecks), graph=path.name, weights=beside[".safetensors"].name, files=files,
         tokenizer=None if text is None else beside[".tokenizer.json"].name, quantization=quantize,
+        data=data,
     )  # fmt: skip
     write_json(beside[".json"], written.as_json(), indent=1)
     written = replace(written, figures=measure(path, half, trained, Samples(model), mu))

@@ -1,0 +1,59 @@
+"""Whether this client can take part in a run, by its terms; what it cannot is refused by name, with the fix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hosfl_client.codecs import KNOWN as CODECS
+from hosfl_client.manifest import Manifest
+from hosfl_client.refusals import TermsError
+from hosfl_client.wire import Terms
+from hosfl_client.wire.terms import RULES, difference
+
+#: What clients of a run may be, by the name of their endpoint.
+ENDPOINTS = ("ProbedEndpoint", "SplitEndpoint")
+#: Kinds of a `SplitEndpoint`.
+KINDS = ("forward_only", "local", "frozen")
+ESTIMATORS = ("forward", "central")
+
+
+def check_terms(terms: Terms, manifest: Manifest) -> None:
+    """Raises TermsError unless a client with that half can take part."""
+    settings, kind = terms.settings, kind_of(terms)
+    if terms.rules != RULES:
+        raise TermsError(
+            f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; install "
+            "the hosfl-client of the server's version"
+        )
+    if terms.endpoint not in ENDPOINTS:
+        raise TermsError(f"the run's clients are a {terms.endpoint!r:.80}, for which this client has no engine; take "
+                         "HOSFL or HOSL at the server, or a client in PyTorch (hosfl join)")  # fmt: skip
+    if kind not in (*KINDS, "probed"):
+        raise TermsError(
+            f"the run's clients are of the kind {kind!r:.80}, which backpropagates; take HOSFL with estimator: forward, "
+            "central or local at the server, or a client in PyTorch (hosfl join)"
+        )
+    if kind in ("forward_only", "probed") and settings.get("estimator") not in ESTIMATORS:
+        raise TermsError(
+            f"the run's estimator is {settings.get('estimator')!r:.80}, and an exported half runs forwards alone; set "
+            "trainer.algorithm.init_args.estimator to forward or central"
+        )
+    if kind == "local" and not manifest.side:
+        raise TermsError("the run's clients know the gradient of a side adapter, and this half was exported without "
+                         "one; export it from the server's recipe")  # fmt: skip
+    if (differ := difference(manifest.terms, terms.manifest)) is not None:
+        raise TermsError(f"the half trains other tensors than the run, the first is {differ}; export it from the "
+                         "server's recipe (hosfl export-client)")  # fmt: skip
+    if terms.backbone not in ("", manifest.backbone):
+        raise TermsError("the half's frozen weights are not those of the run; export it from the server's recipe")
+    if terms.precision != manifest.precision:
+        raise TermsError(f"the run computes in {terms.precision!r:.80}, the exported half in {manifest.precision!r}; set "
+                         f"trainer.precision: {manifest.precision}")  # fmt: skip
+    if unknown := sorted({*terms.codecs.values()} - CODECS.keys()):
+        raise TermsError(f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
+                         f"{', '.join(CODECS)}; set trainer.codec to these")  # fmt: skip
+
+
+def kind_of(terms: Terms) -> Any:
+    """Of a client: one of `KINDS`, ``probed`` whose probes the server evaluates, or another."""
+    return "probed" if terms.endpoint == "ProbedEndpoint" else terms.settings.get("kind")
