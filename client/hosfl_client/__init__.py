@@ -1,0 +1,1 @@
+"""What a device needs of a federation, without PyTorch."""
