@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from hosfl_client.refusals import EndpointError, TermsError
+from hosfl_client.wire.terms import RULES, difference
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
@@ -27,7 +28,6 @@ from hosfl_lightning.wire import (
     Update,
     manifest,
 )
-from hosfl_lightning.wire.terms import RULES, difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
