@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from benchmarks.remote_children import Talk
-from hosfl_lightning import __version__
 from hosfl_client.connection import Connection
+from hosfl_client.limits import Limits
+from hosfl_lightning import __version__
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.fleet.admission import Admission
@@ -26,7 +27,6 @@ from hosfl_lightning.fleet.remote import RemoteFleet
 from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.credentials import Site
 from hosfl_lightning.link.gate import Gate
-from hosfl_client.limits import Limits
 from hosfl_lightning.link.reception import Reception
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, SmashedData, StepRequest, Terms, Update

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hosfl_client.addresses import check_address, check_plain
-from hosfl_client.limits import Limits
 from lightning.fabric import Fabric
 
+from hosfl_client.addresses import check_address, check_plain
+from hosfl_client.limits import Limits
 from hosfl_lightning import __version__
 from hosfl_lightning.clients import Endpoint, Minibatches, TermsError
 from hosfl_lightning.clients.joined import Joined

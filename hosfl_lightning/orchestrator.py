@@ -11,13 +11,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
+from hosfl_client.limits import Limits
 from hosfl_lightning.algorithms import HOSFL, Algorithm
 from hosfl_lightning.algorithms.base import check_method
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Processes, RankProcesses
 from hosfl_lightning.fleet.member import Membership
-from hosfl_client.limits import Limits
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import exporting, folder

@@ -19,7 +19,7 @@ from hosfl_client.wire import Bye, VersionError, WireError
 
 # gRPC writes by itself to the standard error a line for every handshake that fails. GRPC_VERBOSITY=info brings it back.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-import grpc  # noqa: E402
+import grpc
 
 #: Seconds between two lines that say the same.
 EVERY = 60.0

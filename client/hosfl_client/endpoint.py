@@ -68,9 +68,7 @@ class Endpoint:
 
     held_out_batches = 0
 
-    def __init__(
-        self, half: Half, manifest: Manifest, data: Callable[[int], Minibatch], terms: Terms
-    ) -> None:
+    def __init__(self, half: Half, manifest: Manifest, data: Callable[[int], Minibatch], terms: Terms) -> None:
         check_terms(terms, manifest)
         self.half, self.manifest, self.data, self.terms = half, manifest, data, terms
         self.kind = kind_of(terms)

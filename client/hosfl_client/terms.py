@@ -22,16 +22,16 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
     settings, kind = terms.settings, kind_of(terms)
     if terms.rules != RULES:
         raise TermsError(
-            f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; install "
-            "the hosfl-client of the server's version"
+            f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; "
+            "install the hosfl-client of the server's version"
         )
     if terms.endpoint not in ENDPOINTS:
         raise TermsError(f"the run's clients are a {terms.endpoint!r:.80}, for which this client has no engine; take "
                          "HOSFL or HOSL at the server, or a client in PyTorch (hosfl join)")  # fmt: skip
     if kind not in (*KINDS, "probed"):
         raise TermsError(
-            f"the run's clients are of the kind {kind!r:.80}, which backpropagates; take HOSFL with estimator: forward, "
-            "central or local at the server, or a client in PyTorch (hosfl join)"
+            f"the run's clients are of the kind {kind!r:.80}, which backpropagates; take HOSFL with estimator: "
+            "forward, central or local at the server, or a client in PyTorch (hosfl join)"
         )
     if kind in ("forward_only", "probed") and settings.get("estimator") not in ESTIMATORS:
         raise TermsError(
@@ -47,8 +47,8 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
     if terms.backbone not in ("", manifest.backbone):
         raise TermsError("the half's frozen weights are not those of the run; export it from the server's recipe")
     if terms.precision != manifest.precision:
-        raise TermsError(f"the run computes in {terms.precision!r:.80}, the exported half in {manifest.precision!r}; set "
-                         f"trainer.precision: {manifest.precision}")  # fmt: skip
+        raise TermsError(f"the run computes in {terms.precision!r:.80}, the exported half in {manifest.precision!r}; "
+                         f"set trainer.precision: {manifest.precision}")  # fmt: skip
     if unknown := sorted({*terms.codecs.values()} - CODECS.keys()):
         raise TermsError(f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
                          f"{', '.join(CODECS)}; set trainer.codec to these")  # fmt: skip

@@ -46,6 +46,7 @@ class Process:
 
     @property
     def said(self) -> str:
+        """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def look(self) -> None:
@@ -62,6 +63,7 @@ class Process:
 
 
 def main() -> None:
+    """Both runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of each of the two runs (default 20)")
     parser.add_argument("--python", help="of an environment that has hosfl-client; default: one is made")
@@ -133,6 +135,7 @@ def federation(kind: str, rounds: int, python: str) -> list[str]:
 
 
 def hosfl() -> list[str]:
+    """The command, of this interpreter."""
     return [sys.executable, "-c", "from hosfl_lightning.cli import main; main()"]
 
 
@@ -150,6 +153,7 @@ def client_recipe(folder: Path, recipe: Path) -> Path:
 
 
 def start(folder: Path, name: str, command: list[object]) -> Process:
+    """In the background, with a log."""
     log = folder / f"{name}.log"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as file:
@@ -186,6 +190,7 @@ def digest(path: Path) -> str:
 
 
 def free_port() -> int:
+    """For the server."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from hashlib import sha256
 
 import torch
-from hosfl_client.refusals import CatchUpError
 from torch import Tensor, nn
 
+from hosfl_client.refusals import CatchUpError
 from hosfl_lightning.optim import ZerothOrder
 
 State = dict[str, Tensor]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from hosfl_client.refusals import EndpointError, TermsError
-from hosfl_client.wire.terms import RULES, difference
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from hosfl_client.refusals import EndpointError, TermsError
+from hosfl_client.wire.terms import RULES, difference
 from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from hosfl_client import joined
 from hosfl_client.wire import Terms
-
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.clients.own_state import OwnState
 from hosfl_lightning.wire.encoding import FRAMES

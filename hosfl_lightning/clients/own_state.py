@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
-from hosfl_client import own_state
-from hosfl_client.own_state import KEPT
 from torch import Tensor
 
+from hosfl_client import own_state
+from hosfl_client.own_state import KEPT
 from hosfl_lightning.files import discard, write_whole
 
 __all__ = ["KEPT", "OwnState"]

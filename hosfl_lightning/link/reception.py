@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from hosfl_lightning.link.extra import remote_extra
 from hosfl_client.limits import METHOD, Limits
+from hosfl_lightning.link.extra import remote_extra
 
 with remote_extra():
     import grpc

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
+from hosfl_client.addresses import check_plain
+from hosfl_client.limits import Limits
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Channel, Fleet
 from hosfl_lightning.fleet.member import Membership
-from hosfl_client.limits import Limits
-from hosfl_client.addresses import check_plain
 from hosfl_lightning.wire import Terms
 
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from hosfl_client.examples import DataError, DataSettings, check_examples, read_examples
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.text import Text
-
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.data import ClassificationData, FederatedDataModule, ImageData, ImageExample, TextData
 from hosfl_lightning.device.data import data_of

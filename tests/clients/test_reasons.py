@@ -15,10 +15,10 @@ import pytest
 
 from hosfl_client import connection
 from hosfl_client.connection import Backoff, Connection, ServerGoneError
+from hosfl_client.limits import METHOD, Limits
 from hosfl_client.reasons import reason
 from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.link.credentials import Site, channel_options
-from hosfl_client.limits import METHOD, Limits
 from hosfl_lightning.link.reception import Reception
 
 

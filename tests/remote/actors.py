@@ -111,8 +111,8 @@ def rank(spec: dict[str, Any]) -> None:
 
 
 def server(spec: dict[str, Any]) -> None:
-    from hosfl_lightning import Orchestrator, orchestrator
     from hosfl_client.limits import Limits
+    from hosfl_lightning import Orchestrator, orchestrator
     from hosfl_lightning.server import CatchUp
     from tests.fleet.test_pipe import CASES
     from tests.remote.deaths import DieAt, StopAt

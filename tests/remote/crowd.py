@@ -8,10 +8,10 @@ from typing import Any
 import grpc.aio
 from lightning.fabric import Fabric
 
+from hosfl_client.limits import METHOD
 from hosfl_lightning import __version__
 from hosfl_lightning.clients import Endpoint, Minibatches
 from hosfl_lightning.clients.catch_up import state_digest
-from hosfl_client.limits import METHOD
 from hosfl_lightning.wire import CatchUpRequest, Hello, decode, encode, peek
 
 

@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from hosfl_lightning import __version__
 from hosfl_client.connection import Backoff, Connection
+from hosfl_lightning import __version__
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.clients.joined import Joined
 from hosfl_lightning.clients.own_state import OwnState

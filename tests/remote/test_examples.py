@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 import yaml
 
-from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
 from hosfl_client.connection import Connection
+from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, cli
 from hosfl_lightning.data import DocstringData
 from hosfl_lightning.link import command as certs
 from hosfl_lightning.optim import AdamW

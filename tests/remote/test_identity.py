@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hosfl_lightning.link.authority import Authority
 from hosfl_client.limits import METHOD
+from hosfl_lightning.link.authority import Authority
 from hosfl_lightning.wire import PROTOCOL, Hello, encode
 from tests.link.sites import make
 from tests.link.test_handshake import STRANGERS
