@@ -10,7 +10,7 @@ from hosfl_client import __version__
 from hosfl_client.addresses import check_address, check_plain
 from hosfl_client.connection import Backoff, Connection
 from hosfl_client.credentials import Site
-from hosfl_client.endpoint import KNOWN, Endpoint
+from hosfl_client.endpoint import Endpoint
 from hosfl_client.examples import DataSettings, check_examples, read_examples
 from hosfl_client.half import OnnxHalf
 from hosfl_client.joined import Joined
@@ -19,6 +19,7 @@ from hosfl_client.messages import FRAMES
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.own_state import OwnState
 from hosfl_client.state import NumpyStorage
+from hosfl_client.terms import ENDPOINTS
 from hosfl_client.text import Text
 
 
@@ -78,15 +79,16 @@ def join(
     who = name or (site.name if site is not None else "")
     if not who:
         raise ValueError("--name: without certificates a client must say who it is")
-    engine = OnnxHalf(half, threads)
+    path = Path(half)
+    engine = OnnxHalf(path, threads)
     manifest = engine.manifest
     settings = DataSettings.of(manifest.data, batch_size=batch_size, text_field=text_field, label_field=label_field)
-    text = None if manifest.tokenizer is None else Text(Path(half).parent / manifest.tokenizer)
-    examples = read_examples(data, settings, text)
+    text = None if manifest.tokenizer is None else Text(path.parent / manifest.tokenizer)
+    examples = read_examples(Path(data), settings, text)
     check_examples(examples, manifest, settings)
     batches = Minibatches(examples, settings)
     joined = Joined(
-        who, f"hosfl-client {__version__}", lambda terms: Endpoint(engine, manifest, batches, terms), KNOWN, FRAMES,
+        who, f"hosfl-client {__version__}", lambda terms: Endpoint(engine, manifest, batches, terms), ENDPOINTS, FRAMES,
         OwnState(state or f"hosfl_client_{who}", NumpyStorage()), save_every, notify,
     )  # fmt: skip
     credentials = None if site is None else site.channel_credentials()
