@@ -1,1 +1,3 @@
-"""What a device needs of a federation, without PyTorch."""
+"""A client of split federated fine-tuning without PyTorch."""
+
+__version__ = "0.1.0"
