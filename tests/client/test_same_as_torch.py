@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,16 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hosfl_client import codecs, rng  # noqa: E402
+from hosfl_client.basis import SharedDirections, basis_of  # noqa: E402
 from hosfl_client.bfloat16 import BFLOAT16  # noqa: E402
+from hosfl_client.optimizer import Optimizer  # noqa: E402
+from hosfl_client.rules import rule_of  # noqa: E402
 from hosfl_lightning import rng as torch_rng  # noqa: E402
-from hosfl_lightning.wire import CODECS, Coded  # noqa: E402
+from hosfl_lightning.aggregation import apply_update  # noqa: E402
+from hosfl_lightning.clients.catch_up import client_state, state_digest  # noqa: E402
+from hosfl_lightning.optim import AdamW, ZerothOrder  # noqa: E402
+from hosfl_lightning.optim import basis_of as torch_basis_of  # noqa: E402
+from hosfl_lightning.wire import CODECS, Coded, Update  # noqa: E402
 from tests.client.golden import DTYPES, FOLDER, golden_codecs, golden_rng, raw  # noqa: E402
 
 
@@ -70,3 +78,45 @@ def test_codecs(codec: str, dtype: Any) -> None:
         assert theirs.scale is None or (ours.scale is not None and ours.scale.tobytes() == raw(theirs.scale))
         assert ours.restore().tobytes() == raw(theirs.restore())
         assert (ours.row_bytes(), ours.restored_bytes()) == (theirs.row_bytes(), theirs.restored_bytes())
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("basis", [
+    {"kind": "shared_directions", "probes": 3, "distribution": "rademacher"},
+    {"kind": "shared_directions", "probes": 20, "distribution": "gauss16"},
+    {"kind": "dense"}, {"kind": "coordinates", "count": 77},
+], ids=lambda basis: basis["kind"])  # fmt: skip
+def test_records_move_both_to_the_same_state(basis: dict[str, Any], dtype: Any) -> None:
+    """Of several tensors: digests agree after every step, and a state goes from one engine to the other."""
+    start = [torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype) for size in (257, 40_000, 3)]
+    sizes = [p.numel() for p in start]
+    described = {"name": "AdamW", **AdamW(lr=0.01).hyper_parameters()}
+    theirs = ZerothOrder([torch.nn.Parameter(p.clone()) for p in start], AdamW(lr=0.01), seed=7)
+    ours = Optimizer([of_torch(p.clone()) for p in start], rule_of(described), 7)
+    for step in range(1, 4):
+        size = basis_of(basis, 7, step, sizes).size
+        coefficients = torch.randn(size, generator=torch.Generator().manual_seed(step))
+        record = Update(
+            round=step, basis=basis, coefficients=coefficients, rule={**described, "lr": 0.1 / step}, step=step,
+            participants=[0], weights=[1.0], mu=None,
+        )  # fmt: skip
+        apply_update(record, theirs)
+        ours.apply(replace(record, coefficients=coefficients.numpy()))
+        assert ours.digest() == state_digest(theirs)
+    again = Optimizer([of_torch(p.clone()) for p in start], rule_of(described), 7)
+    again.load({name: of_torch(held) for name, held in client_state(theirs).items()}, 3)
+    assert again.digest() == state_digest(theirs)
+    gradient = [p.float().view(-1) for p in start]
+    wanted = torch_basis_of(basis, 7, 1, sizes).project(gradient).numpy()
+    assert np.allclose(basis_of(basis, 7, 1, sizes).project([g.numpy() for g in gradient]), wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("distribution", rng.DISTRIBUTIONS)
+def test_probes(distribution: str, dtype: Any) -> None:
+    start = [torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype) for size in (257, 70_000, 3)]
+    theirs = ZerothOrder([torch.nn.Parameter(p.clone()) for p in start], seed=7, distribution=distribution)
+    ours, out = SharedDirections(7, 5, 2, distribution), [of_torch(torch.zeros_like(p)) for p in start]
+    ours.perturb([of_torch(p) for p in start], 1, theirs.mu, out)
+    with theirs.perturbed(theirs.basis(5), 1, theirs.mu):
+        assert [moved.tobytes() for moved in out] == [raw(p.detach()) for p in theirs.parameters]

@@ -11,7 +11,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from hosfl_client.bfloat16 import Floats
+from hosfl_client.bfloat16 import Array, Floats
 from hosfl_client.rng.distributions import LOG2_BLOCK, check_distribution, expand, round_coefficient
 from hosfl_client.rng.philox import BLOCK_BITS, BLOCKS, TENSOR_BITS, U64, Generator, Stream, Words, check_range
 
@@ -49,7 +49,7 @@ class Runs:
             c1[low - begin : high - begin] = self.c1[i]
         return blocks, c1
 
-    def split(self, begin: int, end: int, elements: Floats) -> Iterator[tuple[int, int, Floats]]:
+    def split(self, begin: int, end: int, elements: Array) -> Iterator[tuple[int, int, Array]]:
         """The elements of a part of the row, piece by piece: (number of the piece, position in it, its elements)."""
         for i, low, high in self._within(begin, end):
             _, start, stop = self.pieces[i]
