@@ -11,6 +11,7 @@ import numpy as np
 
 from hosfl_client.basis import Basis, basis_of
 from hosfl_client.bfloat16 import BFLOAT16, Array, Floats, cast, widen
+from hosfl_client.refusals import CatchUpError
 from hosfl_client.rules import RuleError, UpdateRule, rule_of
 
 State = dict[str, Array]
@@ -18,10 +19,6 @@ State = dict[str, Array]
 
 class UpdateError(ValueError):
     """The record does not belong to the client that was to apply it."""
-
-
-class CatchUpError(RuntimeError):
-    """A client that came back does not hold what the others hold."""
 
 
 class Record(Protocol):

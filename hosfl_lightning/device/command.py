@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jsonargparse import SUPPRESS
+from jsonargparse import SUPPRESS, Namespace
 
 from hosfl_client.manifest import Manifest
 from hosfl_lightning.device.data import data_of
@@ -35,8 +35,9 @@ def main(args: list[str]) -> None:
     given = parser.parse_args(args)
     given.model.init_args.part = "client"
     beside = {name: given.pop(name) for name in BESIDE}
+    section = beside["data"].as_dict() if isinstance(beside["data"], Namespace) else beside["data"]
     model = parser.instantiate_classes(given).model
-    written = export_client(model, given.out, given.quantize, given.mu, data_of(beside["data"], model))
+    written = export_client(model, given.out, given.quantize, given.mu, data_of(section, model))
     print(table(written))
 
 

@@ -27,7 +27,7 @@ from hosfl_lightning.models.checks import positions, vocabulary
 from hosfl_lightning.models.pretrained import PretrainedError
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.split.side import Bottleneck
-from hosfl_lightning.wire.terms import manifest as entries
+from hosfl_lightning.wire import manifest as entries
 
 Quantization = Literal["none", "int8", "int4"]
 
