@@ -18,52 +18,23 @@ Everything is done some rows at a time: beside x and what travels there are at m
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
 
 import numpy as np
 
+from hosfl_client.arrays import ARRAYS
 from hosfl_client.bfloat16 import BFLOAT16, DTYPES, LARGEST, Array, Floats, cast, dtype_name, narrow, widen
+from hosfl_client.codec import Codec, Uniform
 from hosfl_client.rng import Stream, Uniform16
-from hosfl_client.wire.errors import DtypeError, FieldError, ShapeError
+from hosfl_client.wire.arrays import FLOATS
+from hosfl_client.wire.checks import check_tensor
+from hosfl_client.wire.coded import check_coded
+from hosfl_client.wire.errors import FieldError
 
 ELEMENTS = 1 << 15
 """Of the rows that are coded at a time: 128 KiB in fp32."""
-
-Uniform = Callable[[], Floats]
-"""Draws (n·h,) fp32 in [0, 1) for the rows that are coded."""
-
-
-class Codec(ABC):
-    """How the rows of an (n, h) array travel: as ``values`` of few bits, and a scale for each row or none."""
-
-    #: On the wire.
-    name: ClassVar[str]
-    #: Of ``values``.
-    form: ClassVar[Any] = np.dtype(np.uint8)
-    #: Whether each row has a scale of its own.
-    by_row: ClassVar[bool] = False
-    #: Whether what comes back is off in the mean, and so of no use for z and λ.
-    biased: ClassVar[bool] = False
-
-    def columns(self, width: int) -> int:
-        """Of ``values``, for rows of ``width`` numbers."""
-        return width
-
-    def scales(self, rows: int) -> int | None:
-        """How many scales go with so many rows; None: no scale."""
-        return None
-
-    @abstractmethod
-    def encode(self, x: Floats, uniform: Uniform, values: Array, scale: Array | None) -> None:
-        """Fill some rows of ``values``, and their scales; a scale of the whole array is given, and stays."""
-
-    @abstractmethod
-    def decode(self, values: Array, scale: Array | None, out: Floats) -> None:
-        """Fill ``out``, (n, width) fp32, from some rows."""
 
 
 class FP32(Codec):
@@ -235,10 +206,7 @@ class Coded:
         """
         if codec not in KNOWN:
             raise FieldError(f"codec must be one of {', '.join(KNOWN)}, got {codec!r:.80}")
-        if x.ndim != 2:
-            raise ShapeError(f"{codec}: the array to be coded must have 2 dimensions, got {[*x.shape]}")
-        if x.dtype not in DTYPES.values():
-            raise DtypeError(f"{codec}: the array to be coded must be {' or '.join(DTYPES)}, got {x.dtype}")
+        check_tensor(ARRAYS, codec, "the array to be coded", x, 2, FLOATS)
         (n, width), own = x.shape, KNOWN[codec]
         if codec == "fp32" or x.dtype == own.form == BFLOAT16:
             return cls(codec, dtype_name(x), width, x)
@@ -291,6 +259,10 @@ class Coded:
     def restored_bytes(self) -> int:
         """Memory of what `restore` returns, at least that of one row."""
         return max(1, len(self.values)) * self.row_bytes()
+
+    def check(self, kind: str, name: str) -> None:
+        """Raises FieldError unless everything is as stated above."""
+        check_coded(ARRAYS, KNOWN, kind, name, self)
 
 
 def _rows(width: int) -> int:
