@@ -65,6 +65,20 @@ def test_the_gradient_is_that_of_the_forward(name: str, monkeypatch: pytest.Monk
     assert all(np.allclose(a, b, atol=2e-4) for a, b in zip(parts, totals))
 
 
+def test_a_pooled_convolution_written_out() -> None:
+    """The kernel sees a pixel's neighbours, zeros around the map, and bins overlap where sizes do not divide."""
+    h, down, up = normal(0, 2, 12, 7, 6), normal(1, 4, 12, 3, 3), normal(2, 9, 4)
+    x = np.zeros((2, 9, 8, 12), np.float32)
+    x[:, 1:-1, 1:-1] = normalized(h.transpose(0, 2, 3, 1).reshape(-1, 12)).reshape(2, 7, 6, 12)
+    before = [[np.einsum("bijd,wdij->bw", x[:, r : r + 3, c : c + 3], down) for c in range(6)] for r in range(7)]
+    a = gelu(np.array(before))[0]  # (7, 6, 2, 4)
+    pooled = [
+        [a[r, c].mean((0, 1)) for c in (slice(0, 3), slice(3, 6))] for r in (slice(0, 3), slice(2, 5), slice(4, 7))
+    ]
+    wanted = np.einsum("rcbw,ow->brco", pooled, up).reshape(2, 6, 9)
+    assert np.allclose(Bottleneck(down, up, (3, 2)).forward(h), wanted, atol=1e-5)
+
+
 def test_norm_is_over_channels() -> None:
     x = normalized(5 * normal(0, 30, 64) + 3)
     assert np.allclose(x.mean(1), 0, atol=1e-6) and np.allclose(x.var(1), 1, atol=1e-4)
