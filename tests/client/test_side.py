@@ -72,9 +72,8 @@ def test_a_pooled_convolution_written_out() -> None:
     x[:, 1:-1, 1:-1] = normalized(h.transpose(0, 2, 3, 1).reshape(-1, 12)).reshape(2, 7, 6, 12)
     before = [[np.einsum("bijd,wdij->bw", x[:, r : r + 3, c : c + 3], down) for c in range(6)] for r in range(7)]
     a = gelu(np.array(before))[0]  # (7, 6, 2, 4)
-    pooled = [
-        [a[r, c].mean((0, 1)) for c in (slice(0, 3), slice(3, 6))] for r in (slice(0, 3), slice(2, 5), slice(4, 7))
-    ]
+    rows, columns = (slice(0, 3), slice(2, 5), slice(4, 7)), (slice(0, 3), slice(3, 6))
+    pooled = [[a[r, c].mean((0, 1)) for c in columns] for r in rows]
     wanted = np.einsum("rcbw,ow->brco", pooled, up).reshape(2, 6, 9)
     assert np.allclose(Bottleneck(down, up, (3, 2)).forward(h), wanted, atol=1e-5)
 
