@@ -78,7 +78,7 @@ class Endpoint:
             if terms.basis:
                 self.basis(0)
         except (RuleError, ValueError) as error:
-            raise TermsError(f"the run: {error}") from error
+            raise TermsError(str(error)) from error
         side = {name for rung in manifest.side for name in (rung.down, rung.up)} if self.kind == "local" else set()
         self.probed = [name not in side for name in self.names]
         self._check_basis()

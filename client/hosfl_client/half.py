@@ -24,7 +24,8 @@ class Half(Protocol):
 
     def parameters(self) -> dict[str, np.ndarray]:
         """θ_c by name, in manifest order; the arrays themselves: what is written into them is what the next forward
-        reads."""
+        reads.
+        """
 
     def forward(self, batch: Batch) -> np.ndarray:
         """z ``(B, S, width)``, fp32."""

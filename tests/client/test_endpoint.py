@@ -10,33 +10,195 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hosfl_client import messages as here
+from lightning.fabric import Fabric
+
+from hosfl_client import messages as device
 from hosfl_client.endpoint import Endpoint
 from hosfl_client.examples import DataSettings, read_examples
-from hosfl_client.half import OnnxHalf
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.text import Text
-from lightning.fabric import Fabric
-
+from hosfl_lightning import HOSFL, SplitCausalLM
 from hosfl_lightning.clients import Endpoint as TorchEndpoint
 from hosfl_lightning.clients import Minibatches as TorchMinibatches
 from hosfl_lightning.data import TextData
-from hosfl_lightning.run.settings import RunSettings
-from hosfl_lightning.wire import (
-    Codecs,
-    CodedGradient,
-    Multiplier,
-    ProbeRequest,
-    ProjectedGradients,
-    SmashedData,
-    StepRequest,
-    Terms,
-    Update,
-    decode,
-    encode,
-)
-from tests.fleet.pipe_client import model_of
-from tests.fleet.test_pipe import CASES
+from hosfl_lightning.device.data import data_of
+from hosfl_lightning.optim import SGD
+from hosfl_lightning.split import Lora, LoraHalf, Side
+from hosfl_lightning.wire import Codecs, Multiplier, ProbeRequest, StepRequest, Terms, Update, decode, encode
+from tests.client.torch_half import TorchHalf
+from tests.fleet.pipe_client import adamw, model_of
+from tests.fleet.test_pipe import CASES, common
 
-TEXT = "the quick brown fox jumps over the lazy dog; " * 12
+BOTH = Lora(client=LoraHalf(r=2, target_modules=["q_proj"]), server=LoraHalf(r=4, target_modules="all-linear"))
+METHODS: dict[str, Any] = {
+    **{name: (case.algorithm, case.recipe, case.settings.get("codec", Codecs())) for name, case in CASES.items()},
+    "side and LoRA": (lambda: HOSFL(probes=5, estimator="local", **common(SGD(lr=0.1))), {"both": True}, Codecs()),
+    "projections": (lambda: HOSFL(probes=4, estimator="local", **common()), {"side": True}, Codecs("bf16", "fp16")),
+}  # fmt: skip
+DEVICES = [
+    "hosfl", "hosfl central", "side adapter", "coordinates", "side and LoRA", "projections", "hosl", "zosfl", "frozen",
+]  # fmt: skip
+
+
+class Pair:
+    """Two clients of one run, with one file: in PyTorch, and on a device."""
+
+    def __init__(self, name: str, pretrained: str, folder: Path) -> None:
+        method, recipe, codecs = METHODS[name]
+        if "both" in recipe:
+            model = SplitCausalLM(pretrained, cut=2, lora=BOTH, side=Side(client=4), optimizer=adamw)
+        else:
+            model = model_of(pretrained, **recipe)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for parameter in model.client_parameters.values():  # at the start some gradients are zero
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.eval()
+        arguments = {"files": str(folder / "mine.txt"), "num_clients": 1, "batch_size": 3, "sequence_length": 12}
+        data = TextData(**arguments, validation_files=arguments["files"], tokenizer=model.tokenizer())
+        data.setup("fit")
+        terms = replace(method().terms(model, 7, codecs, 3), client=2, backbone=model.client_fingerprint())
+        self.terms: Terms = decode(encode(terms), "terms")  # type: ignore[assignment]
+        self.torch = TorchEndpoint.of(
+            model, TorchMinibatches(data, model, 0), self.terms, Fabric(accelerator="cpu", devices=1)
+        )
+        self.torch.checks = False
+        self.half = TorchHalf(model)
+        self.settings = DataSettings.of(data_of({"class_path": "hosfl_lightning.data.TextData",
+                                                 "init_args": arguments}, model))  # fmt: skip
+        (folder / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
+        examples = read_examples(arguments["files"], self.settings, Text(folder / "tokenizer.json"))
+        self.batches = Minibatches(examples, self.settings)
+        self.device = self.another()
+
+    def another(self, **changes: Any) -> Endpoint:
+        return Endpoint(self.half, self.half.manifest, self.batches, replace(self.terms, **changes))
+
+    def ask(self, request: Any) -> tuple[Any, Any]:
+        """Both answers, in torch's tensors; the device's through its frames."""
+        frame = encode(request)
+        [theirs] = self.torch.handle([decode(frame)])
+        [mine] = self.device.handle([device.decode(frame)])
+        return theirs, decode(device.encode(mine))
+
+    def tell(self, message: Any) -> None:
+        self.torch.handle([message])
+        self.device.handle([device.decode(encode(message))])
+
+    def move(self, round: int, coefficients: torch.Tensor, basis: dict[str, Any]) -> None:
+        self.tell(Update(round, basis, coefficients, self.terms.rule, round + 1, [2], [1.0], 1e-3))
+
+
+@pytest.fixture
+def pair(tiny_folder: Path, tmp_path: Path) -> Callable[[str], Pair]:
+    (tmp_path / "mine.txt").write_text("the quick brown fox jumps over the lazy dog; " * 6)
+    return lambda name: Pair(name, str(tiny_folder), tmp_path)
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float = 1e-3) -> None:
+    scale = float(theirs.abs().max()) or 1.0
+    assert float((mine - theirs).abs().max()) <= tolerance * scale
+
+
+def values(message: Any) -> torch.Tensor:
+    return message.unpack() if message.kind == "coded_gradient" else message.coefficients
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_it_answers_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
+    both = pair(name)
+    codecs = both.terms.codecs
+    for round in range(2):
+        theirs, mine = both.ask(StepRequest(round, 2, attempt=round))
+        assert torch.equal(mine.labels, theirs.labels) and torch.equal(mine.mask, theirs.mask)
+        assert (mine.labels_per_token, mine.attempt, mine.step) == (True, round, 0)
+        z, theirs_z = mine.unpack()[0], theirs.unpack()[0]
+        close(
+            z,
+            theirs_z,
+            0.03 if codecs["smashed_data"] == "int8" else 0.01 if codecs["smashed_data"] == "bf16" else 1e-5,
+        )
+        if both.terms.endpoint == "ProbedEndpoint":
+            mask = mine.mask
+            for probe, side in ((0, 0), (1, 1)):
+                theirs, mine = both.ask(ProbeRequest(round, 2, probe, side, attempt=round))
+                close(mine.unpack(mask), theirs.unpack(mask), 1e-5)
+            answer = torch.tensor([0.5, -1.0])
+        elif name == "frozen":
+            continue
+        else:
+            multiplier = torch.randn(theirs_z.shape, generator=torch.Generator().manual_seed(round))
+            theirs, mine = both.ask(
+                Multiplier.pack(round, 2, multiplier, theirs.mask, codecs["multiplier"], 7, attempt=round)
+            )
+            assert (mine.kind, mine.basis, mine.num_terms) == (theirs.kind, theirs.basis, theirs.num_terms)
+            # int4 rounds at random, in the same places
+            close(values(mine), values(theirs), 0.2 if codecs["gradient"] == "int4" else 2e-3)
+            answer = values(theirs)
+        both.move(round, answer, both.terms.basis)
+        assert both.device.version == both.torch.version == round + 1
+        assert both.device.digest() == both.torch.digest()
+
+
+def test_what_waits_for_the_multiplier(pair: Any) -> None:
+    """z where the answer needs it, and what was sent where it does not."""
+    forward, central, local = (pair(name) for name in ("hosfl", "hosfl central", "side adapter"))
+    for one, held in ((forward, True), (central, False), (local, False)):
+        one.ask(StepRequest(0, 2))
+        assert (one.device.visit.z is not None) is held
+        one.device.forget()
+        assert one.device.visit is None
+
+
+def test_what_does_not_follow(pair: Any) -> None:
+    both = pair("hosfl")
+    multiplier = Multiplier.pack(0, 2, torch.zeros(3, 12, 32), torch.ones(3, 12, dtype=torch.bool))
+    frame = device.decode(encode(multiplier))
+    with pytest.raises(EndpointError, match="waits for none"):
+        both.device.handle([frame])
+    both.ask(StepRequest(0, 2))
+    with pytest.raises(EndpointError, match="does not take a probe_request"):
+        both.device.handle([device.decode(encode(ProbeRequest(0, 2, 0, 0)))])
+    both.device.handle([device.decode(encode(StepRequest(1, 2)))])
+    with pytest.raises(EndpointError, match="waits for none"):
+        both.device.handle([frame])  # of the round before
+    both.device.handle([device.decode(encode(StepRequest(1, 2)))])
+    narrow = Multiplier.pack(1, 2, torch.zeros(3, 12, 8), torch.ones(3, 12, dtype=torch.bool))
+    with pytest.raises(EndpointError, match="z another"):
+        both.device.handle([device.decode(encode(narrow))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rules": "hosfl-rules/0"}, "install the hosfl-client of the server's version"),
+        ({"endpoint": "LocalSplitEndpoint"}, "no engine; take HOSFL or HOSL"),
+        ({"settings": {"kind": "first_order"}}, "backpropagates; take HOSFL with estimator"),
+        ({"settings": {"kind": "forward_only", "estimator": "jvp"}}, "estimator to forward or central"),
+        ({"settings": {"kind": "local"}}, "exported without one"),
+        ({"manifest": []}, "trains other tensors than the run, the first is .* here, nothing there"),
+        ({"backbone": "other"}, "frozen weights are not those of the run"),
+        ({"precision": "bf16-mixed"}, "set trainer.precision: 32-true"),
+        ({"codecs": {"smashed_data": "own"}}, "the codec 'own', which is not known here"),
+        ({"rule": {"name": "Lion"}}, "is 'Lion', a client without PyTorch knows SGD, AdamW"),
+        ({"basis": {"kind": "unit_sphere"}}, "no basis is described by"),
+        ({"basis": {"kind": "dense"}}, "probed along shared directions; set .*compression: null"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(changes: dict[str, Any], said: str, pair: Any) -> None:
+    with pytest.raises(TermsError, match=said):
+        pair("hosfl").another(**changes)
+
+
+def test_a_state_comes_back(pair: Any) -> None:
+    both = pair("hosfl")
+    both.move(0, torch.tensor([1.0, -0.5, 0.2]), both.terms.basis)
+    state = {name: array.copy() for name, array in both.device.shared_state().items()}
+    digest, theta = both.device.digest(), state["0.theta"].copy()
+    both.move(1, torch.tensor([1.0, -0.5, 0.2]), both.terms.basis)
+    assert both.device.digest() != digest and not np.array_equal(both.half.parameters().popitem()[1], theta)
+    both.device.load_shared(state, 1)
+    assert (both.device.digest(), both.device.version) == (digest, 1)
+    first = next(iter(both.half.parameters().values()))
+    assert np.array_equal(first, theta)  # what the half reads
