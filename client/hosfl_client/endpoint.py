@@ -11,7 +11,7 @@ import numpy as np
 
 from hosfl_client.basis import Basis, SharedDirections, basis_of
 from hosfl_client.codecs import Coded
-from hosfl_client.half import Half
+from hosfl_client.half import Half, OnnxHalf
 from hosfl_client.known_gradient import known_gradient
 from hosfl_client.lagrangian import lagrangian_term
 from hosfl_client.manifest import Manifest
@@ -107,6 +107,8 @@ class Endpoint:
             self.forget()
             if request.kind == "update" and self.kind != "frozen":
                 self.optimizer.apply(request)
+            if isinstance(self.half, OnnxHalf):
+                self.half.release()  # until the next round
             return []
         place = request.round, getattr(request, "attempt", 0)
         if place != self._open:

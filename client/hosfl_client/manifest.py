@@ -83,6 +83,7 @@ class Manifest:
         precision: As ``Terms.precision``.
         opset: Of the graph.
         quantization: ``none``, ``int8`` or ``int4``: of the frozen weights, not of what is trained.
+        check: File of what was recorded on export, for `hosfl_client.check`; None: nothing.
         data: Of a recipe's data what makes its batches: `hosfl_client.examples.DataSettings`; None: not known.
         figures: What was measured on export, for people.
         format: Version of these fields.
@@ -111,6 +112,7 @@ class Manifest:
     opset: int
     quantization: str
     figures: Mapping[str, Any]
+    check: str | None = None
     data: Mapping[str, Any] | None = None
     format: str = FORMAT
 
@@ -218,6 +220,8 @@ def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
     _one_of(held["labels"], LABELS)
     if held["data"] is not None and not isinstance(held["data"], dict):
         raise TypeError("data is no dict")
+    if held["check"] is not None and held["check"] not in held["files"]:
+        raise ValueError("check is not among files")
     return cls(**held)
 
 

@@ -18,6 +18,7 @@ from hosfl_lightning.data.tokenization import pad_token_id
 from hosfl_lightning.device.figures import measure
 from hosfl_lightning.device.graph import OPSET, OUTPUT, to_onnx
 from hosfl_lightning.device.quantize import quantized
+from hosfl_lightning.device.recording import record
 from hosfl_lightning.device.samples import Samples
 from hosfl_lightning.device.writing import write_graph
 from hosfl_lightning.files import discard, write_json, write_whole
@@ -42,14 +43,13 @@ def export_client(
     """Write the client's half of a model, with what it trains as it is now.
 
     Beside ``phone.onnx`` lie ``phone.json`` (the manifest, written last), ``phone.safetensors`` (what is trained) and,
-    of text, ``phone.tokenizer.json``; above 2 GB the weights are in ``phone.onnx.data``. The written half is then run,
-    and what was measured is in the manifest.
+    of text, ``phone.tokenizer.json``, and ``phone.check.safetensors`` (see `hosfl_client.check`); above 32 MiB the weights are in ``phone.onnx.data``. The written half is then
+    run, and what was measured is in the manifest.
 
     Args:
         model: The cut model; ``part="client"`` is enough.
         out: Path of the graph, ``*.onnx``.
-        quantize: Of the frozen weights: ``none``, ``int8`` (one scale a row) or ``int4`` (one for 32 weights). What is
-            trained stays fp32.
+        quantize: Of the frozen weights: ``none``, ``int8`` or ``int4``. Activations and what is trained stay fp32.
         mu: Smoothing length of the probes that are measured.
         data: What `hosfl_lightning.device.data.data_of` says of a recipe's; None: the device is told nothing of it.
 
@@ -67,7 +67,8 @@ def export_client(
         raise SplitError("model: the client trains nothing, so it takes no part; set lora.client, side or "
                          "client_parameters")  # fmt: skip
     half, trained = in_fp32(model)
-    graph, bottlenecks = to_onnx(half, trained, Samples(model))
+    samples = Samples(model)
+    graph, bottlenecks = to_onnx(half, trained, samples)
     if quantize != "none":
         graph = quantized(graph, quantize)
     beside = {end: path.with_suffix(end) for end in (".json", ".safetensors", ".tokenizer.json")}
@@ -78,13 +79,15 @@ def export_client(
     text = _tokenizer(model)
     if text is not None:
         files[beside[".tokenizer.json"].name] = _write(beside[".tokenizer.json"], text.encode())
+    told = _manifest(model, half, trained, bottlenecks, samples.image)
     written = replace(
-        _manifest(model, half, trained, bottlenecks), graph=path.name, weights=beside[".safetensors"].name, files=files,
-        tokenizer=None if text is None else beside[".tokenizer.json"].name, quantization=quantize,
-        data=data,
+        told, graph=path.name, weights=beside[".safetensors"].name, files=files, quantization=quantize, data=data,
+        tokenizer=None if text is None else beside[".tokenizer.json"].name,
     )  # fmt: skip
     write_json(beside[".json"], written.as_json(), indent=1)
-    written = replace(written, figures=measure(path, half, trained, Samples(model), mu))
+    recorded = path.with_suffix(".check.safetensors")
+    files[recorded.name] = _write(recorded, record(path, trained, samples, mu))
+    written = replace(written, check=recorded.name, figures=measure(path, half, trained, samples, mu))
     write_json(beside[".json"], written.as_json(), indent=1)
     return written
 
@@ -109,26 +112,30 @@ def in_fp32(model: SplitModule) -> tuple[Any, Mapping[str, Tensor]]:
     return half, {name: named[name].detach().cpu().contiguous() for name in names}
 
 
-def _manifest(model: SplitModule, half: Any, trained: Mapping[str, Tensor], bottlenecks: list[Bottleneck]) -> Manifest:
+def _manifest(
+    model: SplitModule, half: Any, trained: Mapping[str, Tensor], bottlenecks: list[Bottleneck], image: Any
+) -> Manifest:
     """But for what is known of the files."""
-    samples = Samples(model)
-    text = samples.image is None
-    labels: Any = "token" if isinstance(model, SplitCausalLM) else "example"
-    inputs = (
-        tuple(Input(name, "int64", (-1, -1)) for name in half.inputs)
-        if samples.image is None
-        else (Input("pixel_values", "float32", (-1, *samples.image)),)
-    )
+    text = image is None
+    labels, classes = ("token", vocabulary(half)) if isinstance(model, SplitCausalLM) else ("example", _classes(model))
+    inputs = {name: Input(name, "int64", (-1, -1)) for name in half.inputs}
+    if not text:
+        inputs = {name: Input(name, "float32", (-1, *image)) for name in half.inputs}
     return Manifest(
         graph="", weights="", files={}, tokenizer=None, quantization="none", figures={},
         parameters=tuple((name, tuple(shape), dtype, name) for name, shape, dtype in entries(trained)),
-        inputs=inputs, output=OUTPUT, width=half.hidden_size, positions=None if text else half.positions,
+        inputs=tuple(inputs.values()), output=OUTPUT, width=half.hidden_size,
+        positions=None if text else half.positions,
         side=tuple(rung(number, one, half) for number, one in enumerate(bottlenecks)),
         backbone=model.client_fingerprint(), architecture=half.architecture, cut=half.cut, labels=labels,
-        classes=vocabulary(half) if labels == "token" else int(model.num_labels), pretrained=Path(model.pretrained).name,
+        classes=classes, pretrained=Path(model.pretrained).name,
         pad_id=_pad(model, half) if text else None, vocabulary=vocabulary(half) if text else None,
         max_length=positions(half) if text else None, precision="32-true", opset=OPSET,
     )  # fmt: skip
+
+
+def _classes(model: Any) -> int:
+    return int(model.num_labels)
 
 
 def rung(number: int, bottleneck: Bottleneck, half: nn.Module) -> Rung:

@@ -42,7 +42,7 @@ def measure(path: Path, half: Any, trained: Mapping[str, Tensor], samples: Sampl
         counts = counted(batch, z)
         difference = float((there - z)[counts].abs().max())
         rows.append([name, difference, difference / float(z[counts].abs().max())])
-    batch = samples.batch(EXAMPLES, min(TOKENS, len(rows) and TOKENS))
+    batch = samples.batch(EXAMPLES, min(TOKENS, samples.longest))
     return {"z": rows, "probes": correlation(exported, half, trained, batch, mu), "mu": mu}
 
 

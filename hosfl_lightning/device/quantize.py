@@ -6,99 +6,116 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hosfl_lightning.device.extra import device_extra, quiet
-
 #: Elements of a weight below which it stays as it is.
 LEAST = 1024
-#: Weights with one scale, of int4.
+#: Weights of a matrix with one scale.
 BLOCK = 32
-#: By operator: at which input the weight stands, and which of its axes has a scale an element; of Gemm see `_axis`.
-AXES = {"MatMul": (1, 1), "Gemm": (1, 1), "Conv": (1, 0), "Gather": (0, 0)}
+#: Of ONNX Runtime's own operators.
+DOMAIN = "com.microsoft"
+#: Of MatMulNBits: compute in fp32. Level 4, the fastest, quantises activations as they come, which loses a probe's
+#: small step; a DequantizeLinear before a MatMul becomes that, too.
+FP32 = 1
+#: By operator, at which input its weight stands.
+PLACES = {"MatMul": 1, "Gemm": 1, "Gather": 0, "Conv": 1}
 
 
 def quantized(graph: Any, kind: Literal["int8", "int4"]) -> Any:
-    """The ``onnx.ModelProto`` with its large weights of MatMul, Gemm, Conv and embeddings quantised, symmetrically.
+    """Quantise, in place, the large weights of an ``onnx.ModelProto``, symmetrically: ``q = round(w / s)``.
 
-    int8: ``q = round(w / s)``, one s for an output channel, or a row of an embedding; int4: one for 32 weights of an
-    output channel of a MatMul, all others as for int8. Activations stay fp32: quantising them, too, would ruin probes.
+    Of MatMul and Gemm in 8 or 4 bits, one s for 32 weights of an output channel; of embeddings and convolutions in 8
+    bits, one s for a row or an output channel.
     """
-    if kind == "int4":
-        graph = _to_4_bits(graph)
-    _to_8_bits(graph.graph)
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = {one.name: one for one in graph.graph.initializer if one.data_type == TensorProto.FLOAT}
+    weights = {name: one for name, one in weights.items() if len(one.dims) > 1 and np.prod(one.dims) >= LEAST}
+    made: dict[str, Any] = {}
+    nodes: list[Any] = []
+    for node in graph.graph.node:
+        name = node.input[PLACES[node.op_type]] if node.op_type in PLACES else ""
+        if name not in weights or not _fits(node, weights[name]):
+            nodes.append(node)
+            continue
+        new, tensors = _rewritten(node, name, numpy_helper.to_array(weights[name]), int(kind.removeprefix("int")))
+        nodes += new
+        made |= tensors
+    read = {name for node in nodes for name in node.input}
+    kept = [one for one in graph.graph.initializer if one.name not in weights or one.name in read]
+    for field, values in (("node", nodes), ("initializer", kept)):
+        graph.graph.ClearField(field)
+        getattr(graph.graph, field).extend(values)
+    graph.graph.initializer.extend(numpy_helper.from_array(tensor, name) for name, tensor in made.items())
+    if not any(one.domain == DOMAIN for one in graph.opset_import):
+        graph.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return graph
 
 
-def _to_4_bits(graph: Any) -> Any:
-    with device_extra(), quiet():
-        from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+def blocks(weight: Any, bits: int) -> tuple[Any, Any]:
+    """A matrix ``(K, N)`` as MatMulNBits takes it: ``(N, K/32, bytes)`` uint8, the lower half byte first; s fp32.
 
-        # Level 1 computes in fp32; 4, the fastest, would quantise activations as they come.
-        quantizer = MatMulNBitsQuantizer(graph, block_size=BLOCK, is_symmetric=True, accuracy_level=1)
-        quantizer.process()
-    return quantizer.model.model
-
-
-def _to_8_bits(graph: Any) -> None:
-    from onnx import numpy_helper
-
-    weights = {one.name: one for one in graph.initializer if _is_large(one)}
-    axes: dict[str, set[int | None]] = {}
-    gathered = {node.input[0] for node in graph.node if node.op_type == "Gather"}
-    for node in graph.node:
-        for place, name in enumerate(node.input):
-            if name in weights:
-                axes.setdefault(name, set()).add(_axis(node, place))
-    chosen = {name: axis for name, [axis, *others] in axes.items() if not others and axis is not None}
-    for name, axis in chosen.items():
-        packed, scale = _rounded(numpy_helper.to_array(weights[name]), axis)
-        if name in gathered:
-            scale = scale[:, None]
-        weights[name].CopyFrom(numpy_helper.from_array(packed, name))
-        graph.initializer.append(numpy_helper.from_array(scale, f"{name}.scale"))
-    nodes: list[Any] = []
-    for node in graph.node:
-        nodes += _with_scales(node, chosen)
-    del graph.node[:]
-    graph.node.extend(nodes)
+    The largest weight of a block becomes the lowest integer, -8 or -128, of which there is one more.
+    """
+    inputs, outputs = weight.shape
+    count = -(-inputs // BLOCK)
+    w = np.zeros((outputs, count * BLOCK), np.float32)
+    w[:, :inputs] = weight.T
+    w = w.reshape(outputs, count, BLOCK)
+    extreme = np.take_along_axis(w, np.abs(w).argmax(-1, keepdims=True), -1)
+    middle = 1 << bits - 1
+    scale = np.where(extreme != 0, extreme / np.float32(-middle), np.float32(1)).astype(np.float32)
+    q = np.clip(np.rint(w / scale) + middle, 0, 2 * middle - 1).astype(np.uint8)
+    return (q[..., ::2] | q[..., 1::2] << 4 if bits == 4 else q), scale[..., 0]
 
 
-def _is_large(tensor: Any) -> bool:
-    from onnx import TensorProto
-
-    return tensor.data_type == TensorProto.FLOAT and len(tensor.dims) > 1 and int(np.prod(tensor.dims)) >= LEAST
-
-
-def _axis(node: Any, place: int) -> int | None:
-    """Of a weight at that input of a node, the axis that has a scale an element; None: it stays as it is."""
-    if node.op_type not in AXES or AXES[node.op_type][0] != place:
-        return None
-    transposed = any(one.name == "transB" and one.i for one in node.attribute)
-    return 0 if transposed else AXES[node.op_type][1]
-
-
-def _rounded(weight: Any, axis: int) -> tuple[Any, Any]:
-    """``round(w / s)`` int8 and s fp32, of one dimension."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    largest = np.abs(weight).max(others, keepdims=True)
+def rows(weight: Any) -> tuple[Any, Any]:
+    """int8 of the weight's shape, and s fp32 for each index of the first axis, of as many dimensions."""
+    largest = np.abs(weight).max(tuple(range(1, weight.ndim)), keepdims=True)
     scale = np.where(largest > 0, largest / np.float32(127), np.float32(1)).astype(np.float32)
-    return np.rint(weight / scale).astype(np.int8), scale.reshape(-1)
+    return np.rint(weight / scale).astype(np.int8), scale
 
 
-def _with_scales(node: Any, chosen: dict[str, int]) -> list[Any]:
-    """The node on what its quantised weight stands for, and the nodes before it that make it so."""
+def _attributes(node: Any) -> dict[str, Any]:
+    from onnx import helper
+
+    return {one.name: helper.get_attribute_value(one) for one in node.attribute}
+
+
+def _fits(node: Any, weight: Any) -> bool:
+    """Whether it is the operator in its plain form."""
+    attributes = _attributes(node)
+    match node.op_type:
+        case "MatMul":
+            return len(weight.dims) == 2
+        case "Gemm":
+            return attributes.get("alpha", 1) == attributes.get("beta", 1) == 1 and not attributes.get("transA", 0)
+        case "Gather":
+            return len(weight.dims) == 2 and attributes.get("axis", 0) == 0
+    return True
+
+
+def _rewritten(node: Any, name: str, weight: Any, bits: int) -> tuple[list[Any], dict[str, Any]]:
+    """In place of a node, others that read the quantised weight, and its tensors."""
     from onnx import TensorProto, helper
 
-    name = next((one for one in node.input if one in chosen), None)
-    if name is None:
-        return [node]
-    if node.op_type == "Gather":  # the rows alone
-        rows, scales, wide = (f"{node.output[0]}.{word}" for word in ("rows", "scales", "wide"))
+    out, make = node.output[0], helper.make_node
+    if node.op_type in ("MatMul", "Gemm"):
+        weight = weight.T if _attributes(node).get("transB", 0) else weight
+        q, scale = blocks(weight, bits)
+        biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]
+        product = make(
+            "MatMulNBits", [node.input[0], f"{name}.q", f"{name}.s"], [f"{out}.product" if biased else out],
+            domain=DOMAIN, K=weight.shape[0], N=weight.shape[1], bits=bits, block_size=BLOCK, accuracy_level=FP32,
+        )  # fmt: skip
+        nodes = [product, make("Add", [f"{out}.product", node.input[2]], [out])] if biased else [product]
+        return nodes, {f"{name}.q": q, f"{name}.s": scale}
+    q, scale = rows(weight)
+    if node.op_type == "Gather":
         return [
-            helper.make_node("Gather", [name, node.input[1]], [rows]),
-            helper.make_node("Cast", [rows], [wide], to=TensorProto.FLOAT),
-            helper.make_node("Gather", [f"{name}.scale", node.input[1]], [scales]),
-            helper.make_node("Mul", [wide, scales], [*node.output]),
-        ]
-    wide = f"{node.output[0]}.weight"
-    node.input[[*node.input].index(name)] = wide
-    return [helper.make_node("DequantizeLinear", [name, f"{name}.scale"], [wide], axis=chosen[name]), node]
+            make("Gather", [f"{name}.rows", node.input[1]], [f"{out}.rows"]),
+            make("Cast", [f"{out}.rows"], [f"{out}.wide"], to=TensorProto.FLOAT),
+            make("Gather", [f"{name}.scales", node.input[1]], [f"{out}.scales"]),
+            make("Mul", [f"{out}.wide", f"{out}.scales"], [out]),
+        ], {f"{name}.rows": q, f"{name}.scales": scale}
+    wide = make("DequantizeLinear", [f"{name}.rows", f"{name}.scales"], [f"{out}.weight"], axis=0)
+    node.input[PLACES["Conv"]] = f"{out}.weight"
+    return [wide, node], {f"{name}.rows": q, f"{name}.scales": scale.reshape(-1)}

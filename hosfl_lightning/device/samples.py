@@ -40,8 +40,14 @@ class Samples:
                 f"model: the client's half takes {', '.join(inputs)}; exported are halves of {', '.join(TEXT)} or of "
                 "SplitImageClassifier's pixel_values"
             )
-        images = isinstance(model, SplitImageClassifier)
-        self.image = (model.channels, model.image_size, model.image_size) if images else None
+        self.image: tuple[int, ...] | None = None
+        if isinstance(model, SplitImageClassifier):
+            self.image = model.channels, model.image_size, model.image_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens in a long row."""
+        return min(LONG, positions(self.half) or LONG)
 
     def batch(self, size: int, length: int = SHORT, padding: Padding = "right") -> Batch:
         """Random images, or random tokens of which all rows but the last may be padded.
@@ -64,8 +70,7 @@ class Samples:
         """One and eight examples, short and long, padded on the left and on the right; images of six sizes of batch."""
         if self.image is not None:
             return {f"{size} images": self.batch(size) for size in (1, 2, 3, 4, 7, 8)}
-        long = min(LONG, positions(self.half) or LONG)
-        short = min(SHORT, long)
+        long, short = self.longest, min(SHORT, self.longest)
         kinds: list[tuple[int, int, Padding]] = [
             (1, short, "right"), (1, long, "right"), (8, short, "left"), (8, short, "right"), (8, long, "left"),
             (8, long, "right"),

@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 
 from hosfl_lightning.files import discard, write_whole
 
-#: Bytes of weights above which they lie in a file of their own: a protocol buffer holds no more than 2 GB.
-LARGEST = 1_900_000_000
+#: Bytes of weights above which they lie in a file of their own, which is mapped and not read: loading has half the
+#: peak. A protocol buffer could hold 2 GB.
+LARGEST = 1 << 25
 #: Tensors below stay in the graph.
 SMALL = 1024
 #: Where tensors begin in the file, so that they can be mapped.
@@ -22,6 +23,7 @@ def write_graph(graph: Any, path: Path) -> dict[str, str]:
     Returns:
         SHA-256 of the one or two files, by name.
     """
+    strip(graph)
     beside = path.with_name(f"{path.name}.data")
     tensors = [one for one in graph.graph.initializer if len(one.raw_data) >= SMALL]
     written = {}
@@ -31,6 +33,15 @@ def write_graph(graph: Any, path: Path) -> dict[str, str]:
         discard(beside)
     written[path.name] = _write(path, lambda file: file.write(graph.SerializeToString()))
     return written
+
+
+def strip(graph: Any) -> None:
+    """Drop what an exporter tells of itself, in place: of every node, in which file of this machine it was made."""
+    for part in (graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output, *graph.graph.initializer):
+        for field in ("metadata_props", "doc_string"):
+            part.ClearField(field)
+    graph.graph.ClearField("value_info")
+    del graph.metadata_props[:]
 
 
 class _Digesting:

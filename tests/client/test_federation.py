@@ -10,7 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hosfl_client.check import CheckError, check, check_half
+from hosfl_client.half import OnnxHalf
 
 from tests.recipe_runs import ROOT
 from tests.remote.conftest import Stage, nursery, stage  # noqa: F401
@@ -89,3 +92,18 @@ def test_all_hold_the_same_bits(
     assert "took part in 4 round(s)" in devices[1].log.read_text()
     assert "replays the updates from round" in server.said, server.said
     holds_what_the_server_holds(run, ["ann", *DEVICES])
+
+
+def test_a_device_checks_itself(exported: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every part is tried; a half whose weights have moved since is found out."""
+    for recipe in ({}, {"side": True}):
+        check(exported(**recipe), 1)
+        said = capfd.readouterr().out
+        assert said.count("the same bits") == 7 and said.count("of the largest") == 2 + bool(recipe)
+    half = OnnxHalf(exported())
+    next(iter(half.parameters().values()))[0, 0] += 1
+    with pytest.raises(CheckError, match="not as it was recorded: directions and rule"):
+        check_half(half, half.manifest, exported().parent, lambda _: None)
+    half = OnnxHalf(exported())
+    with half.perturbed(lambda _, theta: theta + np.float32(0.1)), pytest.raises(CheckError, match="recorded: z"):
+        check_half(half, half.manifest, exported().parent, lambda _: None)

@@ -32,7 +32,7 @@ class TorchHalf:
         self.graph = Graph(self.half, [*trained]).eval()
         batch = Samples(model).batch(2, 3)
         self._graph([*self.trained.values()], {name: tensor.numpy() for name, tensor in batch.items()})
-        self.manifest: Manifest = _manifest(model, self.half, trained, self.graph.bottlenecks)
+        self.manifest: Manifest = _manifest(model, self.half, trained, self.graph.bottlenecks, Samples(model).image)
         self.moved: list[Array] | None = None
 
     def parameters(self) -> dict[str, Array]:
