@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hosfl_client.manifest import Input, Manifest, Rung
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from hosfl_client.manifest import Input, Manifest, Rung
 from hosfl_lightning.data.tokenization import pad_token_id
 from hosfl_lightning.device.figures import measure
 from hosfl_lightning.device.graph import OPSET, OUTPUT, to_onnx
@@ -43,8 +43,8 @@ def export_client(
     """Write the client's half of a model, with what it trains as it is now.
 
     Beside ``phone.onnx`` lie ``phone.json`` (the manifest, written last), ``phone.safetensors`` (what is trained) and,
-    of text, ``phone.tokenizer.json``, and ``phone.check.safetensors`` (see `hosfl_client.check`); above 32 MiB the weights are in ``phone.onnx.data``. The written half is then
-    run, and what was measured is in the manifest.
+    of text, ``phone.tokenizer.json``; above 32 MiB the weights are in ``phone.onnx.data``. The written half is then
+    run; what was measured is in the manifest, and what a device is to compute again in ``phone.check.safetensors``.
 
     Args:
         model: The cut model; ``part="client"`` is enough.

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hosfl_client import check
-from hosfl_client.half import OnnxHalf
 from safetensors.numpy import save
 from torch import Tensor, nn
 
+from hosfl_client import check
+from hosfl_client.half import OnnxHalf
 from hosfl_lightning.clients.catch_up import state_digest
 from hosfl_lightning.device.figures import as_arrays
 from hosfl_lightning.device.samples import Samples

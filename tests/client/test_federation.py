@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from hosfl_client.check import CheckError, check, check_half
 from hosfl_client.half import OnnxHalf
-
 from tests.recipe_runs import ROOT
-from tests.remote.conftest import Stage, nursery, stage  # noqa: F401
+from tests.remote.conftest import Stage
 from tests.remote.test_kills import finished, holds_what_the_server_holds
 
 DEVICES = ("bob", "cid")
@@ -75,7 +75,7 @@ def test_all_hold_the_same_bits(
     recipe: dict[str, Any],
     stage: Any,
     exported: Any,
-    devices: list[Device],  # noqa: F811
+    devices: list[Device],
 ) -> None:
     half, run = exported(**recipe), stage(case)
     server = run.server(settings={"max_rounds": 4, "clients_per_round": 3}).start()
