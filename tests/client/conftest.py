@@ -11,9 +11,6 @@ import pytest
 from hosfl_lightning.device.data import data_of
 from hosfl_lightning.device.export import export_client
 from tests.fleet.pipe_client import model_of
-from tests.remote.conftest import nursery, stage
-
-__all__ = ["nursery", "stage"]
 
 DATA = {
     "class_path": "hosfl_lightning.data.TextData",

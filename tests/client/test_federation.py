@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import pytest
 
 from hosfl_client.check import CheckError, check, check_half
 from hosfl_client.half import OnnxHalf
+from hosfl_lightning.link.authority import Authority
 from tests.recipe_runs import ROOT
+from tests.remote import actors
 from tests.remote.conftest import Stage
-from tests.remote.test_kills import finished, holds_what_the_server_holds
+from tests.remote.test_kills import holds_what_the_server_holds
 
 DEVICES = ("bob", "cid")
 #: A device that ends itself before it applies the update of round 1, once; and says what it has imported.
@@ -46,7 +49,7 @@ class Device:
         (data := run.folder / f"{name}.txt").write_text(f"the text of {name}, which stays where it is; " * 9)
         self.command = [
             sys.executable, "-c", COMMAND, flag, "join", "--server", run.address, "--half", str(half), "--data",
-            str(data), "--insecure", "--name", name, "--state", str(run.folder / f"state_{name}"), "--threads", "1",
+            str(data), *who(run, name), "--state", str(run.folder / f"state_{name}"), "--threads", "1",
             "--save-every", "1",
         ]  # fmt: skip
 
@@ -56,41 +59,66 @@ class Device:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=environment)
         return self
 
-    def wait(self, status: int = 0) -> None:
+    def wait(self, status: int) -> None:
         assert self.process.wait(60) == status, self.log.read_text()
+
+    def join(self, seconds: float) -> None:
+        self.wait(0)
+
+
+def who(run: Stage, name: str) -> list[str]:
+    return ["--insecure", "--name", name] if run.sites is None else ["--certs", str(run.sites / name)]
 
 
 @pytest.fixture
 def devices() -> Iterator[list[Device]]:
     started: list[Device] = []
     yield started
-    for device in started:
+    for device in [one for one in started if hasattr(one, "process")]:
         device.process.kill()
         device.process.wait()
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    authority = Authority.make(tmp_path / "ca")
+    authority.server(["127.0.0.1"], tmp_path / "server")
+    for name in ("ann", *DEVICES):
+        authority.client(name, tmp_path / name)
+    return tmp_path
 
 
 @pytest.mark.parametrize(("case", "recipe"), [("side adapter", {"side": True}), ("hosfl", {})])
 def test_all_hold_the_same_bits(
     case: str,
     recipe: dict[str, Any],
-    stage: Any,
+    tiny_folder: Path,
     exported: Any,
     devices: list[Device],
+    sites: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    half, run = exported(**recipe), stage(case)
-    server = run.server(settings={"max_rounds": 4, "clients_per_round": 3}).start()
-    torch_client = run.client("ann").start()
-    dies = str(run.folder / "died")
-    devices += [Device(run, name, half, dies if name == "bob" else "-") for name in DEVICES]
-    for device in devices:
-        device.start()
-    devices[0].wait(-signal.SIGKILL)
-    devices[0].start()
-    finished(server, torch_client)
-    for device in devices:
-        device.wait()
+    """Server and client in PyTorch are threads of this process; one of the two runs with certificates."""
+    run = Stage(None, tmp_path / "run", str(tiny_folder), case, sites=None if recipe else sites)  # type: ignore[arg-type]
+    flag = str(tmp_path / "died")
+    devices += [Device(run, name, exported(**recipe), flag if name == "bob" else "-").start() for name in DEVICES]
+
+    def revive() -> None:
+        devices[0].wait(-signal.SIGKILL)
+        devices[0].start()
+
+    beside = [threading.Thread(target=one, daemon=True) for one in (
+        revive, lambda: actors.client(run.client("ann").spec),
+    )]  # fmt: skip
+    for thread in beside:
+        thread.start()
+    actors.server(run.server(settings={"max_rounds": 4, "clients_per_round": 3}).spec)
+    for one in (*beside, *devices):
+        one.join(60)
+    said = capfd.readouterr().out
+    assert "ended: the run is over" in said and "bob replays the updates from round" in said, said
     assert "took part in 4 round(s)" in devices[1].log.read_text()
-    assert "replays the updates from round" in server.said, server.said
     holds_what_the_server_holds(run, ["ann", *DEVICES])
 
 
