@@ -106,12 +106,14 @@ def test_uniform_numbers_begin_anywhere() -> None:
 
 
 def test_a_coefficient_is_rounded_once() -> None:
-    alphas = np.array([0.1, -1 / 3, 1e-3, 12345.678, 1e-30, 0.0], np.float32)
+    ties = [1 + 2**-16, 1 + 3 * 2**-16]
+    alphas = np.array([0.1, -1 / 3, 1e-3, 12345.678, 1e-30, 0.0, *ties], np.float32)
     for domain in DISTRIBUTIONS.values():
         assert round_coefficients(alphas, domain).tolist() == [round_coefficient(float(a), domain) for a in alphas]
     assert round_coefficient(1 + 2**-15, Domain.GAUSS16) == 1 + 2**-15
     assert round_coefficient(1 + 2**-16, Domain.GAUSS16) == 1
-    assert np.isnan(round_coefficients(np.array([np.nan], np.float32), Domain.GAUSS16)).all()
+    nan = np.array([0x7FFFFFFF, 0x7F800001], np.uint32).view(np.float32)
+    assert np.isnan(round_coefficients(nan, Domain.GAUSS16)).all()
     for wrong in (float("nan"), 1e39):
         with pytest.raises(ValueError, match="finite"):
             round_coefficient(wrong, Domain.RADEMACHER)

@@ -16,11 +16,14 @@ from hosfl_client.basis import SharedDirections, basis_of  # noqa: E402
 from hosfl_client.bfloat16 import BFLOAT16  # noqa: E402
 from hosfl_client.optimizer import Optimizer  # noqa: E402
 from hosfl_client.rules import rule_of  # noqa: E402
+from hosfl_client.side import Bottleneck  # noqa: E402
 from hosfl_lightning import rng as torch_rng  # noqa: E402
 from hosfl_lightning.aggregation import apply_update  # noqa: E402
 from hosfl_lightning.clients.catch_up import client_state, state_digest  # noqa: E402
 from hosfl_lightning.optim import AdamW, ZerothOrder  # noqa: E402
 from hosfl_lightning.optim import basis_of as torch_basis_of  # noqa: E402
+from hosfl_lightning.optim.local_gradient import add_local_gradient_  # noqa: E402
+from hosfl_lightning.split import side  # noqa: E402
 from hosfl_lightning.wire import CODECS, Coded, Update  # noqa: E402
 from tests.client.golden import DTYPES, FOLDER, golden_codecs, golden_rng, raw  # noqa: E402
 
@@ -120,3 +123,28 @@ def test_probes(distribution: str, dtype: Any) -> None:
     ours.perturb([of_torch(p) for p in start], 1, theirs.mu, out)
     with theirs.perturbed(theirs.basis(5), 1, theirs.mu):
         assert [moved.tobytes() for moved in out] == [raw(p.detach()) for p in theirs.parameters]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "kernel"),
+    [((40, 96), (40, 80), 1), ((96,), (80,), 1), ((24, 9, 8), (32, 9, 8), 1), ((24, 9, 8), (32, 4, 3), 3)],
+    ids=["tokens", "vectors", "maps", "convolved and pooled"],
+)
+def test_the_side_adapters_gradient(given: tuple[int, ...], wanted: tuple[int, ...], kernel: int) -> None:
+    """Not to the bit: engines add up a matrix product in orders of their own."""
+    generator = torch.Generator().manual_seed(0)
+    module = side.Bottleneck(given, wanted, 16, kernel)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+    h = torch.randn(5, *given, generator=generator) * 3 + 1
+    with torch.no_grad():
+        q = module(h)
+    multiplier = torch.randn(q.shape, generator=generator)
+    theirs = [torch.zeros_like(p) for p in module.parameters()]
+    add_local_gradient_(theirs, module, h, multiplier)
+    down, up = (p.detach().numpy() for p in module.parameters())
+    ours, totals = Bottleneck(down, up, module.size), [np.zeros_like(down), np.zeros_like(up)]
+    ours.add_gradient(totals, h.numpy(), multiplier.numpy())
+    for found, expected in [(ours.forward(h.numpy()), q), *zip(totals, theirs)]:
+        assert np.abs(found - expected.numpy()).max() < 1e-5 * expected.abs().max()
