@@ -121,7 +121,10 @@ def test_what_is_unpacked_is_the_receivers_own() -> None:
 
 def test_a_manifest_is_the_same() -> None:
     tensors = {f"a.{i}": torch.ones(i, 2, dtype=dtype) for i, dtype in enumerate(FLOATS)}
-    assert ARRAYS.manifest({name: of_torch(x) for name, x in tensors.items()}) == theirs.manifest(tensors)
+    words = ["float32", "bfloat16", "float16", "float64"]
+    expected = [[f"a.{i}", [i, 2], word] for i, word in enumerate(words)]
+    assert theirs.manifest(tensors) == expected
+    assert ARRAYS.manifest({name: of_torch(x) for name, x in tensors.items()}) == expected
 
 
 def test_damaged_frames_are_refused_alike() -> None:
@@ -223,8 +226,9 @@ def test_what_is_no_array_of_this_engine_is_refused_when_sent() -> None:
         (np.ones(2), wire.DtypeError), (np.ones(2, np.complex64), wire.DtypeError),
         (np.ones(2, ">f4"), wire.DtypeError), (np.ones((1, 2), np.float32), wire.ShapeError),
     ):  # fmt: skip
-        with pytest.raises(error, match="projected_gradients: coefficients must"):
+        with pytest.raises(error, match="projected_gradients: coefficients must") as refused:
             ours.encode(replace(update, coefficients=bad))
+        assert refused.type is error
     with pytest.raises(wire.DtypeError, match=r"tensors\.w must be float32 or bfloat16 .* got int64"):
         ours.encode(ours.Snapshot(0, 0, 0, "", "", 0, {"w": np.ones(1, np.int64)}))
 
