@@ -87,7 +87,11 @@ def child(case: str, rounds: int, threads: int) -> dict[str, Any]:
 
 def run(case: str, checkout: Path, arguments: argparse.Namespace, memory: bool) -> dict[str, Any]:
     """`child` in a process of its own, with the code of a checkout."""
-    environment = {**os.environ, "PYTHONPATH": str(checkout), **(HONEST if memory else {})}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{checkout}{os.pathsep}{checkout / 'client'}",
+        **(HONEST if memory else {}),
+    }
     command = [sys.executable, str(Path(__file__).resolve()), "--child", case, f"--rounds={arguments.rounds}",
                f"--threads={arguments.threads}"]  # fmt: skip
     done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -28,6 +29,8 @@ from tests.split.tiny_images import tiny_image_model
 from tests.split.tiny_models import tiny_model
 
 ROOT = Path(__file__).parents[1]
+#: For a process to find this tree's packages, and no others.
+SOURCES = os.pathsep.join([str(ROOT), str(ROOT / "client")])
 RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.parent.name not in ("overlays", "compare"))
 OVERLAYS = sorted((ROOT / "recipes" / "overlays").glob("*.yaml"))
 QUICKSTART = ROOT / "recipes" / "quickstart.yaml"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.remote_page import SECTIONS, page
+from tests.recipe_runs import ROOT, SOURCES
 
 #: Those of a few seconds; the others run a recipe.
 PARTS = ["steps", "memory", "kills"]
@@ -22,8 +23,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # In a process of its own: it forks, which a process that uses gRPC must not.
     out = tmp_path_factory.mktemp("remote")
     command = [sys.executable, "-m", "benchmarks.remote", f"--out={out}", "--quick", "--parts", *PARTS]
-    root = Path(__file__).parent.parent
-    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True, timeout=240)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": SOURCES}, check=True, timeout=240)
     return out
 
 

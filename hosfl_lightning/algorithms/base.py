@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from lightning.pytorch.cli import LRSchedulerCallable
 from torch import nn
 
+from hosfl_client.wire.checks import check_settings
 from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.fleet.base import Fleet
@@ -20,7 +21,6 @@ from hosfl_lightning.parts import PartError, check_part
 from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.split.personal import PersonalPart, divide
 from hosfl_lightning.wire import Codecs, FieldError, Terms, manifest
-from hosfl_lightning.wire.checks import check_settings
 
 
 class Algorithm(ABC):

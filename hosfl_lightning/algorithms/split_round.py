@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 from typing_extensions import override
 
+from hosfl_client.wire.coded import ROW
 from hosfl_lightning.aggregation import Median, TrimmedMean, combine
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, SmashedData, StepRequest
-from hosfl_lightning.wire.coded_gradient import ROW
 
 
 class SplitRound(Algorithm):

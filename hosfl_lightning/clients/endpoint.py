@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from hosfl_client.wire.terms import RULES, difference
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of
 from hosfl_lightning.parts import PartError
@@ -25,7 +26,6 @@ from hosfl_lightning.wire import (
     Update,
     manifest,
 )
-from hosfl_lightning.wire.terms import RULES, difference
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]

@@ -1,13 +1,9 @@
 """What crosses the cut: the messages, their bytes, and the errors of a bad one."""
 
-from hosfl_lightning.wire.acknowledgement import Acknowledgement
-from hosfl_lightning.wire.catch_up import CatchUpRequest, Snapshot
-from hosfl_lightning.wire.codec import Codec
-from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
-from hosfl_lightning.wire.coded_gradient import CodedGradient
-from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
-from hosfl_lightning.wire.envelope import LIMIT, PROTOCOL, Envelope, checksum, peek
-from hosfl_lightning.wire.errors import (
+from hosfl_client.wire.acknowledgement import Acknowledgement
+from hosfl_client.wire.catch_up import CatchUpRequest, Snapshot
+from hosfl_client.wire.envelope import LIMIT, PROTOCOL, Envelope, checksum, peek
+from hosfl_client.wire.errors import (
     AddressError,
     ChecksumError,
     DtypeError,
@@ -22,13 +18,19 @@ from hosfl_lightning.wire.errors import (
     VersionError,
     WireError,
 )
-from hosfl_lightning.wire.joining import Bye, Hello
-from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, ProjectedGradients, SmashedData, Update
+from hosfl_client.wire.joining import Bye, Hello
+from hosfl_client.wire.projected import ProjectedGradients, Update
+from hosfl_client.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
+from hosfl_client.wire.terms import RULES, Terms
+from hosfl_client.wire.weights import Weights
+from hosfl_client.wire.words import printable
+from hosfl_lightning.wire.arrays import manifest
+from hosfl_lightning.wire.codec import Codec
+from hosfl_lightning.wire.codecs import CODECS, TOKEN_CODECS, Codecs, Coded
+from hosfl_lightning.wire.coded_gradient import CodedGradient
+from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
+from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, SmashedData
 from hosfl_lightning.wire.probed_data import ProbedData
-from hosfl_lightning.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
-from hosfl_lightning.wire.terms import RULES, Terms, manifest
-from hosfl_lightning.wire.weights import Weights
-from hosfl_lightning.wire.words import printable
 
 __all__ = [
     "CODECS",

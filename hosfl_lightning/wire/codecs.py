@@ -36,12 +36,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from hosfl_client.wire.arrays import FLOATS, WORDS
+from hosfl_client.wire.checks import check_tensor
+from hosfl_client.wire.coded import check_coded
+from hosfl_client.wire.errors import FieldError
 from hosfl_lightning.rng import Stream, uniform16
-from hosfl_lightning.wire.checks import FLOATS, check_counts, check_strings, check_tensor
+from hosfl_lightning.wire.arrays import TENSORS
 from hosfl_lightning.wire.codec import Codec, codec_of
-from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
 
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
+_DTYPES = {WORDS[code]: TENSORS.dtypes[code] for code in FLOATS}
 
 
 class FP32(Codec):
@@ -227,7 +230,7 @@ class Coded:
         """
         if codec not in Codec.known:
             raise FieldError(f"codec must be one of {', '.join(Codec.known)}, got {codec!r}")
-        check_tensor(codec, "the tensor to be coded", x, 2, FLOATS)
+        check_tensor(TENSORS, codec, "the tensor to be coded", x, 2, FLOATS)
         x = x.detach()
         if codec == "fp32":
             return cls(codec, str(x.dtype).removeprefix("torch."), x.shape[1], x)
@@ -257,26 +260,7 @@ class Coded:
 
     def check(self, kind: str, name: str) -> None:
         """Raises FieldError unless everything is as stated above."""
-        check_strings(kind, **{f"{name}.codec": self.codec, f"{name}.dtype": self.dtype})
-        if self.codec not in Codec.known:
-            raise FieldError(f"{kind}: {name}.codec must be one of {', '.join(Codec.known)}, got {self.codec!r:.80}")
-        if self.dtype not in _DTYPES:
-            raise DtypeError(f"{kind}: {name}.dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r:.80}")
-        check_counts(kind, **{f"{name}.width": self.width})
-        codec = Codec.known[self.codec]
-        form = _DTYPES[self.dtype] if self.codec == "fp32" else codec.form
-        check_tensor(kind, f"{name}.values", self.values, 2, (form,))
-        columns = codec.columns(self.width)
-        if not self.width or self.values.shape[1] != columns:
-            raise ShapeError(f"{kind}: {name}.values must have {columns} > 0 columns, got {[*self.values.shape]}")
-        scales = codec.scales(len(self.values))
-        if scales is None:
-            if self.scale is not None:
-                raise FieldError(f"{kind}: {name} has a scale, but {self.codec} knows none")
-            return
-        check_tensor(kind, f"{name}.scale", self.scale, 1, (torch.bfloat16,))
-        if self.scale is not None and len(self.scale) != scales:
-            raise ShapeError(f"{kind}: {name} must have {scales} scales, got {len(self.scale)}")
+        check_coded(TENSORS, Codec.known, kind, name, self)
 
 
 def _power_of_two(x: Tensor) -> Tensor:

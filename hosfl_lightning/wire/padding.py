@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hosfl_client.wire.checks import check_step
+from hosfl_client.wire.errors import DtypeError, ShapeError
 from hosfl_lightning.rng import Domain, Stream
 from hosfl_lightning.wire.codecs import Coded
-from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
-
-PROBES = STEPS = 1 << 12
-"""Probes of a round, and local steps of a client in it, that the counter of a `Stream` tells apart."""
 
 
 def rounding_stream(kind: str, seed: int, round: int, client: int, step: int) -> Stream:
@@ -19,8 +17,7 @@ def rounding_stream(kind: str, seed: int, round: int, client: int, step: int) ->
     Raises:
         FieldError: A step that the counter does not hold.
     """
-    if not 0 <= step < STEPS:
-        raise FieldError(f"{kind}: step must be in 0 .. {STEPS - 1}, got {step}; take fewer local steps in a round")
+    check_step(kind, step)
     return Stream(seed, Domain.ROUNDING, round, client, step)
 
 

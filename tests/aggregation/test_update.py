@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from hosfl_client.wire import Frames
 from hosfl_lightning import HOSFL, aggregation
 from hosfl_lightning.aggregation import MEAN, AggregationRule, Median, UpdateError, apply_update, combine, recorded
 from hosfl_lightning.callbacks.drop_in import hybrid_order
@@ -134,7 +135,7 @@ def test_the_record_says_who_and_how() -> None:
     optimizer = _optimizer(RULES["adamw"])
     answers = _answers(9, optimizer.basis(9))
     update = combine(answers, optimizer, Median(), mu=0.25)
-    update.check()
+    encode(update)  # which checks it
     assert (update.round, update.step, update.mu) == (9, 1, 0.25)
     assert update.participants == [1, 4, 5]
     assert update.weights == [3 / 16, 6 / 16, 7 / 16]
@@ -146,7 +147,7 @@ def test_the_record_says_who_and_how() -> None:
 def test_a_long_record_of_our_own_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = _optimizer(RULES["sgd"])
     frame = encode(combine(_answers(0, Dense([10_000])), optimizer))
-    monkeypatch.setattr(decode, "__kwdefaults__", {**(decode.__kwdefaults__ or {}), "limit": 30_000})
+    monkeypatch.setattr(Frames.decode, "__kwdefaults__", {**Frames.decode.__kwdefaults__, "limit": 30_000})
     monkeypatch.setattr(aggregation.update, "LIMIT", 30_000)
     with pytest.raises(TooLargeError):
         decode(frame)

@@ -26,10 +26,10 @@ from hosfl_lightning.run.folder import agree
 from tests.conftest import RandomTokens
 from tests.fleet.test_processes import TwoProcesses
 from tests.fleet.two_ranks import CASES, COMPARED, left, run
-from tests.recipe_runs import QUICKSTART, ROOT, hosfl, small
+from tests.recipe_runs import QUICKSTART, ROOT, SOURCES, hosfl, small
 
 #: Without a second thread, and with this tree's package.
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCES}
 TIMEOUT = 300
 
 pytestmark = [

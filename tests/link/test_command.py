@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import hosfl_lightning
 from hosfl_lightning import cli
 from hosfl_lightning.link.credentials import Site
 from hosfl_lightning.link.revoked import Revoked
 from hosfl_lightning.recipe import DESCRIPTION
+from tests.recipe_runs import SOURCES
 
 
 @pytest.fixture(autouse=True)
@@ -140,4 +140,4 @@ def test_it_waits_for_no_run_to_be_imported(tmp_path: Path) -> None:
         "assert not {'torch', 'lightning', 'wandb'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=60,
-                   env={**os.environ, "PYTHONPATH": str(Path(hosfl_lightning.__file__).parents[1])})  # fmt: skip
+                   env={**os.environ, "PYTHONPATH": SOURCES})  # fmt: skip

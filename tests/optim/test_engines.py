@@ -1,4 +1,4 @@
-"""The update rules against numpy, where every operation rounds once: the same bits, and golden vectors of them."""
+"""The update rules against those of a client without PyTorch: the same bits, and golden vectors of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from hosfl_client.basis import basis_of
+from hosfl_client.bfloat16 import DTYPES, cast, widen
+from hosfl_client.optimizer import Optimizer
+from hosfl_client.rules import rule_of as numpy_rule
 from hosfl_lightning.optim import SGD, AdamW, SharedDirections, UpdateRule, ZerothOrder, rule_of
 from hosfl_lightning.rng import direction
 
@@ -28,46 +32,22 @@ DIGEST = "593bb9a8b71eb7d2c6ce5a848fcde907528269a2fa3114f1d19096a31e1779bb"
 f32 = np.float32
 
 
-def numpy_step(rule: dict[str, Any], theta: Floats, g: Floats, state: dict[str, Floats], k: int, lr: float) -> Floats:
-    """As the standard says it, line by line."""
-    if rule["name"] == "SGD":
-        if rule["weight_decay"]:
-            g = g + theta * f32(rule["weight_decay"])
-        if rule["momentum"]:
-            g = state["m"] = state["m"] * f32(rule["momentum"]) + g
-        return theta - g * f32(lr)
-    beta1, beta2 = rule["betas"]
-    theta = theta * f32(1 - lr * rule["weight_decay"])
-    state["m"] = state["m"] * f32(beta1) + g * f32(1 - beta1)
-    state["s"] = state["s"] * f32(beta2) + g * g * f32(1 - beta2)
-    r = np.sqrt(state["s"].astype(np.float64)).astype(f32) / f32((1 - beta2**k) ** 0.5) + f32(rule["eps"])
-    return theta - state["m"] * f32(lr / (1 - beta1**k)) / r
-
-
-def narrowed(values: Floats, dtype: torch.dtype) -> Floats:
-    """Rounded to nearest even, and back."""
-    if dtype == torch.float16:
-        return values.astype(np.float16).astype(f32)
-    bits = values.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)).view(f32)
-
-
 def schedule(rule: dict[str, Any], step: int) -> float:
     """Of a record, which carries its round's rate."""
     return rule["lr"] / (1 + step)
 
 
 def moved_by_numpy(
-    rule: dict[str, Any], start: Floats, directions: list[list[Floats]], scalars: list[list[float]], dtype: torch.dtype
-) -> Floats:
-    theta, state = start, {"m": np.zeros_like(start), "s": np.zeros_like(start)}
-    for step, (us, values) in enumerate(zip(directions, scalars)):
-        g = np.zeros_like(start)
-        for u, alpha in zip(us, values):
-            g = g + u * f32(alpha)
-        theta = numpy_step(rule, theta, g, state, step + 1, schedule(rule, step))
-        theta = theta if dtype == torch.float32 else narrowed(theta, dtype)
-    return theta
+    rule: dict[str, Any], start: list[Floats], bases: list[Any], scalars: Any, dtype: torch.dtype = torch.float32
+) -> list[Floats]:
+    """What a client without PyTorch does with the records."""
+    form = DTYPES[str(dtype).removeprefix("torch.")]
+    theta = [cast(values, np.empty(values.shape, form)) for values in start]
+    optimizer = Optimizer(theta, numpy_rule(rule), seed=7)
+    for step, (basis, values) in enumerate(zip(bases, scalars)):
+        optimizer.prescribe({**rule, "lr": schedule(rule, step)}, "a record")
+        optimizer.step(basis_of(basis.describe(), 7, step, optimizer.sizes), np.asarray(values, f32))
+    return [widen(values) for values in theta]
 
 
 @pytest.mark.parametrize(
@@ -84,11 +64,7 @@ def test_numpy_ends_with_the_same_bits_after_thirty_steps(
     start = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
     scalars = torch.randn(STEPS, 2, generator=generator).bfloat16().float()  # that a direction takes as they are
     bases = [SharedDirections(7, step, 2, distribution) for step in range(STEPS)]
-    directions = [
-        [np.concatenate([direction(s, t, 0, n).numpy() for t, n in enumerate(sizes)]) for s in basis.streams]
-        for basis in bases
-    ]
-    begun = np.concatenate([p.float().numpy() for p in start])
+    begun = [p.float().numpy() for p in start]
     for name, rule in RULES.items():
         described = {"name": type(rule).__name__, **rule.hyper_parameters()}
         ours = [nn.Parameter(p.clone()) for p in start]
@@ -97,7 +73,7 @@ def test_numpy_ends_with_the_same_bits_after_thirty_steps(
             optimizer.param_groups[0]["lr"] = schedule(described, step)
             optimizer.record(scalars[step] * 2, basis)  # the mean over two probes
             optimizer.step()
-        wanted = moved_by_numpy(described, begun, directions, scalars.tolist(), dtype)
+        wanted = np.concatenate(moved_by_numpy(described, begun, bases, (scalars * 2).numpy(), dtype))
         found = torch.cat([p.detach().float() for p in ours]).numpy()
         assert int((found.view(np.uint32) != wanted.view(np.uint32)).sum()) == 0, name
 
@@ -108,9 +84,7 @@ def golden(rule: UpdateRule) -> dict[str, Any]:
     start[:3] = [1e-40, -3e-41, 0.0]
     scalars = [[0.75, -1.5], [1.25, 0.0], [-0.0625, 2.0], [1e-20, 1e-21], [-3.0, 0.5]]
     described = {"name": type(rule).__name__, **rule.hyper_parameters()}
-    directions = [[direction(s, 0, 0, 256).numpy() for s in SharedDirections(7, k, 2).streams] for k in range(5)]
-    alphas = [[float(f32(v / 2)) for v in values] for values in scalars]
-    end = moved_by_numpy(described, start, directions, alphas, torch.float32)
+    (end,) = moved_by_numpy(described, [start], [SharedDirections(7, k, 2) for k in range(5)], scalars)
     return {
         "rule": described, "start": start.tobytes().hex(), "seed": 7, "distribution": "rademacher",
         "records": [{"coefficients": values, "lr": schedule(described, k)} for k, values in enumerate(scalars)],

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from hosfl_client.wire import envelope
 from hosfl_lightning.clients.endpoint import Endpoint
-from hosfl_lightning.wire import Message, envelope
+from hosfl_lightning.wire import Message
 from tests.fleet.pipe_client import LENGTHS, model_of
 from tests.random_tokens import RandomTokens
 

@@ -26,7 +26,7 @@ from hosfl_lightning.data import DocstringData
 from hosfl_lightning.link import command as certs
 from hosfl_lightning.optim import AdamW
 from hosfl_lightning.split import Lora, LoraHalf
-from tests.recipe_runs import ROOT, command_line
+from tests.recipe_runs import ROOT, SOURCES, command_line
 from tests.remote.conftest import free_port
 
 EXAMPLES = ROOT / "examples" / "remote"
@@ -62,7 +62,7 @@ def shell(tmp_path: Path) -> Iterator[Any]:
     hosfl.write_text(COMMAND.format(python=sys.executable))
     hosfl.chmod(0o755)
     environment = {
-        **os.environ, "PATH": f"{hosfl.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        **os.environ, "PATH": f"{hosfl.parent}:{os.environ['PATH']}", "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1",
         "PORT": str(free_port()), "COLUMNS": "200",
     }  # fmt: skip
     folder = tmp_path / "work"
@@ -203,7 +203,7 @@ class TestCommands:
         [script] = composed()["services"]["certs"]["command"]
         (hosfl := tmp_path / "hosfl").write_text(COMMAND.format(python=sys.executable))
         hosfl.chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": SOURCES}
         script = script.replace("/out/", f"{tmp_path}/out/").replace("$$", "$")
         for _ in range(2):  # the second time they are there
             subprocess.run(["sh", "-ec", script], env=environment, check=True, capture_output=True, timeout=60)

@@ -16,7 +16,7 @@ import pytest
 from hosfl_lightning.cli import main
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.server.replay_log import ReplayLog
-from tests.recipe_runs import ROOT, command_line
+from tests.recipe_runs import ROOT, SOURCES, command_line
 from tests.remote.conftest import free_port
 
 APP = ROOT / "examples" / "flower"
@@ -63,7 +63,7 @@ class Federation:
 
     def environment(self, name: str) -> dict[str, str]:
         return os.environ | {
-            "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+            "PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1",
             "FLWR_HOME": str(self.home(name)), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
         }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hosfl_client.wire.checks import PROBES
 from hosfl_lightning.rng import Domain, Stream
 from hosfl_lightning.wire import (
     CODECS,
@@ -26,7 +27,6 @@ from hosfl_lightning.wire import (
     encode,
     encoded_size,
 )
-from hosfl_lightning.wire.padding import PROBES
 from tests.rng.conftest import MemoryMeter
 from tests.wire.samples import BASIS, finite_bits, frame, same
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, ClassVar
 
-from torch import Tensor
-
-from hosfl_lightning.wire.checks import check_counts, check_settings, check_strings
-from hosfl_lightning.wire.errors import FieldError
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.checks import check_counts, check_settings, check_strings
+from hosfl_client.wire.errors import FieldError
 
 SEEDS = 1 << 64
-#: How an update record moves θ_c, to the bit: the standard that `hosfl_lightning.optim.rules` keeps.
+#: How an update record moves θ_c, to the bit: the standard that every engine keeps.
 RULES = "hosfl-rules/1"
 
 
@@ -55,7 +53,7 @@ class Terms:
     backbone: str = ""
     rules: str = RULES
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round)
         if self.client is not None:
@@ -71,11 +69,6 @@ class Terms:
             raise FieldError(f"terms: seed must be an integer of 64 bits, got {self.seed!r:.80}")
         if not isinstance(self.manifest, list) or not all(map(_is_entry, self.manifest)):
             raise FieldError("terms: manifest must be a list of [name, shape, dtype]")
-
-
-def manifest(parameters: Mapping[str, Tensor]) -> list[list[Any]]:
-    """``[name, shape, dtype]`` of the tensors, in the order that numbers the directions."""
-    return [[name, [*p.shape], str(p.dtype).removeprefix("torch.")] for name, p in parameters.items()]
 
 
 def difference(mine: list[list[Any]], theirs: list[list[Any]]) -> str | None:

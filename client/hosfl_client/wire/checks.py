@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.errors import DtypeError, FieldError, ShapeError
 
-from hosfl_lightning.wire.errors import DtypeError, FieldError, ShapeError
-
-FLOATS: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COUNTS = 1 << 63
 """Counts are below; a longer integer is a mistake or an attack."""
+PROBES = STEPS = 1 << 12
+"""Probes of a round, and local steps of a client in it, that the counter of a stream tells apart."""
 
 
 def check_counts(kind: str, **counts: object) -> None:
@@ -35,22 +35,38 @@ def check_strings(kind: str, **strings: object) -> None:
             raise FieldError(f"{kind}: {name} must be a string, got {value!r:.80}")
 
 
-def check_tensor(kind: str, name: str, value: object, dim: int | None, dtypes: Sequence[torch.dtype]) -> None:
-    """A tensor with ``dim`` dimensions (None: any number) of one of the dtypes."""
-    if not isinstance(value, Tensor):
+def check_step(kind: str, step: int) -> None:
+    """A local step that the counter of a stream holds, in the probe's place."""
+    if not 0 <= step < STEPS:
+        raise FieldError(f"{kind}: step must be in 0 .. {STEPS - 1}, got {step}; take fewer local steps in a round")
+
+
+def check_probe(kind: str, probe: int, side: int) -> None:
+    """One side of a probe that a round can have."""
+    check_counts(kind, probe=probe, side=side)
+    if probe >= PROBES:
+        raise FieldError(f"{kind}: probe must be below {PROBES}, got {probe}")
+    if side > 1:
+        raise FieldError(f"{kind}: side must be 0 (θ + μu) or 1 (θ − μu), got {side}")
+
+
+def check_tensor(arrays: Arrays, kind: str, name: str, value: Any, dim: int | None, codes: Sequence[str]) -> None:
+    """A tensor with ``dim`` dimensions (None: any number) of one of the dtypes with these codes."""
+    if not arrays.are(value):
         raise FieldError(f"{kind}: {name} must be a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        raise DtypeError(f"{kind}: {name} must be {' or '.join(map(str, dtypes))}, got {value.dtype}")
-    if value.dim() != (value.dim() if dim is None else dim):
-        raise ShapeError(f"{kind}: {name} must have {dim} dimensions, got {[*value.shape]}")
+    code, shape = arrays.form(value)
+    if code not in codes:
+        raise DtypeError(f"{kind}: {name} must be {' or '.join(map(arrays.word, codes))}, got {arrays.word(code)}")
+    if len(shape) != (len(shape) if dim is None else dim):
+        raise ShapeError(f"{kind}: {name} must have {dim} dimensions, got {shape}")
 
 
-def check_named_tensors(kind: str, name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
-    """A dict from names to tensors of any shape in one of the dtypes."""
+def check_named_tensors(arrays: Arrays, kind: str, name: str, value: object, codes: Sequence[str]) -> None:
+    """A dict from names to tensors of any shape in one of the dtypes with these codes."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise FieldError(f"{kind}: {name} must be a dict from names to tensors")
     for key, tensor in value.items():
-        check_tensor(kind, f"{name}.{key:.80}", tensor, None, dtypes)
+        check_tensor(arrays, kind, f"{name}.{key:.80}", tensor, None, codes)
 
 
 def check_settings(kind: str, name: str, value: object) -> None:

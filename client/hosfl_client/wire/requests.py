@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hosfl_lightning.wire.checks import check_counts, check_settings
-from hosfl_lightning.wire.errors import FieldError
-from hosfl_lightning.wire.probed_data import check_probe
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.checks import check_counts, check_probe, check_settings
+from hosfl_client.wire.errors import FieldError
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class StepRequest:
     step: int = 0
     rule: dict[str, Any] = field(default_factory=dict)
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt, step=self.step)
         check_settings(self.kind, "rule", self.rule)
@@ -55,7 +55,7 @@ class ProbeRequest:
     side: int
     attempt: int = 0
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt)
         check_probe(self.kind, self.probe, self.side)
@@ -82,7 +82,7 @@ class HeldOutRequest:
     step: int
     attempt: int = HELD_OUT
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, step=self.step, attempt=self.attempt)
 
@@ -102,7 +102,7 @@ class RoundEnd:
     counted: list[int]
     attempt: int = 0
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, attempt=self.attempt)
         if not isinstance(self.counted, list):

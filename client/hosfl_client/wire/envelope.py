@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from hosfl_lightning.wire.errors import (
+from hosfl_client.wire.errors import (
     AddressError,
     ChecksumError,
     FieldError,
@@ -23,7 +23,7 @@ from hosfl_lightning.wire.errors import (
     TruncatedError,
     VersionError,
 )
-from hosfl_lightning.wire.messages import MESSAGES
+from hosfl_client.wire.kinds import KINDS
 
 PROTOCOL = 1
 """Version of the frames that this code reads and writes."""
@@ -36,7 +36,7 @@ RUN_ID_BYTES = 16
 _FIXED = struct.Struct("<4sHBBII16sQ")
 _DIGEST_BYTES = hashlib.sha256().digest_size
 ENVELOPE_BYTES = _FIXED.size + _DIGEST_BYTES
-_CODES = {kind: code for code, kind in enumerate(MESSAGES, start=1)}
+_CODES = {kind: code for code, kind in enumerate(KINDS, start=1)}
 _KINDS = {code: kind for kind, code in _CODES.items()}
 
 

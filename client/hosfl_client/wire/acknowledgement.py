@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hosfl_lightning.wire.checks import check_counts
-from hosfl_lightning.wire.errors import FieldError
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.checks import check_counts
+from hosfl_client.wire.errors import FieldError
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Acknowledgement:
     attempt: int = 0
     moved: bool = True
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, attempt=self.attempt)
         if not isinstance(self.moved, bool):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
-
-from hosfl_lightning.wire.checks import FLOATS, check_counts, check_named_tensors, check_strings
+from hosfl_client.wire.arrays import FLOATS, Arrays
+from hosfl_client.wire.checks import check_counts, check_named_tensors, check_strings
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +18,7 @@ class CatchUpRequest:
         client: Client number k, >= 0.
         version: Number of updates that the client's state contains.
         incarnation: Which server, on which hardware, made the last of them.
-        digest: Of the state, `hosfl_lightning.clients.catch_up.state_digest`, where it has to be shown; empty: the
+        digest: Of the state, where it has to be shown; empty: the
             client holds none.
         held_out: Batches of validation data that are the client's own.
     """
@@ -32,7 +31,7 @@ class CatchUpRequest:
     digest: str = ""
     held_out: int = 0
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, version=self.version, held_out=self.held_out)
         check_strings(self.kind, incarnation=self.incarnation, digest=self.digest)
@@ -59,10 +58,10 @@ class Snapshot:
     incarnation: str
     reason: str
     step: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types and dtypes are as stated above."""
         check_counts(self.kind, round=self.round, client=self.client, version=self.version, step=self.step)
         check_strings(self.kind, incarnation=self.incarnation, reason=self.reason)
-        check_named_tensors(self.kind, "tensors", self.tensors, FLOATS)
+        check_named_tensors(arrays, self.kind, "tensors", self.tensors, FLOATS)

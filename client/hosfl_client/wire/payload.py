@@ -12,41 +12,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
-from torch import Tensor
+from hosfl_client.wire.arrays import ITEMSIZE, Form
+from hosfl_client.wire.errors import DtypeError, DuplicateKeyError, FieldError, FrameError, TooLargeError, WireError
 
-from hosfl_lightning.wire.errors import DtypeError, DuplicateKeyError, FieldError, FrameError, TooLargeError, WireError
-
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 _LENGTH_BYTES = 8
 MAX_DIMS = 32
 HEADER_SHARE = 32
 """The JSON header may be this part of the limit: as Python objects it grows about twentyfold."""
-
-
-class Form(NamedTuple):
-    """Dtype and shape of a tensor on the wire."""
-
-    dtype: torch.dtype
-    shape: list[int]
-
-    @property
-    def bytes(self) -> int:
-        """Of its buffer."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def layout(values: object, forms: Mapping[str, Form]) -> tuple[bytes, dict[str, int], int]:
@@ -54,24 +29,21 @@ def layout(values: object, forms: Mapping[str, Form]) -> tuple[bytes, dict[str, 
 
     Raises:
         FieldError: Values that JSON does not hold exactly.
-        DtypeError: A dtype that does not travel.
     """
     entries: dict[str, Any] = {"__metadata__": {"message": _dumps(values)}}
     starts: dict[str, int] = {}
     end = 0
-    for name, form in sorted(forms.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
-        if form.dtype not in _CODES:
-            raise DtypeError(f"{name}: {form.dtype} does not travel")
+    for name, form in sorted(forms.items(), key=lambda item: (-item[1].itemsize, item[0])):
         starts[name], begin, end = end, end, end + form.bytes
-        entries[name] = {"dtype": _CODES[form.dtype], "shape": form.shape, "data_offsets": [begin, end]}
+        entries[name] = {"dtype": form.code, "shape": form.shape, "data_offsets": [begin, end]}
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     header = len(header).to_bytes(_LENGTH_BYTES, "little") + header
     return header, starts, len(header) + end
 
 
-def parse(payload: memoryview, limit: int) -> tuple[Any, dict[str, Tensor]]:
-    """The values and the tensors, views of one copy of the buffers.
+def parse(payload: memoryview, limit: int, view: Callable[[bytearray, int, Form], Any]) -> tuple[Any, dict[str, Any]]:
+    """The values and the tensors, which ``view`` makes of one copy of the buffers.
 
     Raises:
         FrameError: Not what `layout` describes.
@@ -95,12 +67,12 @@ def parse(payload: memoryview, limit: int) -> tuple[Any, dict[str, Tensor]]:
     end = 0
     for start, name, form in sorted(places, key=lambda place: (place[0], place[2].bytes)):
         # Offsets are not alignments: a buffer behind a narrower one could begin anywhere.
-        if start != end or start % form.dtype.itemsize:
+        if start != end or start % form.itemsize:
             raise FrameError(f"{name}: its buffer begins at {start}, expected it at {end} and aligned")
         end = start + form.bytes
         if end > len(buffers):
             break
-        tensors[name] = _view(buffers, start, form)
+        tensors[name] = view(buffers, start, form)
     if end != len(buffers):
         raise FrameError(f"the buffers take {end} bytes, there are {len(buffers)}")
     return _loads(metadata["message"]), tensors
@@ -110,13 +82,13 @@ def _place(name: str, entry: Any, limit: int) -> tuple[int, str, Form]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise FrameError(f"{name:.80}: a buffer has a dtype, a shape and data_offsets")
     code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
+    if not isinstance(code, str) or code not in ITEMSIZE:
         raise DtypeError(f"{name:.80}: {code!r:.80} does not travel")
     if not _are_sizes(shape) or len(shape) > MAX_DIMS or not _are_sizes(offsets) or len(offsets) != 2:
         raise FrameError(f"{name:.80}: the shape and the two offsets must be integers >= 0")
-    form = Form(_DTYPES[code], shape)
+    form = Form(code, shape)
     # An empty tensor costs no byte here, but what is made from it may.
-    if math.prod(max(size, 1) for size in shape) * form.dtype.itemsize > limit:
+    if math.prod(max(size, 1) for size in shape) * form.itemsize > limit:
         raise TooLargeError(f"{name:.80}: a tensor of shape {shape} is over the limit of {limit} bytes")
     if offsets[1] - offsets[0] != form.bytes:
         raise FrameError(f"{name:.80}: the offsets {offsets} do not fit {code} {shape}")
@@ -125,12 +97,6 @@ def _place(name: str, entry: Any, limit: int) -> tuple[int, str, Form]:
 
 def _are_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in value)
-
-
-def _view(buffers: bytearray, start: int, form: Form) -> Tensor:
-    if not form.bytes:
-        return torch.empty(form.shape, dtype=form.dtype)
-    return torch.frombuffer(buffers, dtype=form.dtype, count=math.prod(form.shape), offset=start).reshape(form.shape)
 
 
 def _dumps(values: object) -> str:

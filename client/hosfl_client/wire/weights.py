@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.checks import check_counts, check_loss, check_named_tensors, check_settings
 
-from hosfl_lightning.wire.checks import check_counts, check_loss, check_named_tensors, check_settings
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,19 +32,19 @@ class Weights:
     kind: ClassVar[str] = "weights"
     round: int
     client: int | None
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     num_terms: int = 0
     attempt: int = 0
     rule: dict[str, Any] = field(default_factory=dict)
     loss: float | None = None
     num_examples: int = 0
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types and dtypes are as stated above."""
         check_counts(self.kind, round=self.round, num_terms=self.num_terms)
         check_counts(self.kind, attempt=self.attempt, num_examples=self.num_examples)
         if self.client is not None:
             check_counts(self.kind, client=self.client)
-        check_named_tensors(self.kind, "tensors", self.tensors, _DTYPES)
+        check_named_tensors(arrays, self.kind, "tensors", self.tensors, _DTYPES)
         check_settings(self.kind, "rule", self.rule)
         check_loss(self.kind, self.loss)

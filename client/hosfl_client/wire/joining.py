@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hosfl_lightning.wire.checks import check_counts, check_strings
-from hosfl_lightning.wire.errors import FieldError
+from hosfl_client.wire.arrays import Arrays
+from hosfl_client.wire.checks import check_counts, check_strings
+from hosfl_client.wire.errors import FieldError
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Hello:
     session: str
     endpoints: list[str]
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round)
         check_strings(self.kind, name=self.name, package=self.package, session=self.session)
@@ -55,7 +56,7 @@ class Bye:
     final: bool = True
     failed: bool = False
 
-    def check(self) -> None:
+    def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
         check_counts(self.kind, round=self.round)
         check_strings(self.kind, reason=self.reason)
