@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hosfl_client.manifest import Manifest
 from jsonargparse import SUPPRESS
 
+from hosfl_client.manifest import Manifest
 from hosfl_lightning.device.export import export_client
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.recipe import Parser, read_files

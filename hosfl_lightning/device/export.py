@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from hosfl_client.manifest import Input, Manifest, Rung
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from hosfl_client.manifest import Input, Manifest, Rung
 from hosfl_lightning.data.tokenization import pad_token_id
 from hosfl_lightning.device.figures import measure
 from hosfl_lightning.device.graph import OPSET, OUTPUT, to_onnx
@@ -27,7 +27,7 @@ from hosfl_lightning.models.checks import positions, vocabulary
 from hosfl_lightning.models.pretrained import PretrainedError
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.split.side import Bottleneck
-from hosfl_lightning.wire.terms import manifest as entries
+from hosfl_lightning.wire import manifest as entries
 
 Quantization = Literal["none", "int8", "int4"]
 

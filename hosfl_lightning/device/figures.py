@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hosfl_client.half import OnnxHalf
 from torch import Tensor
 from torch.func import functional_call
 
+from hosfl_client.half import OnnxHalf
 from hosfl_lightning.device.samples import Batch, Samples, counted
 from hosfl_lightning.rng import Domain, Stream, add_direction_
 from hosfl_lightning.split import run
