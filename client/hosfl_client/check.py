@@ -21,7 +21,7 @@ from hosfl_client.bfloat16 import Array, Floats
 from hosfl_client.codecs import CODECS, Coded
 from hosfl_client.half import Half, OnnxHalf
 from hosfl_client.known_gradient import known_gradient
-from hosfl_client.lagrangian import lagrangian_term
+from hosfl_client.lagrangian import LagrangianTerm
 from hosfl_client.manifest import Manifest
 from hosfl_client.optimizer import Optimizer
 from hosfl_client.rng import Domain, Stream
@@ -129,12 +129,13 @@ def measured(
     z = half.forward(batch)
     mask = batch["attention_mask"].astype(bool) if "attention_mask" in batch else np.ones(z.shape[:2], bool)
     coded, basis = Coded("fp32", "float32", multiplier.shape[1], multiplier), SharedDirections(SEED, ROUND, PROBES)
-    base, theta, probes = lagrangian_term(z, coded, mask), [*half.parameters().values()], []
+    term = LagrangianTerm(coded, mask)
+    base, theta, probes = term(z), [*half.parameters().values()], []
     for probe in range(PROBES):
         moved = [np.empty_like(array) for array in theta]
         basis.perturb(theta, probe, float(np.float32(mu)), moved)
         with half.perturbed(lambda number, _, moved=moved: moved[number]):  # type: ignore[misc]
-            probes.append((lagrangian_term(half.forward(batch), coded, mask) - base) / float(np.float32(mu)))
+            probes.append((term(half.forward(batch)) - base) / float(np.float32(mu)))
     found = {"z": np.where(mask[..., None], z, 0), "probes": np.array(probes, np.float32)}
     if manifest.side:
         known = known_gradient(half, manifest, batch, coded, mask)

@@ -11,9 +11,9 @@ import numpy as np
 
 from hosfl_client.basis import Basis, SharedDirections, basis_of
 from hosfl_client.codecs import Coded
-from hosfl_client.half import Half, OnnxHalf
+from hosfl_client.half import Half
 from hosfl_client.known_gradient import known_gradient
-from hosfl_client.lagrangian import lagrangian_term
+from hosfl_client.lagrangian import LagrangianTerm
 from hosfl_client.manifest import Manifest
 from hosfl_client.messages import CodedGradient, Multiplier, ProbedData, SmashedData
 from hosfl_client.minibatches import Minibatch
@@ -107,8 +107,6 @@ class Endpoint:
             self.forget()
             if request.kind == "update" and self.kind != "frozen":
                 self.optimizer.apply(request)
-            if isinstance(self.half, OnnxHalf):
-                self.half.release()  # until the next round
             return []
         place = request.round, getattr(request, "attempt", 0)
         if place != self._open:
@@ -188,9 +186,10 @@ class Endpoint:
         basis = self.basis(request.round)
         values = np.zeros(basis.size, np.float64)
         if any(self.probed):
-            base = None if visit.z is None else lagrangian_term(visit.z, coded, visit.mask)
+            lagrangian = LagrangianTerm(coded, visit.mask)
+            base = None if visit.z is None else lagrangian(visit.z)
             visit.z = None
-            values += self._projected(request.round, visit, coded, base)
+            values += self._projected(request.round, visit, lagrangian, base)
         if self.kind == "local":
             values += basis.project(known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask))
         answer = ProjectedGradients(
@@ -205,11 +204,11 @@ class Endpoint:
             answer.attempt,
         )  # fmt: skip
 
-    def _projected(self, round: int, visit: Visit, multiplier: Coded, base: float | None) -> Array:
+    def _projected(self, round: int, visit: Visit, lagrangian: LagrangianTerm, base: float | None) -> Array:
         """``v_p`` of what is probed, ``(P,)`` fp64; ``base`` is ``⟨λ, z⟩``, None: both sides of every probe are run."""
 
         def term(probe: int, side: int) -> float:
-            return lagrangian_term(self._at(round, probe, side, visit.batch), multiplier, visit.mask)
+            return lagrangian(self._at(round, probe, side, visit.batch))
 
         probes = range(self.terms.basis["probes"])
         if base is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,10 +14,13 @@ import numpy as np
 import onnxruntime as ort
 from safetensors import SafetensorError, safe_open
 
+from hosfl_client.idle import Idle
 from hosfl_client.manifest import HalfError, Input, Manifest
 
 Batch = Mapping[str, np.ndarray]
 """What the half takes, by name: ``input_ids`` and ``attention_mask (B, S)``, or ``pixel_values (B, C, H, W)``."""
+#: Seconds without a forward after which what the last ones have kept is given back.
+IDLE = 1.0
 Move = Callable[[int, np.ndarray], np.ndarray]
 """From a tensor's number in the manifest, and the tensor, to a new one of its shape and dtype."""
 
@@ -40,8 +45,8 @@ class OnnxHalf:
     """A half that ``hosfl export-client`` wrote, in ONNX Runtime on the CPU.
 
     The trained tensors are inputs of the graph: a probe gives it others, and nothing is restored. What a forward needs
-    is kept for the next one until `release`: without that a forward of 8 x 128 tokens takes twice the time, and its
-    peak is higher, not lower.
+    is kept for the next one, until there was none for a second: without that a forward of 8 x 128 tokens takes twice
+    the time, and its peak is higher, not lower.
 
     Args:
         path: ``phone.onnx``, or ``phone.json`` beside it.
@@ -62,6 +67,9 @@ class OnnxHalf:
         self._moved: dict[str, np.ndarray] | None = None
         self._session = _session(folder / self.manifest.graph, threads)
         _compare(self._session, self.manifest, folder / self.manifest.graph)
+        release = weakref.WeakMethod(self.release)
+        self._idle = Idle(lambda: (release() or _nothing)(), IDLE)
+        weakref.finalize(self, self._idle.stop)
 
     def parameters(self) -> dict[str, np.ndarray]:
         """As `Half.parameters`."""
@@ -90,23 +98,40 @@ class OnnxHalf:
             self._moved = None
 
     def release(self) -> None:
-        """Give back what forwards have kept, before a long wait: one forward on the smallest batch."""
+        """Give back what forwards have kept, by one forward on the smallest batch; nothing else runs meanwhile."""
         small = {
             one.name: np.ones([size if size > 0 else 1 for size in one.shape], one.dtype)
             for one in self.manifest.inputs
         }
         shrinking = ort.RunOptions()
         shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._run(small, [self.manifest.output], shrinking)
-        with suppress(AttributeError, OSError):  # glibc's alone, which else keeps what was freed
-            ctypes.CDLL(None).malloc_trim(0)
+        self._session.run([self.manifest.output], self._feeds(small), shrinking)
+        _trim()
 
-    def _run(self, batch: Batch, wanted: list[str], options: Any = None) -> list[np.ndarray]:
+    def _run(self, batch: Batch, wanted: list[str]) -> list[np.ndarray]:
+        feeds = self._feeds(batch)
+        with self._idle:
+            found: list[np.ndarray] = self._session.run(wanted, feeds)
+        return found
+
+    def _feeds(self, batch: Batch) -> dict[str, np.ndarray]:
         theta = self._trained if self._moved is None else self._moved
         feeds = {given: theta[name] for name, _, _, given in self.manifest.parameters}
-        feeds |= {one.name: _taken(one, batch) for one in self.manifest.inputs}
-        found: list[np.ndarray] = self._session.run(wanted, feeds, options)
-        return found
+        return feeds | {one.name: _taken(one, batch) for one in self.manifest.inputs}
+
+
+def _nothing() -> None:
+    """Of a half that is gone."""
+
+
+@lru_cache(maxsize=1)
+def _c_library() -> Any:
+    return ctypes.CDLL(None)
+
+
+def _trim() -> None:
+    with suppress(AttributeError, OSError, TypeError):  # glibc's alone, which else keeps what was freed
+        _c_library().malloc_trim(0)
 
 
 def _taken(one: Input, batch: Batch) -> np.ndarray:

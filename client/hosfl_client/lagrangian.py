@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,35 @@ from hosfl_client.codecs import Coded
 WIDENED = 1 << 15
 
 
-def lagrangian_term(z: np.ndarray[Any, Any], multiplier: Coded, mask: np.ndarray[Any, Any]) -> float:
-    r"""``⟨λ, z⟩`` in fp64, in which products of two fp32 numbers are exact.
+class LagrangianTerm:
+    r"""``z ↦ ⟨λ, z⟩`` in fp64, in which products of two fp32 numbers are exact; λ stays the same from probe to probe.
 
     Args:
-        z: ``(B, S, h)`` fp32.
-        multiplier: λ at the ``n`` valid positions, as it travelled.
+        multiplier: λ at the ``n`` valid positions, as it travelled; what is no more than `WIDENED` is restored once.
         mask: Valid positions, ``(B, S)`` bool.
     """
-    rows = z.reshape(-1, z.shape[-1])
-    valid = np.flatnonzero(mask)
-    step, total = max(1, WIDENED // z.shape[-1]), 0.0
-    for start in range(0, len(valid), step):
-        stop = min(start + step, len(valid))
-        part = rows[valid[start:stop]].astype(np.float64)
-        part *= multiplier.restore_rows(start, stop)
-        total += float(part.sum())
-    return total
+
+    def __init__(self, multiplier: Coded, mask: np.ndarray[Any, Any]) -> None:
+        self.multiplier = multiplier
+        self.valid = None if mask.all() else np.flatnonzero(mask)  # without padding there is nothing to gather
+        self.step = max(1, WIDENED // multiplier.width)
+        self._widened = [*self._parts()] if len(multiplier.values) <= self.step else None
+
+    def __call__(self, z: np.ndarray[Any, Any]) -> float:
+        """Of ``z (B, S, h)`` fp32."""
+        rows, total = z.reshape(-1, z.shape[-1]), 0.0
+        for start, factor in self._widened or self._parts():
+            chosen: Any = slice(start, start + len(factor))
+            if self.valid is not None:
+                chosen = self.valid[chosen]
+            total += float(np.vdot(rows[chosen].astype(np.float64), factor))
+        return total
+
+    def _parts(self) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+        rows = len(self.multiplier.values)
+        for start in range(0, rows, self.step):
+            stop = min(start + self.step, rows)
+            yield start, self.multiplier.restore_rows(start, stop).astype(np.float64)
 
 
 def multiplier_of(multiplier: Coded, mask: np.ndarray[Any, Any], first: int, last: int) -> np.ndarray[Any, Any]:
