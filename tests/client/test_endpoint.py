@@ -126,6 +126,9 @@ def test_it_answers_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
                 close(mine.unpack(mask), theirs.unpack(mask), 1e-5)
             answer = torch.tensor([0.5, -1.0])
         elif name == "frozen":
+            both.move(round, torch.ones(2), {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"})
+            assert both.device.version == both.torch.version == 0
+            assert both.device.digest() == both.torch.digest()
             continue
         else:
             multiplier = torch.randn(theirs_z.shape, generator=torch.Generator().manual_seed(round))
