@@ -54,11 +54,11 @@ class Place:
 
     def client(self, role: str, *given: object) -> dict[str, Any]:
         """See `benchmarks.device_child`."""
-        return _run(self.python, "benchmarks.device_child", role, *given)
+        return _run(self.python, [ROOT], "benchmarks.device_child", role, *given)
 
     def torch_client(self, role: str, *given: object) -> dict[str, Any]:
         """See `benchmarks.device_torch`."""
-        return _run(sys.executable, "benchmarks.device_torch", role, *given)
+        return _run(sys.executable, [ROOT, ROOT / "client"], "benchmarks.device_torch", role, *given)
 
     def halves(self, name: str) -> dict[str, tuple[Path, Path]]:
         """By kind: a half that was exported, made once, and the terms of its run."""
@@ -133,8 +133,9 @@ PARTS: dict[str, Callable[[Place], Any]] = {
 }  # fmt: skip
 
 
-def _run(python: str, module: str, *given: object) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+def _run(python: str, path: list[Path], module: str, *given: object) -> dict[str, Any]:
+    searched = os.pathsep.join(map(str, path))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": searched}
     done = subprocess.run(
         [python, "-m", module, *map(str, given)], capture_output=True, check=False, env=environment, cwd=ROOT
     )

@@ -13,7 +13,7 @@ from hosfl_client.connection import Backoff, Connection
 from hosfl_client.credentials import Site
 from hosfl_client.endpoint import Endpoint
 from hosfl_client.examples import DataSettings, check_examples
-from hosfl_client.half import OnnxHalf
+from hosfl_client.half import Half, OnnxHalf
 from hosfl_client.joined import Joined
 from hosfl_client.limits import Limits
 from hosfl_client.manifest import Manifest
@@ -40,6 +40,7 @@ def join(
     batch_size: int | None = None,
     text_field: str | None = None,
     label_field: str | None = None,
+    engine: Callable[[Path, int | None], Half] = OnnxHalf,
     backoff: Backoff | None = None,
     notify: Callable[[str], None] = print,
 ) -> str:
@@ -60,6 +61,7 @@ def join(
         batch_size: Examples a round, in the place of the exported recipe's.
         text_field: Likewise, of a record.
         label_field: Likewise.
+        engine: Makes the half of its path and ``threads``.
         backoff: Between tries to connect, in the place of the usual one.
         notify: Takes what people should hear of.
 
@@ -86,10 +88,10 @@ def join(
     tokenizer = None if manifest.tokenizer is None else path.parent / manifest.tokenizer
     examples = read_apart(Path(data), settings, tokenizer)
     check_examples(examples, manifest, settings)
-    engine = OnnxHalf(path, threads)
+    made = engine(path, threads)
     batches = Minibatches(examples, settings)
     joined = Joined(
-        who, f"hosfl-client {__version__}", lambda terms: Endpoint(engine, manifest, batches, terms), ENDPOINTS, FRAMES,
+        who, f"hosfl-client {__version__}", lambda terms: Endpoint(made, manifest, batches, terms), ENDPOINTS, FRAMES,
         OwnState(state or f"hosfl_client_{who}", NumpyStorage()), save_every, notify,
     )  # fmt: skip
     credentials = None if site is None else site.channel_credentials()
