@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,10 @@ class Client:
         from hosfl_client.messages import FRAMES
         from hosfl_client.minibatches import Minibatches
 
-        self.graph, self.manifest, self.terms = half, Manifest.load(half), FRAMES.decode(terms.read_bytes(), "terms")
+        self.graph, self.manifest = half, Manifest.load(half)
+        self.terms: Any = FRAMES.decode(terms.read_bytes(), "terms")
         settings = replace(DataSettings.of(self.manifest.data, batch_size=examples), sequence_length=length)
+        assert self.manifest.tokenizer is not None
         with tempfile.TemporaryDirectory() as folder:
             (text := Path(folder) / "mine.txt").write_text(TEXT)
             self.batches = Minibatches(read_apart(text, settings, half.parent / self.manifest.tokenizer), settings)
@@ -85,7 +87,7 @@ class Client:
         feeds = {given: theta[name] for name, _, _, given in self.manifest.parameters} | self.batches(0).inputs
         session, probed = self.session, self.terms.settings["kind"] == "forward_only"
         wanted = [names] * self.terms.basis["probes"] if probed else [[*names, *self.manifest.taps]]
-        return [lambda outputs=outputs: session.run(outputs, feeds) for outputs in [names, *wanted]]
+        return [partial(session.run, outputs, feeds) for outputs in [names, *wanted]]
 
 
 def _forward(client: Client, repeats: int) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def environment(folder: Path, root: Path) -> str:
     """A fresh one with the client; its interpreter."""
     own = folder / "env"
     subprocess.run([sys.executable, "-m", "venv", own], check=True)
-    pip = [own / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", root / "constraints.txt", root / "client"], check=True)
+    pip = [str(own / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "-c", str(root / "constraints.txt"), str(root / "client")], check=True)
     return str(own / "bin/python")
 
 

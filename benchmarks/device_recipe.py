@@ -32,7 +32,7 @@ def model(pretrained: str, kind: str) -> SplitCausalLM:
     """The client's half: three layers with LoRA on four of their modules, or with a side adapter."""
     on = ["q_proj", "v_proj", "o_proj", "down_proj"]
     return SplitCausalLM(
-        pretrained, cut=3, part="client", optimizer=None,
+        pretrained, cut=3, part="client",
         lora=Lora(
             client=LoraHalf(r=8, alpha=16, target_modules=on) if kind == "lora" else None,
             server=LoraHalf(r=8, alpha=16, target_modules="all-linear"),
