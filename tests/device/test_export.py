@@ -139,7 +139,7 @@ class TestManifest:
         ("change", "message"),
         [
             ({"format": "hosfl-half/9"}, f"this client reads {FORMAT}"),
-            ({"files": {"../phone.onnx": "0"}}, "is damaged"),
+            ({"files": {"phone.onnx": "0", "phone.safetensors": "0", "../more": "0"}}, "is damaged"),
             ({"width": -1}, "is damaged"),
             ({"parameters": [["a", [1], "int8", "a"]]}, "is damaged"),
             ({"more": 1}, "is damaged"),
@@ -228,6 +228,7 @@ class TestCommand:
         assert written.quantization == "int4" and written.cut == 1 and written.tokenizer == "phone.tokenizer.json"
         found = Tokenizer.from_file(str(out.with_name(written.tokenizer)))
         assert found.encode("a b\n").ids == AutoTokenizer.from_pretrained(tiny_folder)("a b\n")["input_ids"]
+        assert 1e-3 < max(relative for _, _, relative in written.figures["z"]) < 0.25
         assert "correlation with the exact derivative" in said and "8 x 64 left" in said
 
     def test_warns_of_probes_that_estimate_nothing(self, side: Exported) -> None:
