@@ -22,14 +22,14 @@ from hosfl_client.manifest import FORMAT, Manifest, sha256
 from hosfl_lightning.cli import main
 from hosfl_lightning.device import writing
 from hosfl_lightning.device.command import table
-from hosfl_lightning.device.export import export_client
+from hosfl_lightning.device.export import export_client, in_fp32
 from hosfl_lightning.device.samples import Samples
 from hosfl_lightning.models import SplitCausalLM
 from hosfl_lightning.rng import Domain, Stream, add_direction_
-from hosfl_lightning.split import SplitError, run
+from hosfl_lightning.split import Side, SplitError, run
 from hosfl_lightning.split.side import features_of
 from hosfl_lightning.wire import manifest as entries
-from tests.device.exported import MODELS, Exported, exported, with_side
+from tests.device.exported import MODELS, Exported, exported, lora, with_side
 from tests.recipe_runs import command_line
 
 CLOSE = {"rtol": 0, "atol": 3e-5}
@@ -177,6 +177,20 @@ class TestManifest:
             half.forward({"input_ids": np.zeros(2, np.int64), "attention_mask": np.ones((1, 2), np.int64)})
 
 
+def test_a_backbone_in_bf16_is_written_in_fp32(tiny_folder: Path) -> None:
+    side = Side(client=4, taps="all")
+    model = SplitCausalLM(str(tiny_folder), 2, lora("q_proj"), side=side, part="client", dtype="bfloat16")
+    batch = tuple(Samples(model).batch(2, 6).values())
+    half, trained = in_fp32(model)
+    assert {one.dtype for one in half.state_dict().values() if one.is_floating_point()} == {torch.float32}
+    z, before = half(*batch), model.client_half(*batch)
+    moved = torch.func.functional_call(half, {name: theta + 0.1 for name, theta in trained.items()}, batch)
+    assert (moved - z).abs().max() > 0.1, "the copy reads bottlenecks that are not its own"
+    assert before.dtype == torch.bfloat16
+    torch.testing.assert_close(model.client_half(*batch), before, rtol=0, atol=0)
+    torch.testing.assert_close(z, before.float(), rtol=0.05, atol=0.05)
+
+
 def test_large_weights_lie_beside_the_graph(side: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writing, "LARGEST", 0)
     files = writing.write_graph(onnx.load(side.path), tmp_path / "phone.onnx")
@@ -213,12 +227,12 @@ class TestCommand:
     def test_exports_what_a_recipe_says(
         self, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        lora = "{client: {r: 2, target_modules: [q_proj]}, server: {r: 2, target_modules: [q_proj]}}"
+        adapters = "{client: {r: 2, target_modules: [q_proj]}, server: {r: 2, target_modules: [q_proj]}}"
         (tmp_path / "recipe.yaml").write_text(
             "trainer: {max_rounds: 3}\n"
             "model:\n"
             "  class_path: hosfl_lightning.models.SplitCausalLM\n"
-            f"  init_args: {{pretrained: '{tiny_folder}', cut: 2, lora: {lora}}}\n"
+            f"  init_args: {{pretrained: '{tiny_folder}', cut: 2, lora: {adapters}}}\n"
         )
         out = tmp_path / "half" / "phone.onnx"
         given = [f"--config={tmp_path / 'recipe.yaml'}", f"--out={out}", "--quantize=int4", "--model.init_args.cut=1"]
