@@ -37,7 +37,9 @@ def main() -> None:
         return
     size = sum((given.half.parent / name).stat().st_size for name in names(given.half)) / 2**20
     print(f"{given.half}: {size:.1f} MiB, {given.batch} x {given.length}, {given.threads} thread(s)")
-    print("| memory of forwards | CPU ms a forward | MiB loaded | peak | after | given back |\n|---|---|---|---|---|---|")
+    print(
+        "| memory of forwards | CPU ms a forward | MiB loaded | peak | after | given back |\n|---|---|---|---|---|---|"
+    )
     for way in WAYS:
         command = [sys.executable, "-m", "benchmarks.exported_engine", *sys.argv[1:], "--way", way]
         print(subprocess.run(command, check=True, capture_output=True, text=True).stdout, end="", flush=True)

@@ -1,4 +1,4 @@
-"""How well exported halves of many families agree with PyTorch: tiny random models, LoRA on all, or the norms of images.
+"""How well exported halves of many families agree with PyTorch: tiny random models, LoRA on all, of images the norms.
 
     python -m benchmarks.exported_families [--quantize int8] [--only llama gpt2]
 

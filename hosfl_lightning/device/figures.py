@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from hosfl_client.half import OnnxHalf
+from hosfl_lightning.device.extra import device_extra
 from hosfl_lightning.device.samples import Batch, Samples, counted
 from hosfl_lightning.rng import Domain, Stream, add_direction_
 from hosfl_lightning.split import run
+
+with device_extra():
+    from hosfl_client.half import OnnxHalf
 
 #: Directions whose derivatives are compared, and tokens of the batch.
 DIRECTIONS, EXAMPLES, TOKENS = 16, 4, 32

@@ -259,6 +259,12 @@ class TestRefusals:
         with pytest.raises(SplitError, match="the client trains nothing"):
             export_client(model, str(tmp_path / "phone.onnx"))
 
+    def test_without_the_extra(self, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        model = SplitCausalLM(str(tiny_folder), cut=1, part="client", client_parameters="norm")
+        with pytest.raises(ImportError, match=r"needs onnxscript, .* pip install 'hosfl_lightning\[device\]'"):
+            export_client(model, str(tmp_path / "phone.onnx"))
+
     def test_another_path(self, tiny_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"--out: phone is no path of a graph"):
             export_client(SplitCausalLM(str(tiny_folder), cut=1, part="client"), "phone")
