@@ -62,7 +62,7 @@ def row(given: Any) -> str:
     ids = generator.integers(0, half.manifest.vocabulary or 1, (given.batch, given.length))
     batch = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     half.forward(batch)
-    times = []
+    times: list[float] = []
     while len(times) < 5 or (sum(times) < 5 and len(times) < 100):
         start = time.process_time()
         half.forward(batch)
