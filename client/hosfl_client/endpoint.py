@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from hosfl_client.messages import CodedGradient, Multiplier, ProbedData, Smashed
 from hosfl_client.minibatches import Minibatch
 from hosfl_client.optimizer import Optimizer
 from hosfl_client.refusals import EndpointError, TermsError
+from hosfl_client.rest import Rest
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import RuleError, rule_of
 from hosfl_client.terms import check_terms, kind_of
@@ -27,6 +28,8 @@ from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, 
 Array = np.ndarray[Any, Any]
 #: Of a probe: ``θ + μu``, ``θ − μu``.
 SIDES = (1, -1)
+#: Seconds without a request after which a device gives memory back: more than between the requests of a round.
+QUIET = 2.0
 
 
 @dataclass
@@ -83,6 +86,8 @@ class Endpoint:
         self.probed = [name not in side for name in self.names]
         self._check_basis()
         self.visit: Visit | None = None
+        #: Gives back what forwards have kept, which the next would have to ask for again.
+        self.rest = Rest(half.release, QUIET) if isinstance(half, OnnxHalf) else None
         self._open = (-1, -1)
 
     def _check_basis(self) -> None:
@@ -103,12 +108,14 @@ class Endpoint:
             EndpointError: It does not follow from what came before.
         """
         [request] = requests
+        with self.rest.working() if self.rest is not None else nullcontext():
+            return self._handled(request)
+
+    def _handled(self, request: Any) -> list[Any]:
         if request.kind in ("update", "round_end"):
             self.forget()
             if request.kind == "update" and self.kind != "frozen":
                 self.optimizer.apply(request)
-            if isinstance(self.half, OnnxHalf):
-                self.half.release()  # until the next round
             return []
         place = request.round, getattr(request, "attempt", 0)
         if place != self._open:
