@@ -22,7 +22,7 @@ from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rest import Rest
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import RuleError, rule_of
-from hosfl_client.terms import check_terms, kind_of
+from hosfl_client.terms import basis_of_terms, check_terms, kind_of
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
 Array = np.ndarray[Any, Any]
@@ -74,11 +74,11 @@ class Endpoint:
     def __init__(self, half: Half, manifest: Manifest, data: Callable[[int], Minibatch], terms: Terms) -> None:
         check_terms(terms, manifest)
         self.half, self.manifest, self.data, self.terms = half, manifest, data, terms
-        self.kind = kind_of(terms)
+        self.kind, self.answered_in = kind_of(terms), basis_of_terms(terms)
         self.names = [name for name, *_ in manifest.parameters]
         try:
             self.optimizer = Optimizer([*half.parameters().values()], rule_of(terms.rule), terms.seed)
-            if terms.basis:
+            if self.answered_in:
                 self.basis(0)
         except (RuleError, ValueError) as error:
             raise TermsError(str(error)) from error
@@ -91,11 +91,11 @@ class Endpoint:
         self._open = (-1, -1)
 
     def _check_basis(self) -> None:
-        basis = self.basis(0) if self.terms.basis else None
+        basis = self.basis(0) if self.answered_in else None
         probes = self.kind in ("forward_only", "probed") or (self.kind == "local" and any(self.probed))
         if probes and not isinstance(basis, SharedDirections):
             raise TermsError(
-                f"the run's basis is {self.terms.basis.get('kind')!r:.80}, and what is trained below the backbone is "
+                f"the run's basis is {self.answered_in.get('kind')!r:.80}, and what is trained below the backbone is "
                 "probed along shared directions; set trainer.algorithm.init_args.compression: null"
             )
 
@@ -114,7 +114,7 @@ class Endpoint:
     def _handled(self, request: Any) -> list[Any]:
         if request.kind in ("update", "round_end"):
             self.forget()
-            if request.kind == "update" and self.kind != "frozen":
+            if request.kind == "update" and self.terms.settings.get("kind") != "frozen":  # in a mixed run all move
                 self.optimizer.apply(request)
             return []
         place = request.round, getattr(request, "attempt", 0)
@@ -218,7 +218,7 @@ class Endpoint:
         def term(probe: int, side: int) -> float:
             return lagrangian_term(self._at(round, probe, side, visit.batch), multiplier, visit.mask)
 
-        probes = range(self.terms.basis["probes"])
+        probes = range(self.answered_in["probes"])
         if base is None:
             return np.array([(term(p, 0) - term(p, 1)) / (2 * self.mu) for p in probes])
         return np.array([(term(p, 0) - base) / self.mu for p in probes])
@@ -262,4 +262,4 @@ class Endpoint:
 
     def basis(self, round: int) -> Basis:
         """In what the round's answers and its update are expressed."""
-        return basis_of(self.terms.basis, self.terms.seed, round, self.optimizer.sizes)
+        return basis_of(self.answered_in, self.terms.seed, round, self.optimizer.sizes)
