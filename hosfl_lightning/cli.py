@@ -12,7 +12,7 @@ from hosfl_lightning.rendering import fail, nearest, process
 OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
-COMMANDS = ("advise", *OF_A_RUN, *COMPARISONS, "certs", "join")
+COMMANDS = ("advise", *OF_A_RUN, *COMPARISONS, "certs", "join", "export-client")
 #: By the option that names a run, whose folder has its recipe.
 TAKES_A_RUN = {**dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"), "replay": "--run"}
 
@@ -64,6 +64,10 @@ def _run(args: list[str]) -> None:
             from hosfl_lightning.client_command import main as join
 
             join(args[1:])
+        elif args[:1] == ["export-client"]:
+            from hosfl_lightning.device.command import main as export_client
+
+            export_client(args[1:])
         else:
             command(_with_recipe(args))
     except KeyboardInterrupt as interrupt:

@@ -1,0 +1,1 @@
+"""Halves for devices without PyTorch: ``hosfl export-client`` (extra ``device``)."""
