@@ -191,6 +191,8 @@ def test_what_does_not_follow(pair: Any) -> None:
         ({"precision": "bf16-mixed"}, "set trainer.precision: 32-true"),
         ({"codecs": {"smashed_data": "own"}}, "the codec 'own', which is not known here"),
         ({"rule": {"name": "Lion"}}, "is 'Lion', a client without PyTorch knows SGD, AdamW"),
+        ({"settings": {"kind": "forward_only", "estimator": "forward"}}, "do not say what this client needs .*'mu'"),
+        ({"codecs": {"smashed_data": "fp32"}}, "do not say what this client needs .*'gradient'"),
         ({"basis": {"kind": "unit_sphere"}}, "no basis is described by"),
         ({"basis": {"kind": "dense"}}, "probed along shared directions; set .*compression: null"),
     ],
