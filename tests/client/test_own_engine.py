@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from hosfl_client.endpoint import Endpoint
+from hosfl_client.join import join
 from hosfl_client.manifest import Input, Manifest
 from hosfl_client.messages import Multiplier
 from hosfl_client.minibatches import Minibatch
@@ -62,3 +64,12 @@ def test_it_takes_part_in_a_round() -> None:
     np.testing.assert_array_equal(half.parameters()["A"], a)  # moved in place
     [sent] = client.handle([StepRequest(1, 1)])
     assert np.abs(sent.unpack()[0] - before).max() > 0.1
+
+
+def test_join_takes_it(exported: Any, tmp_path: Path) -> None:
+    def engine(path: Path, threads: int | None) -> Any:
+        raise LookupError(f"{path.name}, {threads}")
+
+    (tmp_path / "mine.txt").write_text("the text of a device, which stays where it is; " * 5)
+    with pytest.raises(LookupError, match="phone.onnx, 3"):
+        join("127.0.0.1:1", exported(), tmp_path / "mine.txt", name="a", insecure=True, threads=3, engine=engine)
