@@ -21,7 +21,7 @@ from hosfl_client.minibatches import Minibatch
 from hosfl_client.optimizer import Optimizer
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
-from hosfl_client.rules import RuleError, rule_of
+from hosfl_client.rules import rule_of
 from hosfl_client.terms import basis_of_terms, check_terms, kind_of
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
@@ -76,7 +76,7 @@ class Endpoint:
         except (KeyError, IndexError, TypeError) as error:
             raise TermsError(f"the run's terms do not say what this client needs ({error!r:.80}); install the "
                              "hosfl-client of the server's version") from error  # fmt: skip
-        except (RuleError, ValueError) as error:
+        except ValueError as error:
             raise error if isinstance(error, TermsError) else TermsError(str(error)) from error
         self.visit: Visit | None = None
         self._open = (-1, -1)

@@ -94,13 +94,15 @@ def environment() -> str:
     """The devices' own: nothing in it but `hosfl-client` and what that needs."""
     folder = RUNS / "env"
     python = folder / "bin" / "python"
-    if not (folder / "ready").is_file():
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    if (folder / "ready").is_file():
+        pip += ["--force-reinstall", "--no-deps"]  # it may have changed since
+    else:
         print("making the devices' environment: pip install ./client")
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
-        subprocess.run([*pip, "./client"], check=True)
-        (folder / "ready").touch()
+    subprocess.run([*pip, "./client"], check=True)
+    (folder / "ready").touch()
     found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
     assert found.returncode != 0, "the devices' environment must have no PyTorch"
     return str(python)
