@@ -66,11 +66,15 @@ class DeviceFleet(Fleet):
         channel: Counts the messages.
         devices: By number.
         data: Whose validation set the devices are shown in `hold_out`.
+
+    Attributes:
+        scalars: Of updates along shared directions, what they carried, round after round.
     """
 
     def __init__(self, replica: Endpoint, channel: Channel, devices: Sequence[Device], data: Minibatches) -> None:
         super().__init__(channel, Processes())
         self.replica, self.devices, self.data = replica, devices, data
+        self.scalars: list[float] = []
 
     @override
     def ask(self, requests: Mapping[int, Message], *expected: type[Message]) -> list[Any]:
@@ -89,6 +93,8 @@ class DeviceFleet(Fleet):
         for device in self.devices:
             device.handle(frame, self.channel.run_id)
         self.replica.handle([told])
+        if isinstance(told, Update) and told.basis["kind"] == "shared_directions":
+            self.scalars += told.coefficients.tolist()
 
     @override
     def abandon(self) -> None:

@@ -1,13 +1,13 @@
-"""What a client's half in 8 or 4 bits does to training: the quickstart with every client an exported half.
+"""What a client's half in 8 or 4 bits does to training: shipped recipes with every client an exported half.
 
     python -m benchmarks.device_quality --out docs/results/device_quality
 
-The recipe is recipes/quickstart.yaml: tiny_lm, eight clients with the docstrings of a package each, 40 rounds, its
-learning rates in every row. The client is its side adapter, or LoRA on queries and values with eight probes (the
-recipe's control *HO-SFL as published* has two); each as PyTorch's client, and as eight `hosfl_client` endpoints over
-ONNX Runtime on a half in fp32, int8 and int4, whose messages travel as bytes. Frozen and first-order clients stand
-beside them. What is finished is not run again: ``device_quality.json`` holds every run. ``--quick`` is two rounds of
-three rows on two clients: it shows the table, not the answer.
+tiny_lm is recipes/quickstart.yaml, eight clients with the docstrings of a package each, who train its side adapter or
+LoRA by two probes (its control *HO-SFL as published*); digits is recipes/vision/digits_hosfl_norm.yaml with three of the
+network's four children at the client, whose norms eight probes train. Each as PyTorch's client, and as `hosfl_client`
+endpoints over ONNX Runtime on a half in fp32, int8 and int4, whose messages travel as bytes; frozen and first-order
+clients stand beside them. Learning rates are the recipes'. What is finished is not run again: ``device_quality.json``
+holds every run. ``--quick`` is two rounds of three rows: it shows the table, not the answer.
 """
 
 from __future__ import annotations
@@ -19,10 +19,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +30,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.device_fleet import DeviceFleet, Devices
 from benchmarks.device_quality_page import page
+from benchmarks.device_quality_rows import QUICK, ROWS, Row
 from hosfl_client.codecs import Coded
 from hosfl_client.half import OnnxHalf
 from hosfl_client.known_gradient import known_gradient
@@ -41,53 +39,28 @@ from hosfl_lightning.files import write_json, write_whole
 from hosfl_lightning.recipe import HOSFLCommand, command
 from hosfl_lightning.run.identity import hardware, starts
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-#: Of the recipe's controls.
-PUBLISHED, FIRST_ORDER = "HO-SFL as published", "first_order"
-PROBES = 8
-#: Kinds of clients, and what runs their half.
-KINDS, ENGINES = ("side", "lora"), ("torch", "fp32", "int8", "int4")
-CONTROLS = ("frozen", FIRST_ORDER)
-ROWS = [*CONTROLS, *(f"{kind}/{engine}" for kind in KINDS for engine in ENGINES)]
-QUICK = ["frozen", "side/torch", "side/int4"]
 SEEDS = [0, 1, 2]
 
 
-@dataclass(frozen=True)
-class Row:
-    """A client: what it trains and how, and what runs its half."""
+def run(row: Row, seed: int, quick: bool, half: Path | None, folder: Path) -> dict[str, Any]:
+    """One run: validation loss before and after, by the server's fp32 replica of the client half.
 
-    kind: str
-    engine: str = "torch"
-
-    @classmethod
-    def of(cls, name: str) -> Row:
-        """From the name in `ROWS`."""
-        return cls(*name.split("/"))
-
-    def recipe(self, seed: int, quick: bool, folder: Path) -> dict[str, Any]:
-        """The quickstart with this client; its runs go into ``folder``."""
-        found = yaml.safe_load(RECIPE.read_text())
-        trainer, model, data = found["trainer"], found["model"]["init_args"], found["data"]["init_args"]
-        controls = {one["name"]: one for one in trainer.pop("controls") if isinstance(one, dict)}
-        if self.kind == "frozen":
-            trainer["algorithm"] = {"class_path": "hosfl_lightning.algorithms.Frozen"}
-        elif self.kind != "side":
-            control = deepcopy(controls[FIRST_ORDER if self.kind == FIRST_ORDER else PUBLISHED])
-            trainer["algorithm"], model["lora"]["client"] = control["algorithm"], control["lora"]
-            model["side"]["client"] = 0
-        if self.kind == "lora":
-            trainer["algorithm"]["init_args"]["probes"] = PROBES
-        if quick:
-            trainer["max_rounds"] = 2
-            data |= {"packages": ["jsonargparse", "peft"], "batch_size": 1, "validation_bytes_per_client": 600,
-                     "test_bytes_per_client": 600, "max_bytes_per_client": 2000}  # fmt: skip
-        trainer |= {
-            "seed": seed, "val_check_interval": trainer["max_rounds"], "default_root_dir": str(folder),
-            "enable_progress_bar": False, "enable_checkpointing": False, "replay_log": False,
-        }  # fmt: skip
-        model["seed"] = data["seed"] = seed
-        return found
+    ``on_devices`` are the same with z from the half that the clients have, and ``scalars`` what was averaged of their
+    probes, round after round; None of PyTorch's clients.
+    """
+    began = time.process_time()
+    done: Any = fit(written(row.recipe(seed, quick, folder), folder / "recipe.yaml"), half)
+    trainer, fleet = done.trainer, done.trainer.fleet
+    devices = isinstance(fleet, DeviceFleet)
+    if devices:
+        fleet.check_same()
+    return {
+        "row": row.name, "seed": seed, "rounds": trainer.global_step,
+        "before": trainer.summary["val_loss_first"], "after": trainer.summary["val_loss_last"],
+        "on_devices": on_devices(Path(trainer.log_dir) / "metrics.csv") if devices else None,
+        "scalars": " ".join(f"{value:.6g}" for value in fleet.scalars) if devices else None,
+        "server_start": done.started["server_half"]["weights"], "cpu_seconds": round(time.process_time() - began, 1),
+    }  # fmt: skip
 
 
 def fit(recipe: Path, half: Path | None) -> HOSFLCommand:
@@ -101,26 +74,6 @@ def fit(recipe: Path, half: Path | None) -> HOSFLCommand:
                 trainer.serving = Devices(half, trainer)
 
     return command(["fit", f"--config={recipe}"], Fit)
-
-
-def run(row: Row, seed: int, quick: bool, half: Path | None, folder: Path) -> dict[str, Any]:
-    """One run: validation loss in nats a byte, before and after, by the server's fp32 replica of the client half.
-
-    ``on_devices`` are the same with z from the half that the clients have; None of PyTorch's clients.
-    """
-    began = time.process_time()
-    done: Any = fit(written(row.recipe(seed, quick, folder), folder / "recipe.yaml"), half)
-    trainer = done.trainer
-    if half is not None:
-        fleet: DeviceFleet = trainer.fleet
-        fleet.check_same()
-    return {
-        "row": f"{row.kind}/{row.engine}" if row.kind in KINDS else row.kind, "seed": seed,
-        "rounds": trainer.global_step,
-        "before": trainer.summary["val_loss_first"], "after": trainer.summary["val_loss_last"],
-        "on_devices": on_devices(Path(trainer.log_dir) / "metrics.csv") if half is not None else None,
-        "server_start": done.started["server_half"]["weights"], "cpu_seconds": round(time.process_time() - began, 1),
-    }  # fmt: skip
 
 
 def on_devices(path: Path) -> list[float]:
@@ -138,7 +91,7 @@ def written(recipe: dict[str, Any], path: Path) -> Path:
 
 
 class Halves:
-    """Exported halves, made when they are asked for; every seed has the same frozen weights.
+    """Exported halves, made when they are asked for.
 
     Args:
         folder: For their files.
@@ -148,29 +101,29 @@ class Halves:
     def __init__(self, folder: Path, quick: bool) -> None:
         self.folder, self.quick = folder, quick
 
-    def __call__(self, row: Row) -> Path | None:
-        """``phone.onnx`` of a row; None: its clients are PyTorch's."""
+    def __call__(self, row: Row, seed: int) -> Path | None:
+        """``phone.onnx`` of a row; None: its clients are PyTorch's. The digits' network is another with each seed."""
         if row.engine == "torch":
             return None
-        path = self.folder / row.kind / row.engine / "phone.onnx"
+        weights = seed if row.task == "digits" else 0
+        path = self.folder / row.name / str(weights) / "phone.onnx"
         if not path.is_file():
-            recipe = written(row.recipe(0, self.quick, self.folder), path.parent / "recipe.yaml")
+            recipe = written(row.recipe(weights, self.quick, self.folder), path.parent / "recipe.yaml")
             quantize = "none" if row.engine == "fp32" else row.engine
             export([f"--config={recipe}", f"--out={path}", f"--quantize={quantize}"])
         return path
 
-    def figures(self, row: Row) -> dict[str, Any]:
-        """Bytes of the graph, and how far what a client sends is what it would send in fp32.
+    def figures(self, row: Row, seed: int) -> dict[str, Any]:
+        """Bytes of the graph, and how far what a client sends is what it should send.
 
         ``probes``: correlation with the exact derivative, over directions; ``cosine``: of the side adapter's gradient
         with that of the half in fp32, at the start and for a Gaussian λ.
         """
-        path = self(row)
+        path = self(row, seed)
         assert path is not None
-        half = OnnxHalf(path, threads=1)
-        found = {"bytes": path.stat().st_size, "probes": half.manifest.figures["probes"], "cosine": None}
-        if row.kind == "side":
-            reference = self(Row(row.kind, "fp32"))
+        found = {"bytes": path.stat().st_size, "probes": OnnxHalf(path, 1).manifest.figures["probes"], "cosine": None}
+        if row.client == "side":
+            reference = self(Row(row.task, row.client, "fp32"), seed)
             assert reference is not None
             own, other = (gradient(one, reference) for one in (path, reference))
             found["cosine"] = float(own @ other / np.sqrt((own @ own) * (other @ other)))
@@ -180,9 +133,10 @@ class Halves:
 def gradient(half: Path, recorded: Path) -> np.ndarray[Any, Any]:
     """The side adapter's gradient, on the batch and λ that were recorded beside another half; fp64."""
     engine, held = OnnxHalf(half, threads=1), load_file(recorded.with_suffix(".check.safetensors"))
-    multiplier, mask = held["multiplier"], held["attention_mask"].astype(bool)
+    batch = {one.name: held[one.name] for one in engine.manifest.inputs}
+    mask, multiplier = batch["attention_mask"].astype(bool), held["multiplier"]
     coded = Coded("fp32", "float32", multiplier.shape[1], multiplier)
-    found = known_gradient(engine, engine.manifest, {"input_ids": held["input_ids"], "attention_mask": mask}, coded, mask)
+    found = known_gradient(engine, engine.manifest, batch, coded, mask)
     return np.concatenate([one.reshape(-1) for one in found]).astype(np.float64)
 
 
@@ -195,9 +149,11 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def write(found: dict[str, Any], out: Path, command: str) -> None:
-    """``device_quality.json`` and ``table.md``."""
+    """``device_quality.json`` and ``table.md``, in the order of the rows."""
+    order = {row.name: place for place, row in enumerate(ROWS)}
     found |= {
         "command": command, "date": datetime.date.today().isoformat(), "machine": hardware(torch.device("cpu")),
+        "runs": sorted(found["runs"], key=lambda one: (order[one["row"]], one["seed"])),
     }  # fmt: skip
     write_json(out / "device_quality.json", found, indent=1)
     write_whole(out / "table.md", lambda file: file.write(page(found).encode()))
@@ -205,45 +161,36 @@ def write(found: dict[str, Any], out: Path, command: str) -> None:
 
 def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
+    names = [row.name for row in ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the table")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, metavar="ROW", help=f"of {', '.join(ROWS)}; default all")
+    parser.add_argument("--rows", nargs="+", choices=names, metavar="ROW", help=f"of {', '.join(names)}; default all")
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; --quick: 0")
     parser.add_argument("--quick", action="store_true", help="two rounds of three rows, in seconds")
     own = parser.parse_args(args)
-    own.rows = own.rows or (QUICK if own.quick else ROWS)
+    own.rows = [Row.of(name) for name in own.rows or ()] or (QUICK if own.quick else ROWS)
     own.seeds = own.seeds or (SEEDS[:1] if own.quick else SEEDS)
     own.out = own.out / "quick" if own.quick else own.out
     return own
 
 
-@contextmanager
-def elsewhere() -> Iterator[Path]:
-    """A folder for what is not kept."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
-
-
 def main(args: Sequence[str] | None = None) -> None:
-    """Run seed after seed, so that the table has whole seeds; it grows with each run."""
+    """Seed after seed; the table grows with each run."""
     own = arguments(args)
     own.out.mkdir(parents=True, exist_ok=True)
     found = load(own.out / "device_quality.json")
     words = "python -m benchmarks.device_quality --out OUT" + (" --quick" if own.quick else "")
-    with elsewhere() as folder:
+    done = {(one["row"], one["seed"]) for one in found["runs"]}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         halves = Halves(folder / "halves", own.quick)
-        for seed in own.seeds:
-            for name in own.rows:
-                row = Row.of(name)
-                if any((one["row"], one["seed"]) == (name, seed) for one in found["runs"]):
-                    continue
-                half = halves(row)
-                if half is not None and name not in found["halves"]:
-                    found["halves"][name] = halves.figures(row)
-                ended = run(row, seed, own.quick, half, folder / f"{name.replace('/', '_')}_{seed}")
-                found["runs"].append(ended)
-                print(json.dumps(ended), flush=True)
-                write(found, own.out, words)
+        for seed, row in ((seed, row) for seed in own.seeds for row in own.rows if (row.name, seed) not in done):
+            half = halves(row, seed)
+            if half is not None and row.name not in found["halves"]:
+                found["halves"][row.name] = halves.figures(row, seed)
+            found["runs"].append(run(row, seed, own.quick, half, folder / f"run_{seed}" / row.name))
+            print(json.dumps({**found["runs"][-1], "scalars": None}), flush=True)
+            write(found, own.out, words)
 
 
 if __name__ == "__main__":
