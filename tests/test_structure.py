@@ -1,8 +1,12 @@
-"""Imports point one way: what is lower never imports what is higher, and no file is tied to itself by a circle."""
+"""Imports point one way: what is lower never imports what is higher, and no file is tied to itself by a circle.
+
+`hosfl_client` is below all of `hosfl_lightning`, and knows nothing of PyTorch.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
+import hosfl_client
 import hosfl_lightning
 
 PACKAGE = Path(hosfl_lightning.__file__).parent
+CLIENT = Path(hosfl_client.__file__).parent
 
 #: From the command line down to the generator. Parts in one line do not import each other.
 LAYERS = [
     ["cli"],
-    ["advise", "compare", "client_command"],
+    ["advise", "compare", "client_command", "device"],
     ["recipe"],
     ["orchestrator"],
     ["run"],
@@ -40,12 +46,17 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 LONGEST, BOUNDS = 350, {"orchestrator.py": 320}
 
 
-def files() -> Iterator[tuple[str, Path]]:
-    """Module names and files of the package, but for its face, which names what is in all of it."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+#: What needs numpy and nothing else; `wire` not even that.
+NUMPY = ["arrays", "basis", "bfloat16", "codec", "codecs", "messages", "optimizer", "padding", "rng", "rules"]
+HEAVY = {"torch", "hosfl_lightning", "lightning", "transformers", "grpc", "onnxruntime", "tokenizers"}
+
+
+def files(package: Path = PACKAGE) -> Iterator[tuple[str, Path]]:
+    """Module names and files of a package, but for its face, which names what is in all of it."""
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package.parent).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name != PACKAGE.name:
+        if name != package.name:
             yield name, path
 
 
@@ -85,17 +96,20 @@ def test_imports_point_down(arrows: dict[str, set[str]]) -> None:
     assert upward == []
 
 
-def test_no_file_is_in_a_circle(arrows: dict[str, set[str]]) -> None:
+@pytest.mark.parametrize("package", [PACKAGE, CLIENT], ids=lambda package: package.name)
+def test_no_file_is_in_a_circle(package: Path) -> None:
     """A package's face imports what is in it; whoever imports the face from inside is tied to all of it."""
-    left = {module: set(others) for module, others in arrows.items()}
+    modules = {name for name, _ in files(package)}
+    left = {name: imports(path, modules) for name, path in files(package)}
     while ends := [module for module, others in left.items() if not others & left.keys()]:
         for module in ends:
             del left[module]
     assert sorted(left) == []
 
 
-def test_no_file_is_long() -> None:
-    lengths = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for _, path in files()}
+@pytest.mark.parametrize("package", [PACKAGE, CLIENT], ids=lambda package: package.name)
+def test_no_file_is_long(package: Path) -> None:
+    lengths = {path.relative_to(package).as_posix(): len(path.read_text().splitlines()) for _, path in files(package)}
     assert {name: n for name, n in lengths.items() if n > BOUNDS.get(name, LONGEST)} == {}
 
 
@@ -105,3 +119,32 @@ def test_clients_never_import_the_server() -> None:
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     above = {name for names in LAYERS[: RANK["clients"]] for name in names}
     assert not {room(module) for module in told} & above
+
+
+def test_a_device_needs_no_pytorch() -> None:
+    """Wherever in a file the import stands, and whether or not a test runs it."""
+    roots = {
+        (name, (imported or "").split(".")[0])
+        for name, path in files(CLIENT)
+        for node in ast.walk(ast.parse(path.read_text()))
+        for imported in named(node)
+    }
+    assert [(name, root) for name, root in sorted(roots) if root in {"torch", "hosfl_lightning", "lightning"}] == []
+
+
+def named(node: ast.AST) -> list[str | None]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@pytest.mark.parametrize(("rooms", "without"), [(["wire"], HEAVY | {"numpy"}), (["wire", *NUMPY], HEAVY)])
+def test_messages_and_arithmetic_need_numpy_alone(rooms: list[str], without: set[str]) -> None:
+    modules = [name for name, _ in files(CLIENT) if room(name) in rooms]
+    assert {room(module) for module in modules} == set(rooms)
+    code = f"import sys, {', '.join(modules)}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": str(CLIENT.parent)},
+    ).stdout.split()  # fmt: skip
+    assert not without & set(told)

@@ -74,12 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--name", help="who this is; with --certs it is the certificate's common name")
     join.add_argument("--server-name", metavar="NAME", help="what the server's certificate says, if not its address")
     join.add_argument("--state", metavar="DIR", help="what this client keeps (default: hosfl_client_<name>)")
-    join.add_argument(
-        "--save-every", type=int, default=10, metavar="N", help="updates between writes (default 10)"
-    )
-    join.add_argument(
-        "--give-up", type=float, default=600.0, metavar="S", help="seconds without it (default 600)"
-    )
+    join.add_argument("--save-every", type=int, default=10, metavar="N", help="updates between writes (default 10)")
+    join.add_argument("--give-up", type=float, default=600.0, metavar="S", help="seconds without it (default 600)")
     own = join.add_argument_group("the data, where it differs from the recipe that was exported")
     own.add_argument("--batch-size", type=int, metavar="N", help="examples a round")
     own.add_argument("--text-field", metavar="FIELD", help="of a record")

@@ -13,7 +13,7 @@ The scales s and t, and why they are rounded as they are, are in the standard, `
 the same bits. r is :class:`Uniform16` of the stream (seed, ROUNDING, round, client, local step), so that the rounding
 is unbiased and can be done again; element e of x is row-major. float64 goes through fp32.
 
-Everything is done some rows at a time: beside x and what travels there are at most 1.5 MiB, or a few rows.
+Everything is done some rows at a time: beside x and what travels there is at most 1 MiB, or a few rows.
 """
 
 from __future__ import annotations

@@ -8,19 +8,20 @@ from pathlib import Path
 
 from hosfl_client import __version__
 from hosfl_client.addresses import check_address, check_plain
+from hosfl_client.apart import read_apart
 from hosfl_client.connection import Backoff, Connection
 from hosfl_client.credentials import Site
 from hosfl_client.endpoint import Endpoint
-from hosfl_client.examples import DataSettings, check_examples, read_examples
+from hosfl_client.examples import DataSettings, check_examples
 from hosfl_client.half import OnnxHalf
 from hosfl_client.joined import Joined
 from hosfl_client.limits import Limits
+from hosfl_client.manifest import Manifest
 from hosfl_client.messages import FRAMES
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.own_state import OwnState
 from hosfl_client.state import NumpyStorage
 from hosfl_client.terms import ENDPOINTS
-from hosfl_client.text import Text
 
 
 def join(
@@ -80,12 +81,12 @@ def join(
     if not who:
         raise ValueError("--name: without certificates a client must say who it is")
     path = Path(half)
-    engine = OnnxHalf(path, threads)
-    manifest = engine.manifest
+    manifest = Manifest.load(path)
     settings = DataSettings.of(manifest.data, batch_size=batch_size, text_field=text_field, label_field=label_field)
-    text = None if manifest.tokenizer is None else Text(path.parent / manifest.tokenizer)
-    examples = read_examples(Path(data), settings, text)
+    tokenizer = None if manifest.tokenizer is None else path.parent / manifest.tokenizer
+    examples = read_apart(Path(data), settings, tokenizer)
     check_examples(examples, manifest, settings)
+    engine = OnnxHalf(path, threads)
     batches = Minibatches(examples, settings)
     joined = Joined(
         who, f"hosfl-client {__version__}", lambda terms: Endpoint(engine, manifest, batches, terms), ENDPOINTS, FRAMES,

@@ -17,7 +17,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +34,8 @@ class Process:
     """One of the four, and what it held.
 
     Attributes:
-        idle: Resident bytes when it had joined and waited.
+        joined: When it said so.
+        idle: Resident bytes half a second later.
         peak: Most resident bytes.
     """
 
@@ -42,15 +44,22 @@ class Process:
     log: Path
     idle: int = 0
     peak: int = 0
-    first: list[float] = field(default_factory=list)
+    joined: float = 0.0
 
     @property
     def said(self) -> str:
         """Its log."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    @property
+    def settled(self) -> bool:
+        """Whether it has joined, and has had half a second since."""
+        return 0 < self.joined < time.monotonic() - 0.5
+
     def look(self) -> None:
-        """At its memory, where the system tells (Linux)."""
+        """Whether it has joined, and at its memory, where the system tells (Linux)."""
+        if not self.joined and "of the run" in self.said:
+            self.joined = time.monotonic()
         try:
             status = Path(f"/proc/{self.running.pid}/status").read_text()
         except OSError:
@@ -58,7 +67,7 @@ class Process:
         held = dict(line.split(":", 1) for line in status.splitlines() if line.startswith(("VmRSS", "VmHWM")))
         if held:
             resident, self.peak = (int(held[key].split()[0]) << 10 for key in ("VmRSS", "VmHWM"))
-            if not self.idle and "of the run" in self.said:
+            if self.settled and not self.idle:
                 self.idle = resident
 
 
@@ -110,18 +119,19 @@ def federation(kind: str, rounds: int, python: str) -> list[str]:
         *hosfl(), "serve", "--config", recipe, "--clients", HERE / "clients.yaml", "--insecure", "--listen", address,
         "--run", folder / "run", "--trainer.max_rounds", rounds, "--quorum", 3,
     ])  # fmt: skip
-    clients = [
-        start(folder, name, [
+    everybody = [server]
+    watch(everybody, until=lambda: listens(address))
+    for name in ("phone-a", "phone-b"):
+        everybody.append(start(folder, name, [
             python, "-m", "hosfl_client.cli", "join", *join, name, "--half", half, "--data", TEXTS[name],
             "--state", folder / name, "--threads", 1,
-        ])
-        for name in ("phone-a", "phone-b")
-    ] + [
-        start(folder, "lab", [
-            *hosfl(), "join", *join, "lab", "--config", client_recipe(folder, recipe), "--state", folder / "lab",
-        ])
-    ]  # fmt: skip
-    watch([server, *clients])
+        ]))  # fmt: skip
+    watch(everybody, until=lambda: all(one.settled for one in everybody[1:]))  # they wait for the third
+    everybody.append(start(folder, "lab", [
+        *hosfl(), "join", *join, "lab", "--config", client_recipe(folder, recipe), "--state", folder / "lab",
+    ]))  # fmt: skip
+    watch(everybody)
+    server, *clients = everybody
     rows = []
     digests = {client.name: digest(folder / client.name / "shared.safetensors") for client in clients}
     for one in [server, *clients]:
@@ -161,20 +171,26 @@ def start(folder: Path, name: str, command: list[object]) -> Process:
         return Process(name, subprocess.Popen(words, stdout=file, stderr=file, env=environment), log)
 
 
-def watch(processes: list[Process]) -> None:
-    """Until all have ended; when one fails, the others are ended."""
+def watch(processes: list[Process], until: Callable[[], bool] = lambda: False) -> None:
+    """Until that is so, or all have ended; when one fails, the others are ended."""
     try:
-        while any(one.running.poll() is None for one in processes):
+        while not until() and any(one.running.poll() is None for one in processes):
             for one in processes:
                 one.look()
                 if one.running.poll():
                     raise SystemExit(f"{one.name} has failed:\n{one.said[-2000:]}")
             time.sleep(0.05)
-    finally:
+    except BaseException:
         for one in processes:
-            if one.running.poll() is None:
-                one.running.kill()
-            one.running.wait()
+            one.running.kill()
+        raise
+
+
+def listens(address: str) -> bool:
+    """Whether somebody takes connections there."""
+    host, port = address.split(":")
+    with socket.socket() as probe:
+        return probe.connect_ex((host, int(port))) == 0
 
 
 def digest(path: Path) -> str:

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+TALKATIVE = ("torch.onnx", "onnxscript", "onnx_ir")
+
 
 @contextmanager
 def device_extra() -> Iterator[None]:
@@ -27,12 +29,14 @@ def device_extra() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without what exporters say of themselves: a package that is not there, names that will change in PyTorch."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in TALKATIVE]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -80,7 +80,15 @@ def to_onnx(half: Any, trained: Mapping[str, Tensor], samples: Samples) -> tuple
             )  # fmt: skip
         except Exception as error:  # tracing runs into whatever a model's code does
             raise SplitError(
-                f"model: {half.architecture} cannot be exported to ONNX ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[0]:.200}); its clients need PyTorch: hosfl join"
+                f"model: {half.architecture} cannot be exported to ONNX ({_reason(error):.200}); its clients need "
+                "PyTorch: hosfl join"
             ) from error
     return exported.model_proto, bottlenecks
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was at the bottom of it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -46,8 +46,8 @@ class Samples:
 
     @property
     def longest(self) -> int:
-        """Tokens in a long row."""
-        return min(LONG, positions(self.half) or LONG)
+        """Tokens in a long row; images have none."""
+        return 0 if self.image is not None else min(LONG, positions(self.half) or LONG)
 
     def batch(self, size: int, length: int = SHORT, padding: Padding = "right") -> Batch:
         """Random images, or random tokens of which all rows but the last may be padded.

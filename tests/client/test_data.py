@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hosfl_client.apart import read_apart
 from hosfl_client.examples import DataError, DataSettings, check_examples, read_examples
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.text import Text
@@ -33,8 +34,7 @@ def model(tiny_folder: Path) -> Any:
 def device(path: Path, section: dict[str, Any], model: Any, folder: Path, **own: Any) -> Minibatches:
     (folder / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
     settings = DataSettings.of(data_of(section, model), **own)
-    text = None if settings.kind == "images" else Text(folder / "tokenizer.json")
-    return Minibatches(read_examples(path, settings, text), settings)
+    return Minibatches(read_apart(path, settings, folder / "tokenizer.json"), settings)
 
 
 def same_batches(there: FederatedDataModule, here: Minibatches, count: Any) -> None:
@@ -131,6 +131,13 @@ def test_what_is_refused(
     (tmp_path / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
     with pytest.raises(DataError, match=said):
         read_examples(tmp_path / "mine.jsonl", DataSettings.of(section, **own), Text(tmp_path / "tokenizer.json"))
+
+
+def test_what_the_process_apart_refuses_is_said_by_this_one(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "mine.txt").write_text("text")
+    with pytest.raises(DataError, match=r"its tokenizer .* cannot be read"):
+        read_apart(tmp_path / "mine.txt", DataSettings("blocks"), tmp_path / "tokenizer.json")
 
 
 def test_nothing_in_an_archive_is_executed(tmp_path: Path) -> None:

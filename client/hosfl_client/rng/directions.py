@@ -1,4 +1,4 @@
-"""Directions of many tensors at once, in bounded scratch: at most 700 KiB, whatever their size.
+"""Directions of many tensors at once, in bounded scratch: at most 900 KiB, whatever their size.
 
 No result depends on how tensors are cut into calls or chunks: an element is a function of the stream, the tensor's
 index and the element's row-major index alone (see ``distributions``).
