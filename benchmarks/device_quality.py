@@ -3,11 +3,11 @@
     python -m benchmarks.device_quality --out docs/results/device_quality
 
 tiny_lm is recipes/quickstart.yaml, eight clients with the docstrings of a package each, who train its side adapter or
-LoRA by two probes (its control *HO-SFL as published*); digits is recipes/vision/digits_hosfl_norm.yaml with three of the
-network's four children at the client, whose norms eight probes train. Each as PyTorch's client, and as `hosfl_client`
-endpoints over ONNX Runtime on a half in fp32, int8 and int4, whose messages travel as bytes; frozen and first-order
-clients stand beside them. Learning rates are the recipes'. What is finished is not run again: ``device_quality.json``
-holds every run. ``--quick`` is two rounds of three rows: it shows the table, not the answer.
+LoRA by two probes (its control *HO-SFL as published*); digits is recipes/vision/digits_hosfl_norm.yaml with three of
+the network's four children at the client, whose norms eight probes train. Each as PyTorch's client, and as
+`hosfl_client` endpoints over ONNX Runtime on a half in fp32, int8 and int4, whose messages travel as bytes; frozen and
+first-order clients stand beside them. Learning rates are the recipes'. What is finished is not run again:
+``device_quality.json`` holds every run. ``--quick`` is two rounds of three rows: it shows the table, not the answer.
 """
 
 from __future__ import annotations

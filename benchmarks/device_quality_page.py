@@ -44,7 +44,10 @@ def by_row(runs: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[int, A
 def results(runs: Sequence[Mapping[str, Any]], halves: Mapping[str, Any]) -> list[str]:
     """Loss at the end, beside the half in fp32 and the controls."""
     losses = by_row(runs, "after")
-    lines = ["| client | half | graph, KiB | estimate | loss | less ONNX, fp32 | gap closed |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| client | half | graph, KiB | estimate | loss | less ONNX, fp32 | gap closed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, values in losses.items():
         size, estimate = NONE, NONE
         if name in halves:
@@ -92,9 +95,14 @@ def difference(own: Mapping[int, float], other: Mapping[int, float]) -> str:
     """Mean over seeds of this less the other, with its 95 % t interval."""
     pairs = [own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())]
     if len(pairs) < 2:
-        return f"{pairs[0]:+.4f}" if pairs else NONE
-    half = T[len(pairs) - 1] * stdev(pairs) / len(pairs) ** 0.5
-    return f"{mean(pairs):+.4f} [{mean(pairs) - half:+.4f}, {mean(pairs) + half:+.4f}]"
+        return signed(pairs[0]) if pairs else NONE
+    middle, half = mean(pairs), T[len(pairs) - 1] * stdev(pairs) / len(pairs) ** 0.5
+    return f"{signed(middle)} [{signed(middle - half)}, {signed(middle + half)}]"
+
+
+def signed(value: float) -> str:
+    """In four digits; a zero has a plus."""
+    return f"{round(value, 4) + 0.0:+.4f}"
 
 
 def agreement(own: Mapping[int, str], other: Mapping[int, str]) -> str:
