@@ -112,7 +112,7 @@ COMMANDS = [words for path in PAGES for words in commands_of(path)]
 
 class TestCommands:
     def test_there_are_some(self) -> None:
-        assert {words[1] for words in COMMANDS} == {"fit", "compare", "advise"}
+        assert {words[1] for words in COMMANDS} == {"fit", "compare", "advise", "export-client"}
 
     @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
     def test_is_understood(self, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,7 +36,7 @@ def make_table() -> torch.Tensor:
 def main() -> None:
     """Write the table and print its hash."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Path(__file__).parents[1] / "hosfl_lightning" / "assets" / "gauss16.safetensors"
+    default = Path(__file__).parents[1] / "client" / "hosfl_client" / "assets" / "gauss16.safetensors"
     parser.add_argument("--out", type=Path, default=default)
     args = parser.parse_args()
     table = make_table()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,17 @@ from hosfl_client.messages import CodedGradient, Multiplier, ProbedData, Smashed
 from hosfl_client.minibatches import Minibatch
 from hosfl_client.optimizer import Optimizer
 from hosfl_client.refusals import EndpointError, TermsError
+from hosfl_client.rest import Rest
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
-from hosfl_client.rules import RuleError, rule_of
-from hosfl_client.terms import check_terms, kind_of
+from hosfl_client.rules import rule_of
+from hosfl_client.terms import basis_of_terms, check_terms, kind_of
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
 Array = np.ndarray[Any, Any]
 #: Of a probe: ``θ + μu``, ``θ − μu``.
 SIDES = (1, -1)
+#: Seconds without a request after which a device gives memory back: more than between the requests of a round.
+QUIET = 2.0
 
 
 @dataclass
@@ -69,28 +73,38 @@ class Endpoint:
     held_out_batches = 0
 
     def __init__(self, half: Half, manifest: Manifest, data: Callable[[int], Minibatch], terms: Terms) -> None:
-        check_terms(terms, manifest)
-        self.half, self.manifest, self.data, self.terms = half, manifest, data, terms
-        self.kind = kind_of(terms)
-        self.names = [name for name, *_ in manifest.parameters]
         try:
-            self.optimizer = Optimizer([*half.parameters().values()], rule_of(terms.rule), terms.seed)
-            if terms.basis:
-                self.basis(0)
-        except (RuleError, ValueError) as error:
-            raise TermsError(str(error)) from error
-        side = {name for rung in manifest.side for name in (rung.down, rung.up)} if self.kind == "local" else set()
-        self.probed = [name not in side for name in self.names]
-        self._check_basis()
+            check_terms(terms, manifest)
+            self._prepare(half, manifest, data, terms)
+        except (KeyError, IndexError, TypeError) as error:
+            raise TermsError(f"the run's terms do not say what this client needs ({error!r:.80}); install the "
+                             "hosfl-client of the server's version") from error  # fmt: skip
+        except ValueError as error:
+            raise error if isinstance(error, TermsError) else TermsError(str(error)) from error
         self.visit: Visit | None = None
+        #: Gives back what forwards have kept, which the next would have to ask for again.
+        self.rest = Rest(half.release, QUIET) if isinstance(half, OnnxHalf) else None
         self._open = (-1, -1)
 
+    def _prepare(self, half: Half, manifest: Manifest, data: Callable[[int], Minibatch], terms: Terms) -> None:
+        """What the terms fix; a setting that is missing shows here, and not in the middle of a round."""
+        self.half, self.manifest, self.data, self.terms = half, manifest, data, terms
+        self.kind, self.answered_in = kind_of(terms), basis_of_terms(terms)
+        self.names = [name for name, *_ in manifest.parameters]
+        self.optimizer = Optimizer([*half.parameters().values()], rule_of(terms.rule), terms.seed)
+        side = {name for rung in manifest.side for name in (rung.down, rung.up)} if self.kind == "local" else set()
+        self.probed = [name not in side for name in self.names]
+        self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient")}
+        self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
+        self._check_basis()
+
     def _check_basis(self) -> None:
-        basis = self.basis(0) if self.terms.basis else None
+        basis = self.basis(0) if self.answered_in else None
         probes = self.kind in ("forward_only", "probed") or (self.kind == "local" and any(self.probed))
+        self.mu = self._rounded_mu() if probes else math.nan
         if probes and not isinstance(basis, SharedDirections):
             raise TermsError(
-                f"the run's basis is {self.terms.basis.get('kind')!r:.80}, and what is trained below the backbone is "
+                f"the run's basis is {self.answered_in.get('kind')!r:.80}, and what is trained below the backbone is "
                 "probed along shared directions; set trainer.algorithm.init_args.compression: null"
             )
 
@@ -103,12 +117,14 @@ class Endpoint:
             EndpointError: It does not follow from what came before.
         """
         [request] = requests
+        with self.rest.working() if self.rest is not None else nullcontext():
+            return self._handled(request)
+
+    def _handled(self, request: Any) -> list[Any]:
         if request.kind in ("update", "round_end"):
             self.forget()
-            if request.kind == "update" and self.kind != "frozen":
+            if request.kind == "update" and self.terms.settings.get("kind") != "frozen":  # in a mixed run all move
                 self.optimizer.apply(request)
-            if isinstance(self.half, OnnxHalf):
-                self.half.release()  # until the next round
             return []
         place = request.round, getattr(request, "attempt", 0)
         if place != self._open:
@@ -164,15 +180,14 @@ class Endpoint:
 
     def _forward(self, request: StepRequest) -> SmashedData:
         batch = self.data(request.round)
-        first = self.kind == "probed" and self.terms.settings["probe_first"]
-        z = self._at(request.round, 0, 0, batch) if first else self.half.forward(batch.inputs)
+        z = self._at(request.round, 0, 0, batch) if self.probe_first else self.half.forward(batch.inputs)
         mask = batch.mask(z.shape[1])
         waits = self.kind == "forward_only" and self.terms.settings["estimator"] == "forward"
         waits = waits or (self.kind == "local" and any(self.probed))
         if self.kind != "frozen":
             self.visit = Visit(batch, mask, z if waits else None)
         return SmashedData.pack(
-            request.round, request.client, z, batch.labels, mask, self.terms.codecs["smashed_data"], self.terms.seed, 0,
+            request.round, request.client, z, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
             request.attempt,
         )  # fmt: skip
 
@@ -197,7 +212,7 @@ class Endpoint:
             request.round, request.client, basis.describe(), values.astype(np.float32), visit.batch.num_terms,
             request.attempt,
         )  # fmt: skip
-        codec = self.terms.codecs["gradient"]
+        codec = self.codecs["gradient"]
         if codec == "fp32":
             return answer
         return CodedGradient.pack(
@@ -211,7 +226,7 @@ class Endpoint:
         def term(probe: int, side: int) -> float:
             return lagrangian_term(self._at(round, probe, side, visit.batch), multiplier, visit.mask)
 
-        probes = range(self.terms.basis["probes"])
+        probes = range(self.answered_in["probes"])
         if base is None:
             return np.array([(term(p, 0) - term(p, 1)) / (2 * self.mu) for p in probes])
         return np.array([(term(p, 0) - base) / self.mu for p in probes])
@@ -224,7 +239,7 @@ class Endpoint:
         z = self._at(request.round, request.probe, request.side, self.visit.batch)
         return ProbedData.pack(
             request.round, request.client, request.probe, request.side, z, self.visit.mask,
-            self.terms.codecs["smashed_data"], self.terms.seed, attempt=request.attempt,
+            self.codecs["smashed_data"], self.terms.seed, attempt=request.attempt,
         )  # fmt: skip
 
     def _at(self, round: int, probe: int, side: int, batch: Minibatch) -> Array:
@@ -247,12 +262,11 @@ class Endpoint:
         with self.half.perturbed(move):
             yield
 
-    @property
-    def mu(self) -> float:
+    def _rounded_mu(self) -> float:
         """``μ``, as rounded for the distribution."""
         settings = self.terms.settings
         return float(round_coefficient(settings["mu"], DISTRIBUTIONS[settings["distribution"]]))
 
     def basis(self, round: int) -> Basis:
         """In what the round's answers and its update are expressed."""
-        return basis_of(self.terms.basis, self.terms.seed, round, self.optimizer.sizes)
+        return basis_of(self.answered_in, self.terms.seed, round, self.optimizer.sizes)

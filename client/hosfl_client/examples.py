@@ -147,9 +147,7 @@ def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSet
     else:
         most = max(int(one.values.max(initial=0)) for one in examples)
         if manifest.vocabulary is not None and most >= manifest.vocabulary:
-            raise DataError(
-                f"--half: its tokenizer makes token {most}, it embeds {manifest.vocabulary}; export anew"
-            )
+            raise DataError(f"--half: its tokenizer makes token {most}, it embeds {manifest.vocabulary}; export anew")
         longest = max(len(one.values) for one in examples)
         if manifest.max_length is not None and longest > manifest.max_length:
             raise DataError(f"--data: a row of {longest} tokens, the half has {manifest.max_length} positions; export "

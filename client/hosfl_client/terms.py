@@ -11,8 +11,8 @@ from hosfl_client.wire import Terms
 from hosfl_client.wire.terms import RULES, difference
 
 #: What clients of a run may be, by the name of their endpoint.
-ENDPOINTS = ("ProbedEndpoint", "SplitEndpoint")
-#: Kinds of a `SplitEndpoint`.
+ENDPOINTS = ("MixedEndpoint", "ProbedEndpoint", "SplitEndpoint")
+#: Kinds of a `SplitEndpoint`, and of a client of a `MixedEndpoint`.
 KINDS = ("forward_only", "local", "frozen")
 ESTIMATORS = ("forward", "central")
 
@@ -56,4 +56,18 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
 
 def kind_of(terms: Terms) -> Any:
     """Of a client: one of `KINDS`, ``probed`` whose probes the server evaluates, or another."""
+    if terms.endpoint == "MixedEndpoint":
+        return terms.settings["kinds"][terms.settings["kind_of"][terms.client]]
     return "probed" if terms.endpoint == "ProbedEndpoint" else terms.settings.get("kind")
+
+
+def basis_of_terms(terms: Terms) -> dict[str, Any]:
+    """In what this client answers λ, as `hosfl_client.basis.basis_of` takes it; empty: it does not."""
+    settings = terms.settings
+    if terms.endpoint != "MixedEndpoint":
+        return terms.basis
+    if kind_of(terms) == "frozen":
+        return {}
+    probes = settings["probes_of"][settings["kind_of"][terms.client]]
+    directions = {"kind": "shared_directions", "probes": probes, "distribution": settings["distribution"]}
+    return directions if probes else {"kind": "dense"}

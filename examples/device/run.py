@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -45,6 +45,7 @@ class Process:
     idle: int = 0
     peak: int = 0
     joined: float = 0.0
+    started: float = field(default_factory=time.monotonic)
 
     @property
     def said(self) -> str:
@@ -84,7 +85,7 @@ def main() -> None:
     table = []
     for kind in [given.only] if given.only else ["side", "lora"]:
         table += federation(kind, given.rounds, python)
-    print("\n| run | process | θ_c (SHA-256) | idle MiB | peak MiB |\n|---|---|---|---|---|")
+    print("\n| run | process | θ_c (SHA-256) | joined after, s | idle MiB | peak MiB |\n|---|---|---|---|---|---|")
     print("\n".join(table))
     print(f"\n{time.monotonic() - began:.0f} s")
 
@@ -93,13 +94,15 @@ def environment() -> str:
     """The devices' own: nothing in it but `hosfl-client` and what that needs."""
     folder = RUNS / "env"
     python = folder / "bin" / "python"
-    if not (folder / "ready").is_file():
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
+    if (folder / "ready").is_file():
+        pip += ["--force-reinstall", "--no-deps"]  # it may have changed since
+    else:
         print("making the devices' environment: pip install ./client")
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", "constraints.txt"]
-        subprocess.run([*pip, "./client"], check=True)
-        (folder / "ready").touch()
+    subprocess.run([*pip, "./client"], check=True)
+    (folder / "ready").touch()
     found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False)
     assert found.returncode != 0, "the devices' environment must have no PyTorch"
     return str(python)
@@ -135,7 +138,8 @@ def federation(kind: str, rounds: int, python: str) -> list[str]:
     rows = []
     digests = {client.name: digest(folder / client.name / "shared.safetensors") for client in clients}
     for one in [server, *clients]:
-        figures = [f"{value / MIB:.0f}" if value else "" for value in (one.idle, one.peak)]
+        figures = [f"{one.joined - one.started:.1f}" if one.joined else ""]
+        figures += [f"{value / MIB:.0f}" if value else "" for value in (one.idle, one.peak)]
         rows.append(f"| {kind} | {one.name} | {digests.get(one.name, '')[:16]} | {' | '.join(figures)} |")
     if len({*digests.values()}) != 1:
         print("\n".join(rows))

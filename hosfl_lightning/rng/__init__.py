@@ -1,9 +1,11 @@
 """The counter-based random generator: one stream of directions, bit-identical on every device."""
 
+from hosfl_client.rng.distributions import DISTRIBUTIONS
+from hosfl_client.rng.streams import Domain, Stream
 from hosfl_lightning.rng.batch import DirectionBatch
 from hosfl_lightning.rng.directions import add_direction_, direction, direction_rows
-from hosfl_lightning.rng.distributions import DISTRIBUTIONS, round_coefficient
-from hosfl_lightning.rng.philox import Domain, Stream, philox4x32, words
+from hosfl_lightning.rng.distributions import round_coefficient
+from hosfl_lightning.rng.philox import philox4x32, words
 from hosfl_lightning.rng.rounding import uniform16
 from hosfl_lightning.rng.sampling import permutation
 

@@ -8,9 +8,11 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from hosfl_client.rng.distributions import LOG2_BLOCK, check_distribution
+from hosfl_client.rng.streams import TENSOR_BITS, Stream, check_range
 from hosfl_lightning.rng.directions import CHUNK_BLOCKS, add_scaled_, addend
-from hosfl_lightning.rng.distributions import LOG2_BLOCK, Expander, check_distribution, round_coefficient
-from hosfl_lightning.rng.philox import TENSOR_BITS, Stream, WordGenerator, check_range
+from hosfl_lightning.rng.distributions import Expander, round_coefficient
+from hosfl_lightning.rng.philox import WordGenerator
 
 RUN = 1 << 16
 """Elements expanded at once: 256 KiB that live as long as the batch."""

@@ -12,17 +12,10 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from hosfl_lightning.rng.distributions import LOG2_BLOCK, LOG2_WORD, Expander, check_distribution, round_coefficient
-from hosfl_lightning.rng.philox import (
-    BLOCK_BITS,
-    MASK32,
-    TENSOR_BITS,
-    Domain,
-    Stream,
-    WordGenerator,
-    check_indices,
-    check_range,
-)
+from hosfl_client.rng.distributions import LOG2_BLOCK, check_distribution
+from hosfl_client.rng.streams import BLOCK_BITS, MASK32, TENSOR_BITS, Domain, Stream, check_range
+from hosfl_lightning.rng.distributions import LOG2_WORD, Expander, round_coefficient
+from hosfl_lightning.rng.philox import WordGenerator, check_indices
 
 CHUNK_BLOCKS = 16384
 """Blocks generated at once: 72 bytes of scratch each."""

@@ -10,33 +10,21 @@ T[h] is the inverse normal CDF at (h + 1/2)/65536 rounded to bfloat16, so that u
 
 from __future__ import annotations
 
-import hashlib
 import math
 import struct
 from functools import lru_cache
-from importlib.resources import files
 from typing import TypeVar
 
 import torch
-from safetensors.torch import load
 from torch import Tensor
 
-from hosfl_lightning.rng.philox import Domain
+from hosfl_client.rng.distributions import GAUSS16_SIGNIFICANT_BITS, check_distribution
+from hosfl_client.rng.distributions import gauss16_table as packaged_table
+from hosfl_client.rng.streams import Domain
 
-DISTRIBUTIONS = {"rademacher": Domain.RADEMACHER, "gauss16": Domain.GAUSS16}
-LOG2_BLOCK = {Domain.RADEMACHER: 7, Domain.GAUSS16: 3}
 LOG2_WORD = {Domain.RADEMACHER: 5, Domain.GAUSS16: 1}
 
-GAUSS16_SHA256 = "33888ab6f4616c9a0d6bba520458612f7f70d5be5df01e655e1fe972d49d478b"
-GAUSS16_SIGNIFICANT_BITS = 16
-
 FloatOrTensor = TypeVar("FloatOrTensor", float, Tensor)
-
-
-def check_distribution(domain: Domain) -> None:
-    """Raise ``ValueError`` for a domain whose words are not directions."""
-    if domain not in LOG2_BLOCK:
-        raise ValueError(f"the stream's domain must be one of {[d.name for d in LOG2_BLOCK]}, got {domain!r}")
 
 
 @lru_cache(maxsize=8)
@@ -46,11 +34,7 @@ def gauss16_table(device: torch.device) -> Tensor:
     Raises:
         RuntimeError: The packaged file is not the table of the standard.
     """
-    table = load((files("hosfl_lightning") / "assets" / "gauss16.safetensors").read_bytes())["gauss16"]
-    bits = [b & 0xFFFF for b in table.view(torch.int16).tolist()]
-    if hashlib.sha256(struct.pack(f"<{len(bits)}H", *bits)).hexdigest() != GAUSS16_SHA256:
-        raise RuntimeError("assets/gauss16.safetensors is damaged: rebuild it with tools/make_gauss16_table.py")
-    return table.float().to(device)
+    return torch.from_numpy(packaged_table()).to(device, copy=True)
 
 
 @lru_cache(maxsize=8)

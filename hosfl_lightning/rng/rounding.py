@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hosfl_client.rng.streams import BLOCK_BITS, MASK32, TENSOR_BITS, Stream, check_range
 from hosfl_lightning.rng.directions import CHUNK_BLOCKS
-from hosfl_lightning.rng.philox import BLOCK_BITS, MASK32, TENSOR_BITS, Stream, WordGenerator, check_range
+from hosfl_lightning.rng.philox import WordGenerator
 
 LOG2_BLOCK = 3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hosfl_lightning.rng.philox import BLOCK_BITS, Domain, Stream, check_range, words
+from hosfl_client.rng.streams import BLOCK_BITS, Domain, Stream, check_range
+from hosfl_lightning.rng.philox import words
 
 
 def permutation(n: int, seed: int, domain: Domain, *, round: int = 0, client: int | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run.folder import LOG
 from hosfl_lightning.run.identity import digest
-from hosfl_lightning.server.replay_log import ReplayLog
+from hosfl_lightning.server.replay_log import ReplayLog, other_rules
 from hosfl_lightning.wire import RULES, manifest
 
 
@@ -123,11 +123,8 @@ def write_client(
 def _check(module: SplitModule, parameters: Mapping[str, Tensor], log: ReplayLog, to: int) -> None:
     start = log.starts[0]
     advice = "use the config.yaml of the run"
-    if start.get("rules") != RULES:
-        raise RebuildError(
-            f"{log.path}: its updates move weights by {start.get('rules', 'the rules before hosfl-rules/1')!r}, here "
-            f"it is {RULES!r}, which would give other bits; replay it with the version that wrote it"
-        )
+    if words := other_rules(start, RULES):
+        raise RebuildError(f"{log.path}: {words}; replay it with the version that wrote it")
     if start["manifest"] != manifest(parameters):
         raise RebuildError(f"{log.path}: the run's clients have other trainable tensors than the model; {advice}")
     if start["fingerprint"] != module.fingerprint():

@@ -34,6 +34,8 @@ _HEADER = struct.Struct("<IBII")
 _DIGEST = 32
 _BLANK = 8  # at the end of a digest: bytes that never came; no hash ends so, and no flipped byte makes one
 _START, _UPDATE = 1, 2
+BEFORE_RULES = "the rules before hosfl-rules/1"
+"""Those of a log whose START names none."""
 _GENESIS = hashlib.sha256(b"hosfl replay log 1").digest()
 
 
@@ -234,6 +236,10 @@ class ReplayLog:
         recorded = self.starts[0] if self.starts else {}
         # A model may have moved: its fingerprint tells which one it is.
         apart = {"incarnation", "hardware", "from_round", "pretrained"}
+        if recorded and (words := other_rules(recorded, start.get("rules"))):
+            raise OtherRunError(
+                f"{self.path}: {words}; go on with the version that wrote it, or start a new run in a folder of its own"
+            )
         if other := sorted(k for k in (start.keys() | recorded.keys()) - apart if start.get(k) != recorded.get(k)):
             raise OtherRunError(
                 f"{self.path}: the log of another run: {', '.join(other)} differ; resume with that run's settings, or "
@@ -269,6 +275,14 @@ class ReplayLog:
         data = _encode(type, round, body, self._tip)
         append(self.path, data)
         self._take(_Entry(type, round, self._size + _HEADER.size, body, data[-_DIGEST:]))
+
+
+def other_rules(start: dict[str, Any], mine: str | None) -> str | None:
+    """In words, that the updates behind a START are to be applied by other arithmetic than mine; None: they are not."""
+    theirs = start.get("rules", BEFORE_RULES)
+    if theirs == (mine or BEFORE_RULES):
+        return None
+    return f"its updates move weights by {theirs}, this version by {mine}, to other bits"
 
 
 def _canonical(value: dict[str, Any]) -> bytes:

@@ -136,8 +136,15 @@ def test_what_is_refused(
 def test_what_the_process_apart_refuses_is_said_by_this_one(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "mine.txt").write_text("text")
-    with pytest.raises(DataError, match=r"its tokenizer .* cannot be read"):
+    with pytest.raises(DataError, match=r"^--half: its tokenizer .* cannot be read"):
         read_apart(tmp_path / "mine.txt", DataSettings("blocks"), tmp_path / "tokenizer.json")
+
+
+def test_a_number_is_one_label_however_it_is_written(model: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", [{"text": "a", "label": label} for label in (1, 1.0, "1", "01", "+1.0")])
+    (tmp_path / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
+    found = read_examples(path, DataSettings("labelled"), Text(tmp_path / "tokenizer.json"))
+    assert [int(one.labels) for one in found] == [1] * 5
 
 
 def test_nothing_in_an_archive_is_executed(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ METHODS: dict[str, Any] = {
 }  # fmt: skip
 DEVICES = [
     "hosfl", "hosfl central", "side adapter", "coordinates", "side and LoRA", "projections", "hosl", "zosfl", "frozen",
+    "mixed", "mixed, side",
 ]  # fmt: skip
 
 
@@ -125,7 +126,12 @@ def test_it_answers_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
                 theirs, mine = both.ask(ProbeRequest(round, 2, probe, side, attempt=round))
                 close(mine.unpack(mask), theirs.unpack(mask), 1e-5)
             answer = torch.tensor([0.5, -1.0])
+        elif name == "mixed":
+            assert both.device.kind == "frozen" and both.device.visit is None  # and moves with the others
         elif name == "frozen":
+            both.move(round, torch.ones(2), {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"})
+            assert both.device.version == both.torch.version == 0
+            assert both.device.digest() == both.torch.digest()
             continue
         else:
             multiplier = torch.randn(theirs_z.shape, generator=torch.Generator().manual_seed(round))
@@ -136,7 +142,10 @@ def test_it_answers_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
             # int4 rounds at random, in the same places
             close(values(mine), values(theirs), 0.2 if codecs["gradient"] == "int4" else 2e-3)
             answer = values(theirs)
-        both.move(round, answer, both.terms.basis)
+        basis = both.terms.basis
+        if "mixed" in name:  # all kinds apply what the server makes of their answers
+            answer, basis = torch.linspace(-1, 1, sum(both.device.optimizer.sizes)), {"kind": "dense"}
+        both.move(round, answer, basis)
         assert both.device.version == both.torch.version == round + 1
         assert both.device.digest() == both.torch.digest()
 
@@ -182,6 +191,8 @@ def test_what_does_not_follow(pair: Any) -> None:
         ({"precision": "bf16-mixed"}, "set trainer.precision: 32-true"),
         ({"codecs": {"smashed_data": "own"}}, "the codec 'own', which is not known here"),
         ({"rule": {"name": "Lion"}}, "is 'Lion', a client without PyTorch knows SGD, AdamW"),
+        ({"settings": {"kind": "forward_only", "estimator": "forward"}}, "do not say what this client needs .*'mu'"),
+        ({"codecs": {"smashed_data": "fp32"}}, "do not say what this client needs .*'gradient'"),
         ({"basis": {"kind": "unit_sphere"}}, "no basis is described by"),
         ({"basis": {"kind": "dense"}}, "probed along shared directions; set .*compression: null"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tracemalloc
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from hosfl_client.rng import (
     Uniform16,
     add_direction,
     direction,
+    distributions,
     permutation,
     round_coefficient,
     round_coefficients,
@@ -139,3 +141,14 @@ def test_scratch_is_small(name: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 900 << 10
+
+
+def test_a_damaged_table_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = bytearray((files("hosfl_client") / "assets" / "gauss16.safetensors").read_bytes())
+    content[-12345] ^= 1
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "gauss16.safetensors").write_bytes(content)
+    monkeypatch.setattr(distributions, "files", lambda package: tmp_path)
+    distributions.gauss16_table.cache_clear()
+    with pytest.raises(RuntimeError, match="damaged"):
+        distributions.gauss16_table()

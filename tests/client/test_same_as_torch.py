@@ -39,14 +39,6 @@ def test_golden_files_are_torchs() -> None:
     assert json.loads((FOLDER / "golden_codecs.json").read_text()) == golden_codecs()
 
 
-def test_the_table_is_the_same_file() -> None:
-    paths = [
-        FOLDER.parents[1] / folder / "assets" / "gauss16.safetensors"
-        for folder in ("hosfl_lightning", "client/hosfl_client")
-    ]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-
-
 @pytest.mark.parametrize("name", rng.DISTRIBUTIONS)
 def test_directions(name: str) -> None:
     fields = {"seed": 0xFEDCBA9876543210, "round": 70_000, "client": 12, "probe": 4}

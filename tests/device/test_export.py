@@ -22,14 +22,14 @@ from hosfl_client.manifest import FORMAT, Manifest, sha256
 from hosfl_lightning.cli import main
 from hosfl_lightning.device import writing
 from hosfl_lightning.device.command import table
-from hosfl_lightning.device.export import export_client
+from hosfl_lightning.device.export import export_client, in_fp32
 from hosfl_lightning.device.samples import Samples
 from hosfl_lightning.models import SplitCausalLM
 from hosfl_lightning.rng import Domain, Stream, add_direction_
-from hosfl_lightning.split import SplitError, run
+from hosfl_lightning.split import Side, SplitError, run
 from hosfl_lightning.split.side import features_of
 from hosfl_lightning.wire import manifest as entries
-from tests.device.exported import MODELS, Exported, exported, with_side
+from tests.device.exported import MODELS, Exported, exported, lora, with_side
 from tests.recipe_runs import command_line
 
 CLOSE = {"rtol": 0, "atol": 3e-5}
@@ -139,7 +139,7 @@ class TestManifest:
         ("change", "message"),
         [
             ({"format": "hosfl-half/9"}, f"this client reads {FORMAT}"),
-            ({"files": {"../phone.onnx": "0"}}, "is damaged"),
+            ({"files": {"phone.onnx": "0", "phone.safetensors": "0", "../more": "0"}}, "is damaged"),
             ({"width": -1}, "is damaged"),
             ({"parameters": [["a", [1], "int8", "a"]]}, "is damaged"),
             ({"more": 1}, "is damaged"),
@@ -175,6 +175,20 @@ class TestManifest:
             half.forward({"input_ids": np.zeros((1, 2), np.int64)})
         with pytest.raises(ValueError, match="input_ids has the shape"):
             half.forward({"input_ids": np.zeros(2, np.int64), "attention_mask": np.ones((1, 2), np.int64)})
+
+
+def test_a_backbone_in_bf16_is_written_in_fp32(tiny_folder: Path) -> None:
+    side = Side(client=4, taps="all")
+    model = SplitCausalLM(str(tiny_folder), 2, lora("q_proj"), side=side, part="client", dtype="bfloat16")
+    batch = tuple(Samples(model).batch(2, 6).values())
+    half, trained = in_fp32(model)
+    assert {one.dtype for one in half.state_dict().values() if one.is_floating_point()} == {torch.float32}
+    z, before = half(*batch), model.client_half(*batch)
+    moved = torch.func.functional_call(half, {name: theta + 0.1 for name, theta in trained.items()}, batch)
+    assert (moved - z).abs().max() > 0.1, "the copy reads bottlenecks that are not its own"
+    assert before.dtype == torch.bfloat16
+    torch.testing.assert_close(model.client_half(*batch), before, rtol=0, atol=0)
+    torch.testing.assert_close(z, before.float(), rtol=0.05, atol=0.05)
 
 
 def test_large_weights_lie_beside_the_graph(side: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,12 +227,12 @@ class TestCommand:
     def test_exports_what_a_recipe_says(
         self, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        lora = "{client: {r: 2, target_modules: [q_proj]}, server: {r: 2, target_modules: [q_proj]}}"
+        adapters = "{client: {r: 2, target_modules: [q_proj]}, server: {r: 2, target_modules: [q_proj]}}"
         (tmp_path / "recipe.yaml").write_text(
             "trainer: {max_rounds: 3}\n"
             "model:\n"
             "  class_path: hosfl_lightning.models.SplitCausalLM\n"
-            f"  init_args: {{pretrained: '{tiny_folder}', cut: 2, lora: {lora}}}\n"
+            f"  init_args: {{pretrained: '{tiny_folder}', cut: 2, lora: {adapters}}}\n"
         )
         out = tmp_path / "half" / "phone.onnx"
         given = [f"--config={tmp_path / 'recipe.yaml'}", f"--out={out}", "--quantize=int4", "--model.init_args.cut=1"]
@@ -228,6 +242,7 @@ class TestCommand:
         assert written.quantization == "int4" and written.cut == 1 and written.tokenizer == "phone.tokenizer.json"
         found = Tokenizer.from_file(str(out.with_name(written.tokenizer)))
         assert found.encode("a b\n").ids == AutoTokenizer.from_pretrained(tiny_folder)("a b\n")["input_ids"]
+        assert 1e-3 < max(relative for _, _, relative in written.figures["z"]) < 0.25
         assert "correlation with the exact derivative" in said and "8 x 64 left" in said
 
     def test_warns_of_probes_that_estimate_nothing(self, side: Exported) -> None:
@@ -242,6 +257,12 @@ class TestRefusals:
         model = SplitCausalLM(str(tiny_folder), cut=1, part="client")
         model._client_trainable = ()
         with pytest.raises(SplitError, match="the client trains nothing"):
+            export_client(model, str(tmp_path / "phone.onnx"))
+
+    def test_without_the_extra(self, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        model = SplitCausalLM(str(tiny_folder), cut=1, part="client", client_parameters="norm")
+        with pytest.raises(ImportError, match=r"needs onnxscript, .* pip install 'hosfl_lightning\[device\]'"):
             export_client(model, str(tmp_path / "phone.onnx"))
 
     def test_another_path(self, tiny_folder: Path, tmp_path: Path) -> None:

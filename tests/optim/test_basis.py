@@ -141,7 +141,7 @@ def test_apply_is_the_sum_in_fp32_cast_once(dtype: torch.dtype) -> None:
     basis, coefficients = SharedDirections(0, 0, 2), torch.tensor([0.5, 1.0])
     basis.apply([p.view(2, -1) if p.numel() == 6 else p for p in parameters], coefficients, -0.1)
     for parameter, old, update in zip(parameters, before, reconstruct(basis, coefficients, sizes)):
-        assert torch.equal(parameter, old.float().add(update, alpha=-0.1).to(dtype))
+        assert torch.equal(parameter, (old.float() + update * -0.1).to(dtype))
         assert not torch.equal(parameter, old)
 
 

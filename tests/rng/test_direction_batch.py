@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from hosfl_client.rng.distributions import LOG2_BLOCK
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, batch, direction, round_coefficient
-from hosfl_lightning.rng.distributions import LOG2_BLOCK
 from hosfl_lightning.rng.philox import WordGenerator
 
 TENSORS = [(3, 4096), (9, 1), (0, 0), (65535, 129), (4, 700), (5, 128), (12, 2500)]

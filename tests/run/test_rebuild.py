@@ -123,7 +123,7 @@ class TestRebuild:
         with pytest.raises(RebuildError, match="backbone has other weights"):
             rebuild(changed, changed.client_parameters, log, 1, HOSFL())
         assert log.starts[0].pop("rules") == RULES
-        with pytest.raises(RebuildError, match=r"by 'the rules before hosfl-rules/1'.*the version that wrote it"):
+        with pytest.raises(RebuildError, match=r"by the rules before hosfl-rules/1.*the version that wrote it"):
             rebuild(another := make_model(), another.client_parameters, log, 1, HOSFL())
 
 

@@ -2,9 +2,9 @@
 
 from hosfl_client.rng.directions import Piece, add_direction, direction, sums
 from hosfl_client.rng.distributions import DISTRIBUTIONS, round_coefficient, round_coefficients
-from hosfl_client.rng.philox import Domain, Stream
 from hosfl_client.rng.rounding import Uniform16, uniform16
 from hosfl_client.rng.sampling import permutation
+from hosfl_client.rng.streams import Domain, Stream
 
 __all__ = [
     "DISTRIBUTIONS",

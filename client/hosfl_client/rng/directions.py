@@ -13,7 +13,8 @@ import numpy as np
 
 from hosfl_client.bfloat16 import Array, Floats
 from hosfl_client.rng.distributions import LOG2_BLOCK, check_distribution, expand, round_coefficient
-from hosfl_client.rng.philox import BLOCK_BITS, BLOCKS, TENSOR_BITS, U64, Generator, Stream, Words, check_range
+from hosfl_client.rng.philox import BLOCKS, U64, Generator, Words
+from hosfl_client.rng.streams import BLOCK_BITS, TENSOR_BITS, Stream, check_range
 
 ELEMENTS = 1 << 15
 """Expanded at once: 128 KiB."""

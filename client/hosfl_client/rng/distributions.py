@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hosfl_client.bfloat16 import BFLOAT16, Floats, widen
-from hosfl_client.rng.philox import Domain, Words
+from hosfl_client.rng.philox import Words
+from hosfl_client.rng.streams import Domain
 
 DISTRIBUTIONS = {"rademacher": Domain.RADEMACHER, "gauss16": Domain.GAUSS16}
 LOG2_BLOCK = {Domain.RADEMACHER: 7, Domain.GAUSS16: 3}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from hosfl_client.bfloat16 import Floats
-from hosfl_client.rng.philox import BLOCK_BITS, BLOCKS, Generator, Stream, check_range
+from hosfl_client.rng.philox import BLOCKS, Generator
+from hosfl_client.rng.streams import BLOCK_BITS, Stream, check_range
 
 LOG2_BLOCK = 3
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hosfl_client.rng.philox import BLOCK_BITS, BLOCKS, Domain, Generator, Stream, check_range
+from hosfl_client.rng.philox import BLOCKS, Generator
+from hosfl_client.rng.streams import BLOCK_BITS, Domain, Stream, check_range
 
 
 def permutation(

@@ -1,4 +1,4 @@
-"""A small run of which two rounds are kept, to be gone on with by later code; see the README beside this file."""
+"""A small run of which two rounds are kept, for later code to be asked to go on with; see the README here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from safetensors.torch import save_file
-from torch import Tensor
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.availability import Trace
@@ -20,13 +18,13 @@ from hosfl_lightning.split import Lora, LoraHalf
 from tests.recipe_runs import tiny_pretrained
 from tests.small_run import ONLINE, SmallRun, adamw
 
-ROUNDS = 4
+ROUNDS = 2
 #: Where the run is, from the folder in which it is made and gone on with.
 FOLDER = Path("runs") / "version_0"
 
 
 def falling(optimizer: Any) -> Any:
-    """1, 1, 1/2, 1/4 of the rate: the last is that of who knows how many rounds there were."""
+    """Halved after the second round, and after the third."""
     return torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.5)
 
 
@@ -46,31 +44,14 @@ def data() -> Any:
     return SmallRun(Path()).data()
 
 
-def trainer(*callbacks: Callback, **settings: Any) -> Orchestrator:
+def trainer(max_rounds: int = 4) -> Orchestrator:
     """AdamW and schedules on both halves; a client is away when the second round is over, and returns."""
     algorithm = HOSFL(probes=2, mu=2**-7, client_optimizer=AdamW(lr=1e-2), client_scheduler=falling)
     given: dict[str, Any] = {
-        "max_rounds": ROUNDS, "clients_per_round": 2, "val_check_interval": 2, "availability": Trace(ONLINE),
-        "enable_progress_bar": False, "callbacks": [*callbacks, ModelCheckpoint(filename="{step}", save_top_k=-1)],
+        "max_rounds": max_rounds, "clients_per_round": 2, "val_check_interval": 2, "availability": Trace(ONLINE),
+        "enable_progress_bar": False, "callbacks": [ModelCheckpoint(filename="{step}", save_top_k=-1)],
     }  # fmt: skip
-    return Orchestrator(algorithm, **given | settings)
-
-
-def state_of(made: SplitCausalLM, optimizer: Any, round: int) -> dict[str, Tensor]:
-    """What both halves train after so many rounds, and the moments of the clients' rule."""
-    moments = {f"{i}.{name}": t for i, p in enumerate(optimizer.parameters) for name, t in optimizer.state[p].items()}
-    held = made.trained_state() | {f"moments.{name}": t for name, t in moments.items()}
-    return {f"{round}/{name}": tensor.detach().clone() for name, tensor in held.items()}
-
-
-class Remembers(Callback):
-    """The state after every round, of the code before."""
-
-    def __init__(self) -> None:
-        self.states: dict[str, Tensor] = {}
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.states |= state_of(pl_module, trainer.algorithm.client.optimizer, trainer.global_step)
+    return Orchestrator(algorithm, **given)
 
 
 def main(out: Path) -> None:
@@ -78,12 +59,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     out.mkdir(parents=True)
     os.chdir(out)
-    remembers = Remembers()
-    trainer(remembers).fit(model(), data())
-    save_file(remembers.states, "states.safetensors")
-    shutil.move(FOLDER / "updates.log", "whole.log")
-    shutil.rmtree(FOLDER)
-    trainer(max_rounds=2).fit(model(), data())
+    trainer(ROUNDS).fit(model(), data())
     for name in ("updates.log", "run.json", "metrics.csv", "checkpoints/step=2.ckpt"):
         target = Path("run") / name
         target.parent.mkdir(parents=True, exist_ok=True)
