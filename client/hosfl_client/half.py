@@ -115,7 +115,7 @@ class OnnxHalf:
         return found
 
     def _feeds(self, batch: Batch) -> dict[str, np.ndarray]:
-        theta = self._trained if self._moved is None else self._moved
+        theta = self._moved or self._trained  # read once: a probe may end while another thread is here
         feeds = {given: theta[name] for name, _, _, given in self.manifest.parameters}
         return feeds | {one.name: _taken(one, batch) for one in self.manifest.inputs}
 

@@ -24,7 +24,8 @@ class Idle:
 
     def __init__(self, act: Callable[[], object], seconds: float) -> None:
         self._act, self._seconds = act, seconds
-        self._lock, self._used = threading.Lock(), threading.Event()
+        # One thread may come in twice: what is done lets go of the last reference to what then stops this.
+        self._lock, self._used = threading.RLock(), threading.Event()
         self._stopped = False
         self._put_off()
         threading.Thread(target=self._watch, name="idle", daemon=True).start()
@@ -39,7 +40,7 @@ class Idle:
         self._lock.release()
 
     def stop(self) -> None:
-        """Nothing is due any more; waits until nothing is done."""
+        """Nothing is due any more; waits until nothing is done, unless what is done calls it."""
         with self._lock:
             self._stopped = True
         self._used.set()
@@ -50,10 +51,10 @@ class Idle:
 
     def _watch(self) -> None:
         while self._used.wait() and not self._stopped:
-            self._used.clear()
             # A use moves the time on and wakes nobody: it must cost nothing.
             while (left := self._due - time.monotonic()) > 0 and not self._stopped:
                 time.sleep(left)
             with self._lock:
                 if not self._stopped and time.monotonic() >= self._due:
+                    self._used.clear()
                     self._act()

@@ -43,6 +43,30 @@ def test_it_is_done_once_when_nothing_else_is() -> None:
     assert len(done) == 2
 
 
+def test_it_is_done_once_after_many_uses() -> None:
+    done: list[int] = []
+    idle = Idle(lambda: done.append(1), 0.1)
+    for _ in range(4):  # the later ones while it already waits for the time to pass
+        with idle:
+            time.sleep(0.01)
+    assert within(5, lambda: len(done) == 1)
+    time.sleep(0.3)
+    idle.stop()
+    assert done == [1]
+
+
+def test_what_is_done_may_end_it() -> None:
+    ended: list[bool] = []
+
+    def act() -> None:  # as when the last one that holds a half lets go of it meanwhile
+        idle.stop()
+        ended.append(True)
+
+    idle = Idle(act, 0.01)
+    assert within(5, lambda: bool(ended))
+    idle.stop()
+
+
 def test_a_half_gives_back_what_forwards_keep(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path, released = exported(), list[int]()
     monkeypatch.setattr(of_half, "IDLE", 0.05)
