@@ -97,6 +97,8 @@ class Endpoint:
         basis = self.basis(0) if self.answered_in else None
         probes = self.kind in ("forward_only", "probed") or (self.kind == "local" and any(self.probed))
         self.mu = self._rounded_mu() if probes else math.nan
+        if probes and not self.mu > 0:
+            raise TermsError(f"the run's mu is {self.mu}, and probes need one > 0; set trainer.algorithm.init_args.mu")
         if probes and not isinstance(basis, SharedDirections):
             raise TermsError(
                 f"the run's basis is {self.answered_in.get('kind')!r:.80}, and what is trained below the backbone is "
@@ -191,6 +193,8 @@ class Endpoint:
         coded: Coded = request.multiplier
         if len(coded.values) != int(visit.mask.sum()) or coded.width != self.manifest.width:
             raise EndpointError(f"λ has the shape {[len(coded.values), coded.width]}, z another")
+        if coded.dtype != "float32":
+            raise EndpointError(f"λ is {coded.dtype}, z was float32")
         basis = self.basis(request.round)
         values = np.zeros(basis.size, np.float64)
         if any(self.probed):

@@ -176,6 +176,10 @@ def test_what_does_not_follow(pair: Any) -> None:
     narrow = Multiplier.pack(1, 2, torch.zeros(3, 12, 8), torch.ones(3, 12, dtype=torch.bool))
     with pytest.raises(EndpointError, match="z another"):
         both.device.handle([device.decode(encode(narrow))])
+    both.device.handle([device.decode(encode(StepRequest(1, 2)))])
+    coarse = Multiplier.pack(1, 2, torch.zeros(3, 12, 32).bfloat16(), torch.ones(3, 12, dtype=torch.bool))
+    with pytest.raises(EndpointError, match="λ is bfloat16, z was float32"):
+        both.device.handle([device.decode(encode(coarse))])
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,8 @@ def test_what_does_not_follow(pair: Any) -> None:
         ({"codecs": {"smashed_data": "own"}}, "the codec 'own', which is not known here"),
         ({"rule": {"name": "Lion"}}, "is 'Lion', a client without PyTorch knows SGD, AdamW"),
         ({"settings": {"kind": "forward_only", "estimator": "forward"}}, "do not say what this client needs .*'mu'"),
+        ({"settings": {"kind": "forward_only", "estimator": "forward", "mu": 0.0, "distribution": "rademacher"}},
+         "mu is 0.0, and probes need one > 0"),
         ({"codecs": {"smashed_data": "fp32"}}, "do not say what this client needs .*'gradient'"),
         ({"basis": {"kind": "unit_sphere"}}, "no basis is described by"),
         ({"basis": {"kind": "dense"}}, "probed along shared directions; set .*compression: null"),
