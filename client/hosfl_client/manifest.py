@@ -181,6 +181,7 @@ def sha256(path: Path) -> str:
 
 _OPTIONAL_COUNTS = ("positions", "pad_id", "vocabulary", "max_length")
 _COUNTS = ("width", "cut", "classes", "opset")
+_TEXTS = ("output", "backbone", "architecture", "pretrained", "precision", "quantization")
 
 
 def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
@@ -188,6 +189,8 @@ def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
     if found.keys() != known:
         raise ValueError(f"fields {sorted(found.keys() ^ known)}")
     held = dict(found)
+    if not isinstance(held["files"], dict):
+        raise TypeError("files is no dict")
     for name in ("graph", "weights", *([] if held["tokenizer"] is None else ["tokenizer"])):
         if held[name] not in held["files"]:
             raise ValueError(f"{name} is not among files")
@@ -199,16 +202,8 @@ def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
     for name in _OPTIONAL_COUNTS:
         if held[name] is not None:
             _count(held[name])
-    for name in (
-        "output",
-        "backbone",
-        "architecture",
-        "pretrained",
-        "precision",
-        "quantization",
-        *held["files"].values(),
-    ):
-        _text(held.get(name, name))
+    for text in (*(held[name] for name in _TEXTS), *held["files"].values()):
+        _text(text)
     held["parameters"] = tuple(
         (_text(name), _shape(shape), _one_of(dtype, ("float32",)), _text(given))
         for name, shape, dtype, given in held["parameters"]

@@ -143,6 +143,8 @@ class TestManifest:
             ({"width": -1}, "is damaged"),
             ({"parameters": [["a", [1], "int8", "a"]]}, "is damaged"),
             ({"more": 1}, "is damaged"),
+            ({"files": ["phone.onnx", "phone.safetensors"], "tokenizer": None}, "is damaged"),
+            ({"files": {"phone.onnx": "0", "phone.safetensors": 0}, "tokenizer": None}, "is damaged"),
         ],
         ids=lambda value: str(value)[:24],
     )
