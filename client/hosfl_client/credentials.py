@@ -85,7 +85,7 @@ def common_name(pem: bytes, path: Path) -> str:
 def _names(der: bytes) -> Iterator[str]:
     """The common names of the subject, the sixth part of what is signed where a version stands first."""
     [(_, certificate)] = _parts(der)
-    signed = next(_parts(certificate))[1]
+    (_, signed), *_ = _parts(certificate)
     fields = [part for part in _parts(signed) if part[0] != _VERSION]  # number, algorithm, issuer, dates, subject, ...
     kind, subject = fields[4]
     if kind != _SEQUENCE:

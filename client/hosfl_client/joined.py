@@ -101,6 +101,9 @@ class Joined:
         save_every: Updates from one write of the shared state to the next.
         notify: Takes what people should hear of.
 
+    Raises:
+        ValueError: ``save_every`` is below 1.
+
     Attributes:
         endpoint: Once the terms are known.
         version: Updates that it holds.
@@ -118,6 +121,8 @@ class Joined:
         save_every: int = 10,
         notify: Callable[[str], None] = print,
     ) -> None:
+        if save_every < 1:
+            raise ValueError(f"save_every must be >= 1, got {save_every}: updates from one write to the next")
         self.name, self.package, self.build, self.state = name, package, build, state
         self.endpoints, self.frames = endpoints, frames
         self.save_every, self.notify = save_every, notify

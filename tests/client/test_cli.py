@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from hosfl_client import cli
 from hosfl_client.credentials import CredentialsError, Site
+from hosfl_client.joined import Joined
 from hosfl_client.own_state import OwnState
 from hosfl_client.state import NumpyStorage
 from hosfl_lightning.link.authority import Authority
@@ -76,6 +78,8 @@ def test_a_site_is_known_by_its_certificate(site: Path) -> None:
             "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----\n"), "has a password"),
         (lambda folder: (folder / "site.crt").write_text(
             "-----BEGIN CERTIFICATE-----\nMAMCAQU=\n-----END CERTIFICATE-----\n"), "is no certificate in PEM"),
+        (lambda folder: (folder / "site.crt").write_text(
+            "-----BEGIN CERTIFICATE-----\nMAA=\n-----END CERTIFICATE-----\n"), "is no certificate in PEM"),
         (shutil.rmtree, "is no folder"),
     ],
 )  # fmt: skip
@@ -84,6 +88,11 @@ def test_a_folder_that_is_not_whole(change: Any, words: str, site: Path, tmp_pat
     change(folder)
     with pytest.raises(CredentialsError, match=words):
         Site.load(folder)
+
+
+def test_it_writes_now_and_then() -> None:
+    with pytest.raises(ValueError, match="save_every must be >= 1, got 0"):
+        Joined("a", "0", Mock(), [], Mock(), save_every=0)
 
 
 def test_a_key_that_others_can_read(site: Path, tmp_path: Path) -> None:
