@@ -6,16 +6,20 @@ import csv
 import io
 import json
 import re
+import zlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 IGNORE = -100
 KINDS = ("blocks", "labelled", "prompted", "images")
+#: Classes at most: a label travels in 32 bits.
+CLASSES = 1 << 31
 _SLOT = "{text}"
 _WHOLE = re.compile(r"[+-]?[0-9]+(\.0*)?")
 
@@ -90,12 +94,40 @@ class DataSettings:
         known = {one.name for one in fields(cls)}
         if unknown := sorted(told.keys() - known):
             raise DataError(f"--half: its manifest's data has {unknown[0]!r}, which this version does not know")
+        for name, value in told.items():
+            if not _TAKES[name](value):
+                raise DataError(f"--half: its manifest's data has {name} = {value!r:.80}; export it again")
         settings = cls(**{**told, **{name: value for name, value in own.items() if value is not None}})
         for name in ("batch_size", "sequence_length", "max_length"):
             value = getattr(settings, name)
             if type(value) is not int or value < 1:
                 raise DataError(f"--{name.replace('_', '-')} must be an integer >= 1, got {value!r}")
         return settings
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) in (int, float) and abs(one) < 1e9 for one in value)
+
+
+#: What each field of a manifest's data may be.
+_TAKES: dict[str, Callable[[Any], bool]] = {
+    "kind": _is_text, **dict.fromkeys(("batch_size", "seed", "pad", "sequence_length", "max_length"), _is_count),
+    "eos": lambda value: value is None or _is_count(value), "prompt": _is_text, "label_words": _are_texts,
+    "label_names": lambda value: value is None or _are_texts(value), "text_field": _is_text, "label_field": _is_text,
+    "mean": _are_numbers, "std": _are_numbers, "channels": lambda value: value in (1, 3),
+}  # fmt: skip
 
 
 def read_examples(path: str | Path, settings: DataSettings, tokenizer: Any) -> list[Example]:
@@ -154,9 +186,11 @@ def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSet
                             "it with a shorter sequence_length or max_length")  # fmt: skip
     if manifest.labels == ("example" if settings.kind in ("blocks", "prompted") else "token"):
         raise DataError(f"--half: its data is {settings.kind}, its model has labels of another kind; export it anew")
-    largest = max(int(one.labels.max(initial=0)) for one in examples)
-    if largest >= manifest.classes:
-        raise DataError(f"--data: label {largest} is not in 0..{manifest.classes - 1}")
+    lowest = 0 if manifest.labels == "example" else IGNORE
+    for one in examples:
+        for label in (int(one.labels.min(initial=0)), int(one.labels.max(initial=0))):
+            if not lowest <= label < manifest.classes:
+                raise DataError(f"--data: label {label} is not in 0..{manifest.classes - 1}")
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -217,7 +251,7 @@ def _documents(path: Path, settings: DataSettings) -> list[str]:
 def _labelled(path: Path, settings: DataSettings) -> tuple[list[str], list[int]]:
     records = _records(path)
     names = {_whole(name): index for index, name in enumerate(settings.label_names or ())}
-    count = len(settings.label_words) or len(names) or None
+    count = len(settings.label_words) or len(names) or CLASSES
     labels = []
     for where, record in records:
         given = _whole(_field(where, record, settings.label_field, "--label-field"))
@@ -228,8 +262,8 @@ def _labelled(path: Path, settings: DataSettings) -> tuple[list[str], list[int]]
         else:
             known = ", ".join(names) or "no names: classes count from 0"
             raise DataError(f"--data: {where}: label {given!r} is none of the exported ones ({known})")
-        if labels[-1] < 0 or (count is not None and labels[-1] >= count):
-            raise DataError(f"--data: {where}: label {labels[-1]} is not in 0..{(count or 1) - 1}")
+        if not 0 <= labels[-1] < count:
+            raise DataError(f"--data: {where}: label {labels[-1]} is not in 0..{count - 1}")
     return [_text(where, record, settings) for where, record in records], labels
 
 
@@ -274,9 +308,9 @@ def _prompted(texts: list[str], labels: list[int], settings: DataSettings, token
 def _images(path: Path, settings: DataSettings) -> list[Example]:
     """``images (n, H, W)`` or ``(n, C, H, W)`` uint8 and ``labels (n,)`` of a .npz file; nothing in it is executed."""
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
             images, labels = np.asarray(held["images"]), np.asarray(held["labels"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
         raise DataError(f"--data: {path} must be a .npz with the arrays images and labels ({error})") from error
     images = images[:, None] if images.ndim == 3 else images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in (1, settings.channels):

@@ -118,9 +118,17 @@ def test_images(model: Any, tmp_path: Path) -> None:
         ('{"text": 3, "label": 0}', {"kind": "labelled"}, {}, "'text' must be a text"),
         ('{"text": "a", "label": "x"}', {"kind": "labelled"}, {}, "label 'x' is none of the exported ones"),
         ('{"text": "a", "label": 2}', {"kind": "labelled", "label_names": ["n", "y"]}, {}, "is not in 0..1"),
+        ('{"text": "a", "label": 4294967296}', {"kind": "labelled"}, {}, r"4294967296 is not in 0\.\.2147483647"),
+        ('{"text": "a", "label": -1}', {"kind": "labelled"}, {}, r"-1 is not in 0\.\.2147483647"),
         ('{"text": "a"}', {"kind": "blocks"}, {}, "too few for a block of 128"),
         ('{"text": "a"}', {"kind": "blocks"}, {"batch_size": 0}, "--batch-size must be an integer >= 1"),
         ('{"text": "a"}', {"kind": "blocks", "new": 1}, {}, "has 'new', which this version does not know"),
+        ('{"text": "a"}', {"kind": "blocks", "pad": None}, {}, "its manifest's data has pad = None"),
+        ('{"text": "a"}', {"kind": "blocks", "eos": -1}, {}, "its manifest's data has eos = -1"),
+        ('{"text": "a"}', {"kind": "prompted", "label_words": "ab"}, {}, "its manifest's data has label_words = 'ab'"),
+        ('{"text": "a"}', {"kind": "images", "std": [float("nan")]}, {}, "its manifest's data has std ="),
+        ('{"text": "a"}', {"kind": "images", "channels": 2}, {}, "its manifest's data has channels = 2"),
+        ('{"text": "a"}', {"kind": "labelled", "seed": 2**64}, {}, "its manifest's data has seed ="),
         ('{"text": "a"}', None, {}, "tells of no data that this client reads"),
     ],
 )
@@ -151,6 +159,21 @@ def test_nothing_in_an_archive_is_executed(tmp_path: Path) -> None:
     np.savez(tmp_path / "bad.npz", images=np.array([{}], object), labels=np.zeros(1, int))
     with pytest.raises(DataError, match=r"must be a \.npz with the arrays"):
         read_examples(tmp_path / "bad.npz", DataSettings("images"), None)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 and then nothing", b"no archive"])
+def test_a_file_that_is_no_archive(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"must be a \.npz with the arrays"):
+        read_examples(tmp_path / "bad.npz", DataSettings("images"), None)
+
+
+def test_a_class_below_zero_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "mine.npz", images=np.zeros((2, 8, 8), np.uint8), labels=np.array([1, -100]))
+    half = SimpleNamespace(labels="example", classes=3, inputs=[SimpleNamespace(shape=(-1, 3, 8, 8))])
+    settings = DataSettings("images")
+    with pytest.raises(DataError, match=r"label -100 is not in 0\.\.2"):
+        check_examples(read_examples(tmp_path / "mine.npz", settings, None), half, settings)
 
 
 def test_what_the_half_cannot_take(model: Any, tmp_path: Path) -> None:
