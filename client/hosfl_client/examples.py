@@ -170,20 +170,15 @@ def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSet
     """Refuse what the half cannot take, before it is connected.
 
     Raises:
-        DataError: An image of another size, a token without an embedding, a row without positions, an unknown class.
+        DataError: An image of another size, a token without an embedding (that of padding too), a row without tokens
+            or positions, an unknown class.
     """
     if settings.kind == "images":
         size = tuple(manifest.inputs[0].shape[2:])
         if wrong := {one.values.shape[1:] for one in examples} - {size}:
             raise DataError(f"--data: images of {wrong.pop()} pixels, the half takes {size}; resize them")
     else:
-        most = max(int(one.values.max(initial=0)) for one in examples)
-        if manifest.vocabulary is not None and most >= manifest.vocabulary:
-            raise DataError(f"--half: its tokenizer makes token {most}, it embeds {manifest.vocabulary}; export anew")
-        longest = max(len(one.values) for one in examples)
-        if manifest.max_length is not None and longest > manifest.max_length:
-            raise DataError(f"--data: a row of {longest} tokens, the half has {manifest.max_length} positions; export "
-                            "it with a shorter sequence_length or max_length")  # fmt: skip
+        _check_tokens(examples, manifest, settings.pad)
     if manifest.labels == ("example" if settings.kind in ("blocks", "prompted") else "token"):
         raise DataError(f"--half: its data is {settings.kind}, its model has labels of another kind; export it anew")
     lowest = 0 if manifest.labels == "example" else IGNORE
@@ -191,6 +186,19 @@ def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSet
         for label in (int(one.labels.min(initial=0)), int(one.labels.max(initial=0))):
             if not lowest <= label < manifest.classes:
                 raise DataError(f"--data: label {label} is not in 0..{manifest.classes - 1}")
+
+
+def _check_tokens(examples: Sequence[Example], manifest: Any, pad: int) -> None:
+    lengths = {len(one.values) for one in examples}
+    if 0 in lengths:
+        raise DataError("--data: a text has no token that its tokenizer knows; take it out")
+    most = max(int(one.values.max()) for one in examples)
+    most = max(most, pad) if len(lengths) > 1 else most
+    if manifest.vocabulary is not None and most >= manifest.vocabulary:
+        raise DataError(f"--half: its tokenizer makes token {most}, it embeds {manifest.vocabulary}; export anew")
+    if manifest.max_length is not None and max(lengths) > manifest.max_length:
+        raise DataError(f"--data: a row of {max(lengths)} tokens, the half has {manifest.max_length} positions; export "
+                        "it with a shorter sequence_length or max_length")  # fmt: skip
 
 
 def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -186,6 +187,13 @@ def test_what_the_half_cannot_take(model: Any, tmp_path: Path) -> None:
     half.vocabulary, half.max_length = 400, 16
     with pytest.raises(DataError, match="has 16 positions"):
         check_examples(here.examples, half, here.settings)
-    half.max_length, half.labels = 64, "example"
+    half.classes, half.max_length, short = 400, 64, here.examples[0]._replace(values=here.examples[0].values[:5])
+    check_examples([*here.examples, short], half, replace(here.settings, pad=399))
+    check_examples(here.examples, half, replace(here.settings, pad=400))  # nothing is padded
+    with pytest.raises(DataError, match="token 400, it embeds 400"):
+        check_examples([*here.examples, short], half, replace(here.settings, pad=400))
+    with pytest.raises(DataError, match="has no token"):
+        check_examples([short._replace(values=short.values[:0])], half, here.settings)
+    half.labels = "example"
     with pytest.raises(DataError, match="labels of another kind"):
         check_examples(here.examples, half, here.settings)
