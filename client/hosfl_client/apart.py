@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,7 +36,9 @@ def read_apart(path: Path, settings: DataSettings, tokenizer: Path | None) -> li
         return read_examples(path, settings, None)
     told = json.dumps({"path": str(path), "settings": asdict(settings), "tokenizer": str(tokenizer)})
     command = [sys.executable, "-m", "hosfl_client.apart"]
-    done = subprocess.run(command, input=told.encode(), capture_output=True, check=False)
+    # Else -m would import from the folder that the client is started in before all others; Python 3.10 still does.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(command, input=told.encode(), capture_output=True, check=False, env=environment)
     if done.returncode == REFUSED:
         raise DataError(done.stderr.decode(errors="replace").strip())
     if done.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,6 +148,17 @@ def test_what_the_process_apart_refuses_is_said_by_this_one(tmp_path: Path) -> N
     (tmp_path / "mine.txt").write_text("text")
     with pytest.raises(DataError, match=r"^--half: its tokenizer .* cannot be read"):
         read_apart(tmp_path / "mine.txt", DataSettings("blocks"), tmp_path / "tokenizer.json")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no PYTHONSAFEPATH")
+def test_nothing_of_the_folder_it_is_started_in_is_imported(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
+    (tmp_path / "mine.txt").write_text("abc" * 200)
+    (tmp_path / "tokenizers.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    assert read_apart(Path("mine.txt"), DataSettings("blocks", sequence_length=8), Path("tokenizer.json"))
 
 
 def test_a_number_is_one_label_however_it_is_written(model: Any, tmp_path: Path) -> None:
