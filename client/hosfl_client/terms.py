@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hosfl_client.codecs import KNOWN as CODECS
+from hosfl_client.codecs import CODECS, TOKEN_CODECS
 from hosfl_client.manifest import Manifest
 from hosfl_client.refusals import TermsError
 from hosfl_client.wire import Terms
@@ -49,9 +49,11 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
     if terms.precision != manifest.precision:
         raise TermsError(f"the run computes in {terms.precision!r:.80}, the exported half in {manifest.precision!r}; "
                          f"set trainer.precision: {manifest.precision}")  # fmt: skip
-    if unknown := sorted({*terms.codecs.values()} - CODECS.keys()):
-        raise TermsError(f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
-                         f"{', '.join(CODECS)}; set trainer.codec to these")  # fmt: skip
+    for name, codec in terms.codecs.items():
+        known = CODECS if name == "gradient" else TOKEN_CODECS
+        if codec not in known:
+            raise TermsError(f"the run takes for its {name:.80} the codec {codec!r:.80}, this client only "
+                             f"{', '.join(known)}; set trainer.codec to these")  # fmt: skip
 
 
 def kind_of(terms: Terms) -> Any:
