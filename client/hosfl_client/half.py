@@ -79,7 +79,7 @@ class OnnxHalf:
         """As `Half.forward`.
 
         Raises:
-            HalfError: The batch lacks an input, or has one of another shape.
+            HalfError: The batch lacks an input, or has one of another shape; or ONNX Runtime fails.
         """
         return self._run(batch, [self.manifest.output])[0]
 
@@ -111,7 +111,10 @@ class OnnxHalf:
     def _run(self, batch: Batch, wanted: list[str]) -> list[np.ndarray]:
         feeds = self._feeds(batch)
         with self._idle:
-            found: list[np.ndarray] = self._session.run(wanted, feeds)
+            try:
+                found: list[np.ndarray] = self._session.run(wanted, feeds)
+            except Exception as error:  # of no type in common
+                raise HalfError(f"ONNX Runtime cannot run the half ({error!s:.300})") from error
         return found
 
     def _feeds(self, batch: Batch) -> dict[str, np.ndarray]:

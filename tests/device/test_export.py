@@ -178,6 +178,10 @@ class TestManifest:
         with pytest.raises(ValueError, match="input_ids has the shape"):
             half.forward({"input_ids": np.zeros(2, np.int64), "attention_mask": np.ones((1, 2), np.int64)})
 
+    def test_what_the_engine_says_is_one_line(self, half: OnnxHalf) -> None:
+        with pytest.raises(ValueError, match=r"ONNX Runtime cannot run the half \(.*out of.*bounds"):
+            half.forward({"input_ids": np.full((1, 2), 1 << 20), "attention_mask": np.ones((1, 2), np.int64)})
+
 
 def test_a_backbone_in_bf16_is_written_in_fp32(tiny_folder: Path) -> None:
     side = Side(client=4, taps="all")
