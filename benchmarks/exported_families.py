@@ -49,7 +49,8 @@ def told(model: SplitModule, folder: Path, quantize: Any) -> str:
         figures = export_client(model, str(folder / "phone.onnx"), quantize).figures
     except SplitError as error:
         return f"refused: {error} |"
-    return f"{max(relative for _, _, relative in figures['z']):.1e} | {figures['probes']:.4f}"
+    probes = "–" if figures["probes"] is None else f"{figures['probes']:.4f}"
+    return f"{max(relative for _, _, relative in figures['z']):.1e} | {probes}"
 
 
 def families() -> dict[str, Callable[[Path], SplitModule]]:
