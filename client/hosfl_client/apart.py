@@ -10,13 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from hosfl_client.bfloat16 import Array
 from hosfl_client.examples import DataError, DataSettings, Example, read_examples
 
-Array = np.ndarray[Any, Any]
 #: Exit status of a child that has told its parent why.
 REFUSED = 3
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from hosfl_client.basis import Basis, SharedDirections, basis_of
+from hosfl_client.bfloat16 import Array
 from hosfl_client.codecs import Coded
 from hosfl_client.half import Half
 from hosfl_client.known_gradient import known_gradient
@@ -25,7 +26,6 @@ from hosfl_client.rules import rule_of
 from hosfl_client.terms import basis_of_terms, check_terms, kind_of
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
-Array = np.ndarray[Any, Any]
 #: Of a probe: ``θ + μu``, ``θ − μu``.
 SIDES = (1, -1)
 

@@ -16,7 +16,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-IGNORE = -100
+from hosfl_client.wire.coded import IGNORE_INDEX
+
 KINDS = ("blocks", "labelled", "prompted", "images")
 #: Classes at most: a label travels in 32 bits.
 CLASSES = 1 << 31
@@ -181,7 +182,7 @@ def check_examples(examples: Sequence[Example], manifest: Any, settings: DataSet
         _check_tokens(examples, manifest, settings.pad)
     if manifest.labels == ("example" if settings.kind in ("blocks", "prompted") else "token"):
         raise DataError(f"--half: its data is {settings.kind}, its model has labels of another kind; export it anew")
-    lowest = 0 if manifest.labels == "example" else IGNORE
+    lowest = 0 if manifest.labels == "example" else IGNORE_INDEX
     for one in examples:
         for label in (int(one.labels.min(initial=0)), int(one.labels.max(initial=0))):
             if not lowest <= label < manifest.classes:
@@ -309,7 +310,7 @@ def _prompted(texts: list[str], labels: list[int], settings: DataSettings, token
         if answered[: len(asked)] != asked or len(answered) == len(asked):
             raise DataError(f"--half: its label word {word!r} merges with the end of its prompt; export another")
         row = np.asarray(answered, np.int64)
-        found.append(Example(row, np.where(np.arange(len(row)) < len(asked), IGNORE, row)))
+        found.append(Example(row, np.where(np.arange(len(row)) < len(asked), IGNORE_INDEX, row)))
     return found
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from hosfl_client.examples import IGNORE, DataSettings, Example
+from hosfl_client.bfloat16 import Array
+from hosfl_client.examples import DataSettings, Example
 from hosfl_client.rng import Domain, permutation
-
-Array = np.ndarray[Any, Any]
+from hosfl_client.wire.coded import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ def collate(examples: Sequence[Example], settings: DataSettings) -> Minibatch:
     inputs = {"input_ids": ids, "attention_mask": mask}
     if settings.kind == "labelled":
         return Minibatch(inputs, np.array([example.labels for example in examples], np.int64), shape[0])
-    labels = np.full(shape, IGNORE, np.int64)
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
     for row, example in enumerate(examples):
         labels[row, : len(example.labels)] = example.labels
-    return Minibatch(inputs, labels, int((labels[:, 1:] != IGNORE).sum()))
+    return Minibatch(inputs, labels, int((labels[:, 1:] != IGNORE_INDEX).sum()))
 
 
 def _pixels(examples: Sequence[Example], settings: DataSettings) -> Array:

@@ -6,11 +6,10 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-Array = np.ndarray[Any, Any]
+from hosfl_client.bfloat16 import Array
 
 
 class NumpyStorage:
