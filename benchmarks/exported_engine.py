@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from hosfl_client import half as engine
 
@@ -48,7 +47,7 @@ def main() -> None:
 def row(given: Any) -> str:
     """Of one way."""
     if given.way == "none":
-        options = ort.SessionOptions
+        options = engine.ort.SessionOptions
 
         def without_arena() -> Any:
             made = options()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 
+LARGEST_PORT = 65535
+
 
 def check_address(address: str, setting: str) -> str:
     """The host of ``HOST:PORT``.
@@ -16,8 +18,8 @@ def check_address(address: str, setting: str) -> str:
         ValueError: It is no such address.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"{setting} must be HOST:PORT, got {address!r}")
+    if not host or not port.isdecimal() or int(port) > LARGEST_PORT:
+        raise ValueError(f"{setting} must be HOST:PORT, the port at most {LARGEST_PORT}, got {address!r}")
     return host.strip("[]")
 
 

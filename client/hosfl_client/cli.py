@@ -53,10 +53,22 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Ends a wrong setting with one line, as everything else does."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} ({self.prog} --help)")
+
+
+def _count(text: str) -> int:
+    """An integer from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "hosfl-client", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser("hosfl-client", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"hosfl-client {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="join | check")
 
@@ -66,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     _half(join)
     join.add_argument(
         "--data", required=True, metavar="FILE",
-        help=".jsonl or .csv with a text (and a label) a record, .txt for running text, .npz with images and labels",
+        help=".jsonl or .csv with a text (and a label) a record, .txt or .md for running text, .npz with images and "
+        "labels",
     )  # fmt: skip
     who = join.add_mutually_exclusive_group(required=True)
     who.add_argument("--certs", metavar="DIR", help="ca.crt, site.crt and site.key, as hosfl certs client made them")
@@ -74,10 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--name", help="who this is; with --certs it is the certificate's common name")
     join.add_argument("--server-name", metavar="NAME", help="what the server's certificate says, if not its address")
     join.add_argument("--state", metavar="DIR", help="what this client keeps (default: hosfl_client_<name>)")
-    join.add_argument("--save-every", type=int, default=10, metavar="N", help="updates between writes (default 10)")
+    join.add_argument("--save-every", type=_count, default=10, metavar="N", help="updates between writes (default 10)")
     join.add_argument("--give-up", type=float, default=600.0, metavar="S", help="seconds without it (default 600)")
     own = join.add_argument_group("the data, where it differs from the recipe that was exported")
-    own.add_argument("--batch-size", type=int, metavar="N", help="examples a round")
+    own.add_argument("--batch-size", type=_count, metavar="N", help="examples a round")
     own.add_argument("--text-field", metavar="FIELD", help="of a record")
     own.add_argument("--label-field", metavar="FIELD", help="of a record")
 
@@ -89,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _half(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--half", required=True, metavar="FILE", help="phone.onnx; its other files lie beside it")
-    parser.add_argument("--threads", type=int, default=None, metavar="N", help="that compute (default: one a core)")
+    parser.add_argument("--threads", type=_count, default=None, metavar="N", help="that compute (default: one a core)")
 
 
 def _join(given: Any) -> None:

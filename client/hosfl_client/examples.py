@@ -202,10 +202,15 @@ def _check_tokens(examples: Sequence[Example], manifest: Any, pad: int) -> None:
                         "it with a shorter sequence_length or max_length")  # fmt: skip
 
 
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Place and fields of each record."""
+def _records(path: Path, running: bool = False) -> list[tuple[str, dict[str, Any]]]:
+    """Place and fields of each record; running text would do as well."""
+    if path.suffix not in (".csv", ".jsonl", ".ndjson"):
+        kinds = ".txt, .md, .jsonl or .csv" if running else ".jsonl or .csv, with a text and a label a record"
+        raise DataError(f"--data: {path} must be {kinds}")
     text = _decoded(path)
     if path.suffix == ".csv":
+        if not text.strip():
+            raise DataError(f"--data: {path} is empty; its first line names the fields")
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         try:
             header, *rows = [row for row in reader if row]
@@ -215,8 +220,6 @@ def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
             if len(row) != len(header):
                 raise DataError(f"--data: {path} record {number} has {len(row)} cells, the header {len(header)}")
         return [(f"{path} record {i}", dict(zip(map(str.strip, header), row))) for i, row in enumerate(rows, 1)]
-    if path.suffix not in (".jsonl", ".ndjson"):
-        raise DataError(f"--data: {path} must be .jsonl or .csv, with a text and a label a record")
     found = []
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         if line.strip():
@@ -254,7 +257,7 @@ def _text(where: str, record: dict[str, Any], settings: DataSettings) -> str:
 def _documents(path: Path, settings: DataSettings) -> list[str]:
     if path.suffix in (".txt", ".text", ".md", ".rst", ".py"):
         return [_decoded(path)]
-    return [_text(where, record, settings) for where, record in _records(path)]
+    return [_text(where, record, settings) for where, record in _records(path, running=True)]
 
 
 def _labelled(path: Path, settings: DataSettings) -> tuple[list[str], list[int]]:

@@ -137,12 +137,16 @@ class Manifest:
         Raises:
             HalfError: There is none, or it is of another version or damaged.
         """
+        if not Path(path).name:
+            raise HalfError(f"--half: {path} is a folder; give the .onnx file in it")
         path = Path(path).with_suffix(".json")
         try:
             found = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise HalfError(
-                f"{path}: no manifest of an exported half ({error}); hosfl export-client writes it"
+                f"--half: {path}: no manifest of an exported half ({reason}); copy all files that hosfl export-client "
+                "wrote into one folder"
             ) from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             said = found.get("format") if isinstance(found, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -45,6 +46,9 @@ class OwnState:
         folder: Made when it is not there.
         storage: Of its engine.
         discard: Deletes a file; one that is not there is no error.
+
+    Raises:
+        ValueError: The folder cannot be made, or not be written in.
     """
 
     def __init__(
@@ -52,7 +56,17 @@ class OwnState:
     ) -> None:
         self.folder, self.storage = Path(folder), storage
         self.discard = discard or (lambda path: path.unlink(missing_ok=True))
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make()
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK | os.X_OK):  # else it is noticed after the first updates
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except OSError as error:
+            raise ValueError(
+                f"--state: {self.folder}: {error.strerror}; give a folder in which this client can write"
+            ) from error
 
     def save_shared(self, state: Mapping[str, Any], run_id: bytes, version: int, incarnation: str) -> None:
         """After ``version`` updates."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -57,12 +59,16 @@ def export_client(
         The manifest.
 
     Raises:
+        ValueError: Such a path or smoothing length cannot be.
         SplitError: The half cannot be exported.
         ImportError: The extra ``device`` is not installed.
     """
     path = Path(out)
     if path.suffix != ".onnx":
         raise ValueError(f"--out: {out} is no path of a graph; give one that ends in .onnx")
+    if not 0 < mu < float("inf"):
+        raise ValueError(f"--mu must be above 0, got {mu:g}")
+    _make(path.parent)
     if not model.client_parameters:
         raise SplitError("model: the client trains nothing, so it takes no part; set lora.client, side or "
                          "client_parameters")  # fmt: skip
@@ -90,6 +96,16 @@ def export_client(
     written = replace(written, check=recorded.name, figures=measure(path, half, trained, samples, mu))
     write_json(beside[".json"], written.as_json(), indent=1)
     return written
+
+
+def _make(folder: Path) -> None:
+    """Before minutes of exporting."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(f"--out: {folder}: {error.strerror}; give a path in a folder that can be written") from error
 
 
 def in_fp32(model: SplitModule) -> tuple[Any, Mapping[str, Tensor]]:

@@ -211,7 +211,10 @@ class Admission:
         elif number is None:
             reason = f"{name:.80} is not among the clients of this run"
         elif self.terms.endpoint not in hello.endpoints:
-            reason = f"the run's clients are a {self.terms.endpoint}, which this client does not know"
+            reason = (
+                f"the run's clients are a {self.terms.endpoint}, which {hello.package:.40} does not know; take part "
+                "with hosfl join, of the server's version"
+            )
         else:
             reason = self.gate.objection(name, member.serial)
         if reason is not None or number is None:
@@ -223,7 +226,7 @@ class Admission:
             if other is not member and other.number == number:
                 self.notify(f"{name} has connected anew: the connection before is closed")
                 self.turn_out(other, f"another connection of {name} has taken its place")
-        if hello.package != __version__:
+        if hello.package.split()[-1:] != [__version__]:  # a device says "hosfl-client" before it
             self.notify(f"{name} runs version {hello.package:.40}, this server {__version__}")
         member.name, member.number, member.session, member.stage = name, number, hello.session, "joining"
         self._tell(member, replace(self.terms, round=self.round, client=number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -46,10 +47,15 @@ def join(**changes: str | None) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"server": "here"}, "--server must be HOST:PORT, got 'here'"),
+        ({"server": "here"}, "--server must be HOST:PORT, the port at most 65535, got 'here'"),
+        ({"server": "127.0.0.1:99999"}, "the port at most 65535, got '127.0.0.1:99999'"),
+        ({"half": "."}, "--half: . is a folder; give the .onnx file in it"),
+        ({"half": None}, "the following arguments are required: --half (hosfl-client join --help)"),
+        ({"threads": "0"}, "argument --threads: must be an integer >= 1, got '0'"),
+        ({"save-every": "-1"}, "argument --save-every: must be an integer >= 1, got '-1'"),
         ({"server": "example.org:1"}, "--insecure sends everything in plain text"),
         ({"name": None}, "--name: without certificates a client must say who it is"),
-        ({}, "no/phone.json: no manifest of an exported half"),
+        ({}, "--half: no/phone.json: no manifest of an exported half (No such file or directory); copy all files"),
     ],
 )
 def test_one_line(changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +68,27 @@ def test_help_imports_nothing_that_takes_time() -> None:
                           env={"PYTHONPATH": str(ROOT / "client")}).stdout  # fmt: skip
     assert "--half FILE" in told and "nothing else is ever connected to" in told
     assert not {"numpy", "onnxruntime", "grpc", "tokenizers", "torch"} & {*told.splitlines()[-1].split()}
+
+
+def test_onnx_runtime_reports_nothing(exported: Any, tmp_path: Path) -> None:
+    """It keeps a number of the device, and what it will send, under the home of who runs it."""
+    told = {k: v for k, v in os.environ.items() if k not in ("CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    half = exported()
+    code = f"from hosfl_client.half import OnnxHalf; OnnxHalf({str(half)!r}, 1)"
+    subprocess.run([sys.executable, "-c", code], check=True,
+                   env={**told, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT / "client")})  # fmt: skip
+    assert not [*tmp_path.rglob("deviceid")]
+
+
+@pytest.mark.parametrize("case", ["a file", "below a file", "read-only"])
+def test_a_state_that_cannot_be_written(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "state"
+    if case == "read-only":
+        monkeypatch.setattr("os.access", lambda *_: False)
+    else:
+        folder.write_text("")
+    with pytest.raises(ValueError, match=r"--state: .*state.*; give a folder in which this client can write"):
+        OwnState(folder / "a" if case == "below a file" else folder, NumpyStorage())
 
 
 def test_a_site_is_known_by_its_certificate(site: Path) -> None:

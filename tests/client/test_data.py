@@ -143,6 +143,21 @@ def test_what_is_refused(
         read_examples(tmp_path / "mine.jsonl", DataSettings.of(section, **own), Text(tmp_path / "tokenizer.json"))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "said"),
+    [
+        ("mine.csv", "blocks", r"mine\.csv is empty; its first line names the fields"),
+        ("mine.pdf", "blocks", r"mine\.pdf must be \.txt, \.md, \.jsonl or \.csv$"),
+        ("mine.txt", "labelled", r"mine\.txt must be \.jsonl or \.csv, with a text and a label a record"),
+    ],
+)
+def test_files_of_another_kind(name: str, kind: str, said: str, model: Any, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"" if name.endswith("csv") else b"\xff")
+    (tmp_path / "tokenizer.json").write_text(model.tokenizer().backend_tokenizer.to_str())
+    with pytest.raises(DataError, match=said):
+        read_examples(tmp_path / name, DataSettings(kind), Text(tmp_path / "tokenizer.json"))
+
+
 def test_what_the_process_apart_refuses_is_said_by_this_one(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "mine.txt").write_text("text")

@@ -275,6 +275,18 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"--out: phone is no path of a graph"):
             export_client(SplitCausalLM(str(tiny_folder), cut=1, part="client"), "phone")
 
+    def test_a_folder_that_cannot_be_made(self, tiny_folder: Path, tmp_path: Path) -> None:
+        model = SplitCausalLM(str(tiny_folder), cut=1, part="client", client_parameters="norm")
+        (tmp_path / "a").write_text("")
+        with pytest.raises(ValueError, match=r"--out: .*a: File exists; give a path in a folder that can be written"):
+            export_client(model, str(tmp_path / "a" / "phone.onnx"))
+
+    @pytest.mark.parametrize("mu", [0.0, -1.0, float("nan")])
+    def test_a_smoothing_length_that_divides_by_nothing(self, mu: float, tiny_folder: Path, tmp_path: Path) -> None:
+        model = SplitCausalLM(str(tiny_folder), cut=1, part="client", client_parameters="norm")
+        with pytest.raises(ValueError, match="--mu must be above 0"):
+            export_client(model, str(tmp_path / "phone.onnx"), mu=mu)
+
     def test_bf16_that_is_trained(self, tiny_folder: Path, tmp_path: Path) -> None:
         model = SplitCausalLM(str(tiny_folder), cut=1, part="client", client_parameters="norm", dtype="bfloat16")
         with pytest.raises(SplitError, match="trained in bfloat16"):

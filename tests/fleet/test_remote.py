@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hosfl_lightning import __version__
 from hosfl_lightning.clients.catch_up import load_state, state_digest
 from hosfl_lightning.fleet.admission import Admission
 from hosfl_lightning.fleet.channel import Channel
@@ -153,6 +154,24 @@ def test_what_a_client_says_is_printed_as_it_is_written(text: str) -> None:
     server.fleet._pump_all()
     assert len(server.said) == 4, server.said
     assert all(line.isprintable() for line in server.said), server.said
+
+
+def test_versions_are_compared_whoever_has_them() -> None:
+    there = Server()
+    for name, package in zip(NAMES, (f"hosfl-client {__version__}", "hosfl-client 0.0.0")):
+        there.come(name, package=package)
+    there.fleet._pump_all()
+    told = [line for line in there.said if "runs version" in line]
+    assert told == [f"{NAMES[1]} runs version hosfl-client 0.0.0, this server {__version__}"]
+
+
+def test_who_does_not_know_the_method_is_told_what_does() -> None:
+    there = Server()
+    there.come(NAMES[0], package="hosfl-client 0.1.0", endpoints=["Other"])
+    there.fleet._pump_all()
+    [told] = there.said
+    assert told.endswith("a Some, which hosfl-client 0.1.0 does not know; take part with hosfl join, of the server's "
+                         "version")  # fmt: skip
 
 
 def test_held_out_data_that_are_late_are_not_trained_on() -> None:
