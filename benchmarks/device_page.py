@@ -46,7 +46,7 @@ its text in a process that has ended by then: its time counts, its memory does n
 
 MEMORY = """\
 tiny_lm, 8 x 128 tokens a round, MiB. These processes have no line to a server, which is about 3 MiB more: between
-rounds a client is at the target of 90 MiB, not far below it. Idle and waiting are after more than a second: by then
+rounds a client is just below the target of 90 MiB. Idle and waiting are after more than a second: by then
 what ONNX Runtime kept for the next forward was given back. While it waits for λ a client holds, beside weights and
 session, its batch, the frame that it sent (0.25 MiB, in case it is asked again) and, with LoRA, z as it was computed
 (0.5 MiB).
