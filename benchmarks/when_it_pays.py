@@ -58,6 +58,7 @@ PANELS = [
     Panel("a small Llama,\nits text enciphered", "input_shift", {"cell": "cipher"}, FOUR_KB, SIDE),
     Panel("a camera that inverts,\ndeep cut", "input_shift", {"cell": "inverted_deep"}, "HO-SFL on norms, P = 32",
           "32 numbers"),
+    Panel("a noisy camera", "input_shift", {"cell": "noise"}, "HO-SFL on norms, P = 32", "32 numbers"),
     Panel("Gemma-3-270M,\nfilm reviews", "claims", {"cell": "gemma_cut12_strong_bfloat16"}, FOUR_KB, SIDE),
     Panel("other labels at each client,\ninputs as trained", "input_shift", {"cell": "labels"},
           "HO-SFL on norms, P = 8", "8 numbers"),
