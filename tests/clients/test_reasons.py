@@ -143,5 +143,5 @@ def test_it_is_said_once_and_then_once_a_minute(monkeypatch: pytest.MonkeyPatch)
 def test_an_address_needs_a_port(tmp_path: Path) -> None:
     from hosfl_lightning.join import join
 
-    with pytest.raises(ValueError, match=r"--server must be HOST:PORT, got 'fl\.example\.org'"):
+    with pytest.raises(ValueError, match=r"--server must be HOST:PORT, the port at most 65535, got 'fl\.example\.org'"):
         join("fl.example.org", None, None, str(tmp_path))  # type: ignore[arg-type]
