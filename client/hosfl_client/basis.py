@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -230,14 +230,28 @@ class Coordinates(Basis):
         return np.concatenate([g.reshape(-1) for g in gradient], dtype=np.float32)[self.chosen]
 
 
+_KINDS: dict[str, Callable[..., Basis]] = {
+    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense,
+}  # fmt: skip
+B = TypeVar("B")
+
+
 def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int]) -> Basis:
-    """The basis whose `Basis.describe` gave ``description``.
+    """The basis whose `Basis.describe` gave ``description``; see `described`."""
+    return described(description, seed, round, sizes, _KINDS)
+
+
+def described(
+    description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int], kinds: Mapping[str, Callable[..., B]]
+) -> B:
+    """The basis of an engine whose ``describe`` gave ``description``.
 
     Args:
         description: ``kind`` and that kind's settings, as a message carries them.
         seed: The run's seed; it does not travel.
         round: In which the coefficients were measured.
         sizes: Elements of each tensor, in manifest order.
+        kinds: The engine's classes, by kind.
 
     Raises:
         ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
@@ -247,15 +261,15 @@ def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Seque
         case "shared_directions", ["distribution", "probes"]:
             _check_type("probes", settings["probes"], int)
             _check_type("distribution", settings["distribution"], str)
-            return SharedDirections(seed, round, **settings)
+            return kinds["shared_directions"](seed, round, **settings)
         case "coordinates", ["count"]:
             _check_type("count", settings["count"], int)
-            return Coordinates(seed, round, sizes, **settings)
+            return kinds["coordinates"](seed, round, sizes, **settings)
         case "dense", []:
-            return Dense(sizes)
+            return kinds["dense"](sizes)
     raise ValueError(
         f"no basis is described by {dict(description)}: kind must be shared_directions (with probes, distribution), "
-        "coordinates (with count) or dense; a later version of the client may know it"
+        "coordinates (with count) or dense; a later version may know it"
     )
 
 

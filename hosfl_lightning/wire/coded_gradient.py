@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosfl_client.padding import rounding_stream
 from hosfl_client.wire.checks import check_tensor
 from hosfl_client.wire.coded import GRADIENT, ROW, CodedGradientFields
 from hosfl_lightning.wire.arrays import TENSORS
 from hosfl_lightning.wire.codecs import Coded
-from hosfl_lightning.wire.padding import rounding_stream
 
 
 @dataclass(frozen=True, eq=False)

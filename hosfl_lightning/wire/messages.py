@@ -8,6 +8,7 @@ from typing import TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from hosfl_client.padding import rounding_stream
 from hosfl_client.wire.acknowledgement import Acknowledgement
 from hosfl_client.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_client.wire.coded import IGNORE_INDEX, LABELS, MULTIPLIER, MultiplierFields, SmashedDataFields, Z
@@ -20,7 +21,7 @@ from hosfl_client.wire.weights import Weights
 from hosfl_lightning.wire.arrays import TENSORS
 from hosfl_lightning.wire.codecs import Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
-from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
+from hosfl_lightning.wire.padding import pack_rows, unpack_rows
 from hosfl_lightning.wire.probed_data import ProbedData
 
 

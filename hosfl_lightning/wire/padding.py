@@ -5,20 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hosfl_client.wire.checks import check_step
 from hosfl_client.wire.errors import DtypeError, ShapeError
-from hosfl_lightning.rng import Domain, Stream
+from hosfl_lightning.rng import Stream
 from hosfl_lightning.wire.codecs import Coded
-
-
-def rounding_stream(kind: str, seed: int, round: int, client: int, step: int) -> Stream:
-    """The noise of what client k sends or is sent in a local step of a round; the step takes the probe's place.
-
-    Raises:
-        FieldError: A step that the counter does not hold.
-    """
-    check_step(kind, step)
-    return Stream(seed, Domain.ROUNDING, round, client, step)
 
 
 def pack_rows(kind: str, name: str, x: Tensor, mask: Tensor, codec: str, stream: Stream, tensor: int) -> Coded:

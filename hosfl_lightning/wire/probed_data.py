@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hosfl_client.padding import rounding_stream
 from hosfl_client.wire.checks import check_probe
 from hosfl_client.wire.coded import ProbedDataFields, probe_index
 from hosfl_lightning.wire.codecs import Coded
-from hosfl_lightning.wire.padding import pack_rows, rounding_stream, unpack_rows
+from hosfl_lightning.wire.padding import pack_rows, unpack_rows
 
 
 @dataclass(frozen=True, eq=False)
