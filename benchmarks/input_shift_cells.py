@@ -100,6 +100,7 @@ TASKS = {
 NORMS = "first order, norms"
 SIDE, CONVOLUTION = "side adapter, 4 KB", "HO-SFL on the first convolution, P = 8"
 TWO, EIGHT, MANY = (f"HO-SFL on norms, P = {probes}" for probes in (2, 8, 32))
+OWN = (OWN_EIGHT, OWN_MANY) = tuple(f"HO-SFL on norms, own directions, P = {probes}" for probes in (8, 32))
 PERSONAL = (PERSONAL_EIGHT, PERSONAL_NORMS) = ("personal HO-SFL on norms, P = 8", "personal first order, norms")
 ALL = (FROZEN, FIRST_ORDER, NORMS, TWO, EIGHT, MANY, SIDE, CONVOLUTION)
 FEW = (FROZEN, FIRST_ORDER, NORMS, EIGHT, MANY, SIDE)
@@ -151,7 +152,7 @@ CELLS = [
     Cell("inverted", "inverted contrast, one for all", shift=("Contrast", {"gain": -1.0}), rows=ALL,
          rates={"server": (0.001, 0.002, 0.004), "first_order": (0.003, 0.01, 0.03)}),
     Cell("inverted_deep", "inverted contrast, one for all, cut 3", shift=("Contrast", {"gain": -1.0}),
-         overrides={"model.init_args.cut": 3}, rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT, MANY, SIDE), rates=DEEP),
+         overrides={"model.init_args.cut": 3}, rows=(*FEW, *OWN), rates=DEEP),
     Cell("cipher", "TinyStories in a cipher, one for all", "text", ("Cipher", {}), rounds=40,
          rows=(FROZEN, FIRST_ORDER, NORMS, SIDE)),
     Cell("contrast_each", "contrast, each client its own",
@@ -165,9 +166,9 @@ CELLS = [
                     "data.init_args.min_examples_per_client": 16},
          rows=(FROZEN, FIRST_ORDER, NORMS, EIGHT),
          rates={"server": (0.0001, 0.0003, 0.001), "first_order": (0.0003, 0.001, 0.003)}),
-    Cell("noise", "noise, one level for all", shift=("Noise", {"std": 0.4})),
+    Cell("noise", "noise, one level for all", shift=("Noise", {"std": 0.4}), rows=(*FEW, *OWN)),
     Cell("pattern_each", "sensor pattern, each client its own",
-         shift=("SensorPattern", {"strength": 0.4, "each_client": True})),
+         shift=("SensorPattern", {"strength": 0.4, "each_client": True}), rows=(*FEW, *OWN)),
     Cell("blur", "blur, one for all", shift=("Blur", {"sigma": 2.0})),
     Cell("colour", "colour cast, each client its own", "colour",
          ("ColourCast", {"gains": [1.0, -0.5, 0.3], "offsets": [0.0, 0.6, 0.3], "each_client": True})),
@@ -192,6 +193,9 @@ def methods(task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
     yield NORMS, row(backprop(), chosen("norm"), task.norms, task)
     for name, probes in ((TWO, 2), (EIGHT, 8), (MANY, 32)):
         yield name, row(hosfl(probes=probes), chosen("norm"), task.zeroth[probes], task)
+    for name, probes in ((OWN_EIGHT, 8), (OWN_MANY, 32)):
+        method = hosfl(probes=probes, directions="client")
+        yield name, row(method, chosen("norm"), task.zeroth[probes], task)
     yield SIDE, row(known("Uncompressed"), in_three, task.side, task)
     if not task.lora:
         yield CONVOLUTION, row(hosfl(probes=8), chosen("first_layer"), task.zeroth[8], task)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,10 @@ class Basis(ABC):
             gradient: fp32, one a tensor in manifest order; empty where nothing is known.
         """
 
+    def of_clients(self, clients: Sequence[int]) -> Basis:
+        """In what these clients answer λ, each alone, and what is made of their answers: itself, if it is nobody's."""
+        return self
+
 
 class SharedDirections(Basis):
     r"""``ĝ = (1/P) Σ_p c_p u_p``, the same random directions ``u_p`` for every client of a round.
@@ -84,7 +88,12 @@ class SharedDirections(Basis):
 
     @property
     def size(self) -> int:
-        """``P``."""
+        """Scalars that travel."""
+        return len(self.streams)
+
+    @property
+    def probes(self) -> int:
+        """``P``, over which the mean is."""
         return len(self.streams)
 
     def part(self, first: int, probes: int) -> SharedDirections:
@@ -105,7 +114,7 @@ class SharedDirections(Basis):
 
     def chunks(self, coefficients: Floats, sizes: Sequence[int]) -> Iterator[Chunk]:
         """As `Basis.chunks`."""
-        alphas = round_coefficients(coefficients / np.float32(self.size), self.domain).tolist()
+        alphas = round_coefficients(coefficients / np.float32(self.probes), self.domain).tolist()
         for tensor, start, total in sums(self.streams, alphas, _whole(sizes)):
             total += np.float32(0)  # the sum begins at zero: it is never −0
             yield tensor, slice(start, start + len(total)), total
@@ -228,54 +237,6 @@ class Coordinates(Basis):
     def project(self, gradient: Sequence[Floats]) -> Floats:
         """As `Basis.project`."""
         return np.concatenate([g.reshape(-1) for g in gradient], dtype=np.float32)[self.chosen]
-
-
-_KINDS: dict[str, Callable[..., Basis]] = {
-    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense,
-}  # fmt: skip
-B = TypeVar("B")
-
-
-def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int]) -> Basis:
-    """The basis whose `Basis.describe` gave ``description``; see `described`."""
-    return described(description, seed, round, sizes, _KINDS)
-
-
-def described(
-    description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int], kinds: Mapping[str, Callable[..., B]]
-) -> B:
-    """The basis of an engine whose ``describe`` gave ``description``.
-
-    Args:
-        description: ``kind`` and that kind's settings, as a message carries them.
-        seed: The run's seed; it does not travel.
-        round: In which the coefficients were measured.
-        sizes: Elements of each tensor, in manifest order.
-        kinds: The engine's classes, by kind.
-
-    Raises:
-        ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
-    """
-    settings = {name: value for name, value in description.items() if name != "kind"}
-    match description.get("kind"), sorted(settings):
-        case "shared_directions", ["distribution", "probes"]:
-            _check_type("probes", settings["probes"], int)
-            _check_type("distribution", settings["distribution"], str)
-            return kinds["shared_directions"](seed, round, **settings)
-        case "coordinates", ["count"]:
-            _check_type("count", settings["count"], int)
-            return kinds["coordinates"](seed, round, sizes, **settings)
-        case "dense", []:
-            return kinds["dense"](sizes)
-    raise ValueError(
-        f"no basis is described by {dict(description)}: kind must be shared_directions (with probes, distribution), "
-        "coordinates (with count) or dense; a later version may know it"
-    )
-
-
-def _check_type(name: str, value: object, kind: type) -> None:
-    if type(value) is not kind:
-        raise ValueError(f"basis.{name} must be of type {kind.__name__}, got {value!r:.80}")
 
 
 def _whole(sizes: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hosfl_client.basis import Basis, SharedDirections, basis_of
+from hosfl_client.basis import Basis, SharedDirections
+from hosfl_client.basis_of import basis_of
 from hosfl_client.bfloat16 import Array
 from hosfl_client.codecs import Coded
 from hosfl_client.half import Half
@@ -264,5 +265,7 @@ class Endpoint:
         return float(round_coefficient(settings["mu"], DISTRIBUTIONS[settings["distribution"]]))
 
     def basis(self, round: int) -> Basis:
-        """In what the round's answers and its update are expressed."""
-        return basis_of(self.answered_in, self.terms.seed, round, self.optimizer.sizes)
+        """In what the round's answer is expressed."""
+        basis = basis_of(self.answered_in, self.terms.seed, round, self.optimizer.sizes)
+        assert self.terms.client is not None  # as the server's admission says
+        return basis.of_clients([self.terms.client])

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hosfl_client.basis import Basis, basis_of
+from hosfl_client.basis import Basis
+from hosfl_client.basis_of import basis_of
 from hosfl_client.bfloat16 import BFLOAT16, Array, Floats, cast, widen
 from hosfl_client.refusals import CatchUpError
 from hosfl_client.rules import RuleError, UpdateRule, rule_of

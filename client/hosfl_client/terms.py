@@ -64,7 +64,7 @@ def kind_of(terms: Terms) -> Any:
 
 
 def basis_of_terms(terms: Terms) -> dict[str, Any]:
-    """In what this client answers λ, as `hosfl_client.basis.basis_of` takes it; empty: it does not."""
+    """In what this client answers λ, as `hosfl_client.basis_of.basis_of` takes it; empty: it does not."""
     settings = terms.settings
     if terms.endpoint != "MixedEndpoint":
         return terms.basis

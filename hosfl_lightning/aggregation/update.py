@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean, aggregated
 from hosfl_lightning.aggregation.weights import weights
@@ -56,16 +57,31 @@ def combine(
     """
     answers = sorted(answers, key=lambda answer: answer.client)
     w = weights([answer.num_terms for answer in answers])
+    basis, coefficients = summed(answers, w, rule)
     return Update(
         round=answers[0].round,
-        basis=answers[0].basis,
-        coefficients=aggregated(rule, torch.stack([answer.coefficients for answer in answers]), w),
+        basis=basis,
+        coefficients=coefficients,
         rule=optimizer.prescription,
         step=optimizer.steps + 1,
         participants=[answer.client for answer in answers],
         weights=w,
         mu=mu,
     )
+
+
+def summed(
+    answers: Sequence[ProjectedGradients], w: Sequence[float], rule: AggregationRule
+) -> tuple[dict[str, Any], Tensor]:
+    """Of answers in client order, a basis and coefficients in it: ``v̄_p``, or ``w_k v_kp`` of directions of their own.
+
+    The mean of gradients along different directions is along all of them.
+    """
+    basis, rows = answers[0].basis, torch.stack([answer.coefficients for answer in answers])
+    if basis.get("kind") != "client_directions":
+        return basis, aggregated(rule, rows, w)
+    scaled = rows.double() * torch.tensor(w, dtype=torch.float64)[:, None]
+    return {**basis, "clients": [answer.client for answer in answers]}, scaled.float().flatten()
 
 
 def recorded(frame: bytes, run_id: bytes) -> Update:

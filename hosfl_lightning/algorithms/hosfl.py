@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
+from hosfl_lightning.aggregation import MEAN
 from hosfl_lightning.algorithms.personal_round import PersonalRound
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.optim import Basis, Compression, Estimator, UpdateRule
+from hosfl_lightning.optim import Basis, ClientDirections, Compression, Estimator, UpdateRule
 from hosfl_lightning.split.personal import PersonalPart
 from hosfl_lightning.split.side import of_side
+
+Directions = Literal["shared", "client"]
 
 
 class HOSFL(SharedScalars, PersonalRound):
@@ -43,6 +46,8 @@ class HOSFL(SharedScalars, PersonalRound):
             or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
         taps: Of a client with ``estimator: local``, as in `LocalGradientClient`: ``recompute`` or ``keep``.
         personal: As in `PersonalRound`: true, or a word for a part, stays with its client, moved by its own ``v_kp``.
+        directions: ``shared`` by all clients of a round (the paper's), or each ``client``'s own: as many forwards and
+            scalars up, ``K · P`` scalars down, and clients with like gradients see ``K`` times as much of the space.
 
     Like every method it also takes ``client_optimizer``, the update rule on θ_c, ``client_scheduler``, which the first
     order control has too, and ``aggregation``: ``WeightedMean``, ``Median``, ``TrimmedMean`` or ``NormClippedMean``.
@@ -71,6 +76,7 @@ class HOSFL(SharedScalars, PersonalRound):
         compression: Compression | None = None,
         taps: Taps = "recompute",
         personal: bool | PersonalPart = False,
+        directions: Directions = "shared",
         **kwargs: Any,
     ) -> None:
         given: Any = {"estimator": estimator, "distribution": distribution, "personal": personal}
@@ -85,6 +91,22 @@ class HOSFL(SharedScalars, PersonalRound):
             raise ValueError(f"compression={type(compression).__name__} is of the whole gradient, and with "
                              f"personal={personal!r} a part of it stays at the client; set compression: null, or "
                              "personal: true")  # fmt: skip
+        self.directions = directions
+        self._check_directions()
+
+    def _check_directions(self) -> None:
+        where = f"trainer.algorithm.init_args.directions={self.directions!r}"
+        if self.directions not in get_args(Directions):
+            raise ValueError(f"{where}: one of {', '.join(get_args(Directions))}")
+        if self.directions == "shared":
+            return
+        if self.aggregation != MEAN:
+            raise ValueError(f"{where}: no two coefficients are of one direction, so {type(self.aggregation).__name__} "
+                             "has nothing to compare; leave aggregation out, or set directions: shared")  # fmt: skip
+        for name in ("compression", "personal"):
+            if getattr(self, name):
+                raise ValueError(f"{where} is for an update that is summed of probes' scalars; leave {name} out, or "
+                                 "set directions: shared")  # fmt: skip
 
     @override
     def check(self, module: SplitModule) -> None:
@@ -131,11 +153,14 @@ class HOSFL(SharedScalars, PersonalRound):
             **{f"compression.{k}": v for k, v in asdict(self.compression).items()},
         }  # fmt: skip
         taps = {"taps": self.taps} if self.estimator == "local" else {}
-        return {**super().settings(), **taps, **chosen}
+        own = {"directions": self.directions} if self.directions != "shared" else {}
+        return {**super().settings(), **taps, **chosen, **own}
 
     @override
     def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:
         """Of the round: directions, or the compression's."""
+        if self.directions == "client":
+            return ClientDirections(seed, round, self.probes, [], self.distribution)
         if self.compression is None:
             return super().basis(seed, round, sizes)
         return self.compression.basis(seed, round, sizes)

@@ -107,7 +107,8 @@ class GradientAlignment(RoundCallback):
             terms = [self._term(message, multipliers[message.client]) for message in inbox.messages]
             known = None
             if self._update is not None:
-                known = trainer.server.basis(self._update.round), self._update.coefficients
+                basis = trainer.server.basis(self._update.round).of_clients(self._update.participants)
+                known = basis, self._update.coefficients
             server = [*trainer.lightning_module.server_parameters.values()]
             self.measure(trainer.endpoint.client, terms, server, known)
 

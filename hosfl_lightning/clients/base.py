@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,15 @@ class Anchor:
             self._base = lagrangian_term(self.z, multiplier, rows)
             del self.z
         return self._base
+
+    def part(self, number: int, rows: slice) -> Anchor:
+        """One client's of it, after `release`: which in the order of clients, and its examples."""
+        assert self._base is not None
+        one = copy(self)
+        one._base = self._base[number : number + 1]
+        one.graphs = self.graphs[number : number + 1]
+        one.kept = [(module, given[rows]) for module, given in self.kept]
+        return one
 
 
 class Client:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.clients.base import Anchor, SplitClient
@@ -16,7 +17,7 @@ from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
 from hosfl_lightning.clients.local_gradient import LocalGradientClient
-from hosfl_lightning.optim import Basis, ZerothOrder
+from hosfl_lightning.optim import Basis, ClientDirections, ZerothOrder
 from hosfl_lightning.wire import CodedGradient, Message, Multiplier, ProjectedGradients, StepRequest
 
 
@@ -68,7 +69,7 @@ class SplitEndpoint(Endpoint):
 
     def answered_in(self, client: int, round: int) -> Basis | None:
         """In what that client answers λ; None: it does not."""
-        return self.basis(round) if self.terms.basis else None
+        return self.basis(round).of_clients([client]) if self.terms.basis else None
 
     @override
     def respond(self, requests: Sequence[Any]) -> list[Message]:
@@ -113,14 +114,33 @@ class SplitEndpoint(Endpoint):
             if self.checks and isinstance(engine, ForwardOnlyClient) and engine.optimizer.probed != set():
                 engine.check_probe(batch, anchor.z, multiplier)
                 self.checks = False
-            values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()
+            if isinstance(basis, ClientDirections):
+                values = self._one_by_one(engine, visit, multiplier, basis)
+            else:
+                values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()
         coefficients, parts = dict(zip(cohort.clients, values)), cohort.parts()
         return [
             ProjectedGradients(
-                m.round, m.client, basis.describe(), coefficients[m.client], parts[m.client][2], m.attempt
+                m.round,
+                m.client,
+                basis.of_clients([m.client]).describe(),
+                coefficients[m.client],
+                parts[m.client][2],
+                m.attempt,
             )
             for m in multipliers
         ]
+
+    @staticmethod
+    def _one_by_one(engine: SplitClient, visit: Visit, multiplier: Tensor, basis: Basis) -> Tensor:
+        """``(K, P)`` along directions of their own: no probe is of two clients, so none can be one batch."""
+        cohort, values = visit.cohort, []
+        visit.anchor.release(multiplier, cohort.rows)
+        for number, (client, rows) in enumerate(zip(cohort.clients, cohort.rows)):
+            batch = {name: tensor[rows] for name, tensor in visit.batch.items()}
+            part, own = multiplier[rows], basis.of_clients([client])
+            values.append(engine.answer(batch, visit.anchor.part(number, rows), part, [slice(0, len(part))], own)[0])
+        return torch.stack(values).cpu()
 
     def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
         codec = self.terms.codecs["gradient"]

@@ -82,6 +82,10 @@ class Basis(ABC):
     def project(self, gradient: Sequence[Tensor]) -> Tensor:
         """Coefficients of a known gradient, ``(size,)`` fp32: ``reconstruct(project(g))`` estimates ``g``."""
 
+    def of_clients(self, clients: Sequence[int]) -> Basis:
+        """In what these clients answer λ, each alone, and what is made of their answers: itself, if it is nobody's."""
+        return self
+
     def chunks(self, parameters: Sequence[Tensor], coefficients: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
         """``ĝ`` piece by piece: ``(tensor, its flat elements, fp32 values)``, in scratch of one bucket at a time."""
         for pieces in buckets([p.numel() for p in parameters]):
@@ -132,6 +136,11 @@ class SharedDirections(Basis):
     def size(self) -> int:
         return len(self.streams)
 
+    @property
+    def probes(self) -> int:
+        """``P``, over which the mean is."""
+        return len(self.streams)
+
     def part(self, first: int, probes: int) -> SharedDirections:
         """Directions ``first .. first + probes − 1`` alone, with the bits that they have among all."""
         part = copy(self)
@@ -156,7 +165,7 @@ class SharedDirections(Basis):
 
     @override
     def expand_(self, out: Sequence[Tensor], coefficients: Tensor, pieces: Sequence[Piece]) -> None:
-        alphas = round_coefficient(coefficients / self.size, self.domain)
+        alphas = round_coefficient(coefficients / self.probes, self.domain)
         for stream, alpha in zip(self.streams, alphas):
             add_pieces_(out, alpha, stream, pieces)
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hosfl_client.basis import described
+from hosfl_client.basis_of import described
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.client_directions import ClientDirections
 from hosfl_lightning.optim.coordinates import Coordinates
 
 _KINDS: dict[str, Callable[..., Basis]] = {
-    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense,
+    "shared_directions": SharedDirections, "client_directions": ClientDirections, "coordinates": Coordinates,
+    "dense": Dense,
 }  # fmt: skip
 
 
 def basis_of(description: Mapping[str, Any], seed: int, round: int, sizes: Sequence[int]) -> Basis:
-    """The basis whose `Basis.describe` gave ``description``; see `hosfl_client.basis.described`."""
+    """The basis whose `Basis.describe` gave ``description``; see `hosfl_client.basis_of.described`."""
     return described(description, seed, round, sizes, _KINDS)

@@ -175,6 +175,7 @@ class History:
     def _check_sizes(self, basis: Basis, sampled: int, always: bool) -> None:
         """Refuse what would be written, and then could not be read or sent."""
         fewer = f"over the limit of {LIMIT:,}: train fewer client parameters (model.init_args.lora), or"
+        basis = basis.of_clients(range(sampled))
         coefficients, weights = torch.empty(basis.size, device="meta"), [1 / 3] * sampled
         size = encoded_size(Update(0, basis.describe(), coefficients, {}, 0, list(range(sampled)), weights))
         if size > LIMIT:

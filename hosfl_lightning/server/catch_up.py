@@ -100,7 +100,12 @@ class Records:
         first = next(frames)
         basis = recorded(first, self.run_id).basis
         elements = sum(p.numel() for p in self.replica.parameters)
-        drawn = elements * basis.get("probes", 0) * SECONDS_PER_ELEMENT.get(basis.get("distribution", ""), 0)
+        drawn = (
+            elements
+            * basis.get("probes", 0)
+            * len(basis.get("clients", "1"))
+            * SECONDS_PER_ELEMENT.get(basis.get("distribution", ""), 0)
+        )
         seconds = (round - version) * (SECONDS_PER_RECORD + drawn)
         whole = encoded_size(Snapshot(round, 0, round, "", "", self.replica.steps, client_state(self.replica)))
         return self.settings.objection(len(first) + sum(map(len, frames)), seconds, whole)

@@ -159,7 +159,10 @@ class Server:
         for watcher in self.watchers:
             own = watcher.on_answers(own)
         gathered, one = self.fleet.gather(own), self.basis(self.call.round)
-        asked = {answer.client: bases(answer.client) if bases else one for answer in gathered}
+        asked = {
+            answer.client: bases(answer.client) if bases else one and one.of_clients([answer.client])
+            for answer in gathered
+        }
         valid, refused = screen(gathered, self.call.round, asked)
         for client, reason in refused.items():
             self.fleet.refuse(client, reason)

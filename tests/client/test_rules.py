@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hosfl_client.basis import Coordinates, Dense, SharedDirections, basis_of
+from hosfl_client.basis import Coordinates, Dense, SharedDirections
+from hosfl_client.basis_of import basis_of
 from hosfl_client.bfloat16 import BFLOAT16, DTYPES, cast, widen
 from hosfl_client.optimizer import CatchUpError, Optimizer, UpdateError
 from hosfl_client.rng import DISTRIBUTIONS, direction, round_coefficient

@@ -12,7 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from hosfl_client import codecs, rng  # noqa: E402
-from hosfl_client.basis import SharedDirections, basis_of  # noqa: E402
+from hosfl_client.basis import SharedDirections  # noqa: E402
+from hosfl_client.basis_of import basis_of  # noqa: E402
 from hosfl_client.bfloat16 import BFLOAT16  # noqa: E402
 from hosfl_client.optimizer import Optimizer  # noqa: E402
 from hosfl_client.rules import rule_of  # noqa: E402
@@ -79,6 +80,7 @@ def test_codecs(codec: str, dtype: Any) -> None:
 @pytest.mark.parametrize("basis", [
     {"kind": "shared_directions", "probes": 3, "distribution": "rademacher"},
     {"kind": "shared_directions", "probes": 20, "distribution": "gauss16"},
+    {"kind": "client_directions", "probes": 3, "clients": [0, 4], "distribution": "rademacher"},
     {"kind": "dense"}, {"kind": "coordinates", "count": 77},
 ], ids=lambda basis: basis["kind"])  # fmt: skip
 def test_records_move_both_to_the_same_state(basis: dict[str, Any], dtype: Any) -> None:

@@ -130,6 +130,7 @@ KINDS = [ClientKind("forward_only", clients=[0]), ClientKind("frozen", clients=[
 CASES: dict[str, Case] = {
     "hosfl": Case(lambda: HOSFL(probes=3, **common()), settings={"codec": Codecs("int8", "int4")}),
     "hosfl central": Case(lambda: HOSFL(probes=2, estimator="central", distribution="gauss16", **common(SGD(lr=0.1)))),
+    "own directions": Case(lambda: HOSFL(probes=3, directions="client", **common())),
     "side adapter": Case(
         lambda: HOSFL(estimator="local", compression=Uncompressed(), **common()), {"side": True},
         {"codec": Codecs(gradient="int4")},

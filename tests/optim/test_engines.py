@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hosfl_client.basis import basis_of
+from hosfl_client.basis_of import basis_of
 from hosfl_client.bfloat16 import DTYPES, cast, widen
 from hosfl_client.optimizer import Optimizer
 from hosfl_client.rules import rule_of as numpy_rule
