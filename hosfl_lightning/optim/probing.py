@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from hosfl_lightning.optim.basis import CHUNK
+from hosfl_lightning.optim.readers import Owned, Readers
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, direction_rows
 
 SHARED = {Domain.RADEMACHER: 1 << 18, Domain.GAUSS16: 1 << 16}
 """Largest tensor that is drawn together with others; its packed words, at most 128 KiB, are kept during the probe."""
 
-Owned = list[tuple[int, nn.Parameter]]
-"""Perturbed tensors with their number in the directions."""
 Saved = dict[int, tuple[Tensor | None, Tensor]]
 """Rows (None: all) and bits of the tensors that are perturbed now."""
 
@@ -27,13 +26,7 @@ class UnseenProbeError(ValueError):
 
 
 @contextmanager
-def perturbed_layerwise(
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    stream: Stream,
-    scale: Tensor,
-    only: Set[int] | None = None,
-) -> Iterator[None]:
+def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, scale: Tensor) -> Iterator[None]:
     r"""While open, every forward through ``module`` sees ``θ' = cast(fp32(θ) + μ u)``; then θ has its saved bits again.
 
     A pre-hook saves and perturbs the parameters of one submodule, its post-hook copies the saved bits back, so the
@@ -43,15 +36,14 @@ def perturbed_layerwise(
     Args:
         module: The module whose forward the objective runs. A submodule's own parameters must be used in its own
             forward, and that called as a module: a tensor that is read elsewhere is read unperturbed.
-        parameters: The perturbed tensors; their position is the ``tensor`` of the direction.
+        readers: Who reads the perturbed tensors in it.
         stream: Which direction ``u``.
         scale: 0-d fp32 tensor ``±μ``, rounded for the distribution.
-        only: Numbers of the tensors that move; None: all.
 
     Raises:
         UnseenProbeError: While it was open, no submodule with such a tensor was called.
     """
-    with _layerwise(module, parameters, only, _Probe(parameters, stream, scale), _Layer, _Rows):
+    with _layerwise(module, readers, _Probe(readers.parameters, stream, scale), _Layer, _Rows):
         yield
 
 
@@ -68,35 +60,27 @@ def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale
 
 
 @contextmanager
-def dual_layerwise(
-    module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream, only: Set[int] | None = None
-) -> Iterator[None]:
+def dual_layerwise(module: nn.Module, readers: Readers, stream: Stream) -> Iterator[None]:
     r"""While open, every forward through ``module`` sees the dual numbers ``θ + ε u``; then its parameters again.
 
     The tangent ``u`` of one submodule lives while that submodule runs, and of an embedding only the rows looked up.
 
     Args:
         module: As in `perturbed_layerwise`; inside a level of `torch.autograd.forward_ad`.
-        parameters: As there.
+        readers: As there.
         stream: As there.
-        only: As there.
     """
-    with _layerwise(module, parameters, only, _Duals(module, parameters, stream), _DualLayer, _DualRows):
+    with _layerwise(module, readers, _Duals(module, readers.parameters, stream), _DualLayer, _DualRows):
         yield
 
 
 @contextmanager
 def _layerwise(
-    module: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    only: Set[int] | None,
-    probe: _Probe,
-    whole: type[_Layer],
-    looked_up: type[_Layer],
+    module: nn.Module, readers: Readers, probe: _Probe, whole: type[_Layer], looked_up: type[_Layer]
 ) -> Iterator[None]:
     saved: Saved = {}
     layers, handles = [], []
-    for leaf, owned in _readers(module, parameters, only):
+    for leaf, owned in readers.of(module):
         layer = (looked_up if _looks_up_rows(leaf) else whole)(owned, probe, saved)
         layers.append(layer)
         handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
@@ -272,22 +256,3 @@ def _rows(_embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def _looks_up_rows(leaf: nn.Module) -> bool:
     # A subclass with a forward of its own may compute other indices (OPT's positions) or use the whole weight.
     return isinstance(leaf, nn.Embedding) and type(leaf).forward is nn.Embedding.forward and leaf.max_norm is None
-
-
-def _readers(
-    module: nn.Module, parameters: Sequence[nn.Parameter], only: Set[int] | None
-) -> Iterator[tuple[nn.Module, Owned]]:
-    """The submodules that read some of ``parameters`` in their own forward, with which."""
-    index = {id(p): i for i, p in enumerate(parameters) if only is None or i in only}
-    for leaf in module.modules():
-        owned = [(index[id(p)], p) for p in _read_by(leaf) if id(p) in index]
-        if owned:
-            yield leaf, owned
-
-
-def _read_by(module: nn.Module) -> Iterator[nn.Parameter]:
-    """What the forward of ``module`` reads itself: its own parameters and those of children that nobody calls."""
-    yield from module.parameters(recurse=isinstance(module, nn.MultiheadAttention))
-    for child in module.children():
-        if type(child).forward is nn.Module.forward:  # a ParameterList or ParameterDict
-            yield from _read_by(child)

@@ -23,6 +23,7 @@ from hosfl_lightning.optim.estimators import (
 )
 from hosfl_lightning.optim.probing import dual_layerwise, perturbed_in_place, perturbed_layerwise
 from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.readers import Readers
 from hosfl_lightning.optim.rules import SGD, UpdateRule, check_rule
 from hosfl_lightning.rng import DISTRIBUTIONS, round_coefficient
 
@@ -96,6 +97,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.module, self.first_tensor = module, first_tensor
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
+        self._known: tuple[list[Any], Readers] | None = None
         #: Numbers of the tensors that probes move; None: all of them. The gradient of the others is known.
         self.probed: set[int] | None = None
         super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
@@ -175,12 +177,19 @@ class ZerothOrder(torch.optim.Optimizer):
         alpha = torch.tensor(scale, dtype=torch.float32, device=self.device)
         if self.module is None:
             return perturbed_in_place(self.parameters, basis.streams[probe], alpha)
-        return perturbed_layerwise(self.module, self.parameters, basis.streams[probe], alpha, self.probed)
+        return perturbed_layerwise(self.module, self._readers(), basis.streams[probe], alpha)
 
     def dual(self, basis: SharedDirections, probe: int) -> AbstractContextManager[None]:
         """While it is open, the objective sees the dual numbers ``θ + ε u_probe``."""
         assert self.module is not None  # as __init__ asks
-        return dual_layerwise(self.module, self.parameters, basis.streams[probe], self.probed)
+        return dual_layerwise(self.module, self._readers(), basis.streams[probe])
+
+    def _readers(self) -> Readers:
+        parameters, probed = self.parameters, self.probed
+        key = [probed and frozenset(probed), *map(id, parameters)]
+        if self._known is None or self._known[0] != key:
+            self._known = key, Readers(parameters, probed)
+        return self._known[1]
 
     @torch.no_grad()
     def project(

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hosfl_lightning.memory import MemoryMeter
 from hosfl_lightning.optim import EstimatorError, ZerothOrder
 from hosfl_lightning.optim.probing import dual_layerwise
+from hosfl_lightning.optim.readers import Readers
 from tests.optim.test_probing import IDS, Net, ReadsItsChildren, Recursive, TiedHead, make, stream_of
 
 
@@ -153,7 +154,7 @@ def tangent_bytes(net: nn.Module, x: Tensor) -> int:
     def peak(dual: bool) -> int:
         with MemoryMeter() as meter, meter.role("probe"), torch.no_grad(), torch.autograd.forward_ad.dual_level():
             if dual:
-                with dual_layerwise(net, list(net.parameters()), stream_of()):
+                with dual_layerwise(net, Readers(list(net.parameters())), stream_of()):
                     net(x)
             else:
                 net(x)

@@ -12,12 +12,13 @@ from hosfl_lightning.memory import MemoryMeter
 from hosfl_lightning.optim import ZerothOrder
 from hosfl_lightning.optim.basis import CHUNK
 from hosfl_lightning.optim.probing import perturbed_in_place, perturbed_layerwise
+from hosfl_lightning.optim.readers import Readers
 from hosfl_lightning.rng import DISTRIBUTIONS, Stream, direction, round_coefficient
 
 Probe = Callable[[nn.Module, Stream, Tensor], AbstractContextManager[None]]
 M = TypeVar("M", bound=nn.Module)
 PROBES: dict[str, Probe] = {
-    "layerwise": lambda m, stream, scale: perturbed_layerwise(m, list(m.parameters()), stream, scale),
+    "layerwise": lambda m, stream, scale: perturbed_layerwise(m, Readers(list(m.parameters())), stream, scale),
     "in_place": lambda m, stream, scale: perturbed_in_place(list(m.parameters()), stream, scale),
 }
 IDS = torch.tensor([[3, 7, 7, 1], [0, 3, 9, 7]])
@@ -329,7 +330,7 @@ def test_a_frozen_tensor_is_not_moved() -> None:
     net = make(Net)
     stream, scale = stream_of(), scale_of(0.05)
     chosen = [p for name, p in net.named_parameters() if name.startswith("lora")]
-    with perturbed_layerwise(net, chosen, stream, scale), Seen(net) as seen:
+    with perturbed_layerwise(net, Readers(chosen), stream, scale), Seen(net) as seen:
         net(IDS)
     moved = {
         name for name, p in net.named_parameters() if name in seen.values and not torch.equal(seen.values[name], p)
