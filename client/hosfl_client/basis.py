@@ -230,8 +230,41 @@ class Coordinates(Basis):
         return np.concatenate([g.reshape(-1) for g in gradient], dtype=np.float32)[self.chosen]
 
 
+class Beside(Basis):
+    r"""``ĝ = (reconstruct(c_1..c_P), c_{P+1}..)``: the first tensors in a basis of theirs, the last ones as they are.
+
+    Args:
+        first: Of the first tensors.
+        sizes: Elements of each tensor, in manifest order.
+        last: How many of them, >= 1, are behind the first ones.
+    """
+
+    def __init__(self, first: Basis, sizes: Sequence[int], last: int) -> None:
+        self.first, self.last, self.tensors = first, Dense(sizes[len(sizes) - last :]), len(sizes) - last
+
+    @property
+    def size(self) -> int:
+        """Of both."""
+        return self.first.size + self.last.size
+
+    def describe(self) -> dict[str, Any]:
+        """As `Basis.describe`."""
+        return {**self.first.describe(), "beside": len(self.last.starts) - 1}
+
+    def chunks(self, coefficients: Floats, sizes: Sequence[int]) -> Iterator[Chunk]:
+        """As `Basis.chunks`."""
+        yield from self.first.chunks(coefficients[: self.first.size], sizes[: self.tensors])
+        for tensor, piece, total in self.last.chunks(coefficients[self.first.size :], sizes[self.tensors :]):
+            yield self.tensors + tensor, piece, total
+
+    def project(self, gradient: Sequence[Floats]) -> Floats:
+        """As `Basis.project`."""
+        known = self.first.project(gradient[: self.tensors]), self.last.project(gradient[self.tensors :])
+        return np.concatenate(known)
+
+
 _KINDS: dict[str, Callable[..., Basis]] = {
-    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense,
+    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense, "beside": Beside,
 }  # fmt: skip
 B = TypeVar("B")
 
@@ -247,7 +280,8 @@ def described(
     """The basis of an engine whose ``describe`` gave ``description``.
 
     Args:
-        description: ``kind`` and that kind's settings, as a message carries them.
+        description: ``kind`` and that kind's settings, as a message carries them; ``beside``: of how many tensors at
+            the end the gradient itself follows.
         seed: The run's seed; it does not travel.
         round: In which the coefficients were measured.
         sizes: Elements of each tensor, in manifest order.
@@ -256,7 +290,13 @@ def described(
     Raises:
         ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
     """
-    settings = {name: value for name, value in description.items() if name != "kind"}
+    settings = {name: value for name, value in description.items() if name not in ("kind", "beside")}
+    if "beside" in description:
+        last, own = description["beside"], {name: value for name, value in description.items() if name != "beside"}
+        _check_type("beside", last, int)
+        if not 0 < last < len(sizes):
+            raise ValueError(f"basis.beside must be in 1..{len(sizes) - 1}, some of the trained tensors, got {last}")
+        return kinds["beside"](described(own, seed, round, sizes[: len(sizes) - last], kinds), sizes, last)
     match description.get("kind"), sorted(settings):
         case "shared_directions", ["distribution", "probes"]:
             _check_type("probes", settings["probes"], int)

@@ -2,6 +2,7 @@
 
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
 from hosfl_lightning.optim.basis_of import basis_of
+from hosfl_lightning.optim.beside import Beside
 from hosfl_lightning.optim.compression import Compression, RandomProjections, RandomSubset, Uncompressed
 from hosfl_lightning.optim.coordinates import Coordinates
 from hosfl_lightning.optim.estimators import (
@@ -28,6 +29,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Basis",
+    "Beside",
     "CentralDifference",
     "Compression",
     "Coordinates",

@@ -7,10 +7,11 @@ from typing import Any
 
 from hosfl_client.basis import described
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.beside import Beside
 from hosfl_lightning.optim.coordinates import Coordinates
 
 _KINDS: dict[str, Callable[..., Basis]] = {
-    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense,
+    "shared_directions": SharedDirections, "coordinates": Coordinates, "dense": Dense, "beside": Beside,
 }  # fmt: skip
 
 
