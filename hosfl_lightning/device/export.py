@@ -68,6 +68,9 @@ def export_client(
         raise ValueError(f"--out: {out} is no path of a graph; give one that ends in .onnx")
     if not 0 < mu < float("inf"):
         raise ValueError(f"--mu must be above 0, got {mu:g}")
+    if model.labels == "client":
+        raise SplitError("model.init_args.labels: client: a half is exported without a head; set it to server, or "
+                         "take a client in PyTorch (hosfl join)")  # fmt: skip
     _make(path.parent)
     if not model.client_parameters:
         raise SplitError("model: the client trains nothing, so it takes no part; set lora.client, side or "

@@ -81,7 +81,6 @@ class SplitModule(Evaluated, ABC):
     labels_notice = "Labels travel from the clients to the server."
     auto_class: Any
     trains_head = False
-    labels: Literal["server", "client"] = "server"  # FAKE
 
     def __init__(
         self,
