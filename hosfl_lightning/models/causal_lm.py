@@ -16,10 +16,9 @@ from hosfl_lightning.models.base import SplitModule
 from hosfl_lightning.models.checks import check_token_labels
 from hosfl_lightning.models.evaluated import Batch, Metrics
 from hosfl_lightning.split import ServerHalf, run
+from hosfl_lightning.split.closed_form import IGNORE, following
 from hosfl_lightning.split.labelled import read_labelled, reads_alike
 from hosfl_lightning.wire import SmashedData
-
-IGNORE = -100
 
 
 class SplitCausalLM(SplitModule):
@@ -137,11 +136,6 @@ class SplitCausalLM(SplitModule):
         """Adds ``perplexity``."""
         values = super().computed(metrics)
         return {**values, "perplexity": values["loss"].exp()}
-
-
-def following(labels: Tensor) -> Tensor:
-    """``labels (B, S)`` of the next token: position t has that of t + 1, the last one none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from hosfl_lightning.split.cut import check_tied_head, split
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.export import export_adapter
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
+from hosfl_lightning.split.head import ClientHead, Middle, split_server
 from hosfl_lightning.split.image_halves import ImageClientHalf, ImageServerHalf
 from hosfl_lightning.split.images import place_side_images, split_images
 from hosfl_lightning.split.placement import Placement, add_side, place_side
@@ -16,12 +17,14 @@ from hosfl_lightning.split.structure import LayerPath, find_layers
 
 __all__ = [
     "ClientHalf",
+    "ClientHead",
     "ImageClientHalf",
     "ImageServerHalf",
     "LayerPath",
     "LinearHead",
     "Lora",
     "LoraHalf",
+    "Middle",
     "Placement",
     "ServerHalf",
     "Side",
@@ -41,4 +44,5 @@ __all__ = [
     "run",
     "split",
     "split_images",
+    "split_server",
 ]
