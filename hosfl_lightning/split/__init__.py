@@ -2,7 +2,7 @@
 
 from hosfl_lightning.split.adapters import Lora, LoraHalf, add_lora
 from hosfl_lightning.split.auxiliary import LinearHead, copied_head, linear_head
-from hosfl_lightning.split.build import build_client_half, load_client_half, load_server_half
+from hosfl_lightning.split.build import build_client, build_client_half, load_client_half, load_server_half
 from hosfl_lightning.split.cut import check_tied_head, split
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.export import export_adapter
@@ -31,6 +31,7 @@ __all__ = [
     "SplitError",
     "add_lora",
     "add_side",
+    "build_client",
     "build_client_half",
     "check_tied_head",
     "copied_head",

@@ -29,6 +29,10 @@ def _tanh_slope(x: Tensor) -> Tensor:
     return 1 - x.tanh().square()
 
 
+def _relu_slope(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
+
+
 def _gelu_slope(x: Tensor) -> Tensor:
     density = torch.exp(-0.5 * x.square()) / math.sqrt(2 * math.pi)
     return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
@@ -56,7 +60,7 @@ class Activation(NamedTuple):
 
 ACTIVATIONS = {
     "tanh": Activation(torch.tanh, _tanh_slope),
-    "relu": Activation(F.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu": Activation(F.relu, _relu_slope),
     "gelu": Activation(F.gelu, _gelu_slope),
 }
 

@@ -12,7 +12,7 @@ from hosfl_lightning.split.cut import prune_to_server
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import Entry, Half, ServerHalf
 from hosfl_lightning.split.recognition import Loss, closed_form
-from hosfl_lightning.split.structure import Structure
+from hosfl_lightning.split.structure import Skip, Structure
 from hosfl_lightning.split.views import set_submodule, view_of_path
 
 
@@ -112,6 +112,14 @@ def head_of(model: PreTrainedModel, structure: Structure, loss: Loss) -> ClientH
     """The head of a model with or without its layers, as a view."""
     twin = view_of_path(model, structure.layers.path)
     return ClientHead(prune_to_server(twin, structure, structure.layers.num_layers), structure, loss)
+
+
+def prune_to_ends(model: PreTrainedModel, structure: Structure, cut: int) -> PreTrainedModel:
+    """Leave in ``model``, in place, only what runs before layer ``cut`` and after the last one."""
+    stack = model.get_submodule(structure.layers.path)
+    for i in range(cut, structure.layers.num_layers):
+        set_submodule(stack, str(i), Skip(structure.rests[i], stack.get_submodule(str(i))))
+    return model
 
 
 def prune_to_middle(model: PreTrainedModel, structure: Structure) -> PreTrainedModel:
