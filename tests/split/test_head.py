@@ -19,7 +19,7 @@ from hosfl_lightning.split.head import ClientHead, Middle, split_server
 from hosfl_lightning.split.recognition import distance
 from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 
-CAUSAL = ["llama", "qwen2", "gemma2", "gemma3_text", "granite", "gpt2", "opt"]
+CAUSAL = ["llama", "qwen2", "gemma2", "gemma3_text", "granite", "cohere", "gpt2", "opt"]
 CLASSIFIERS = ["bert", "roberta", "distilbert", "electra", "llama", "gpt2"]
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **{f: lambda f=f: tiny_causal_lm(f) for f in CAUSAL},
