@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from hosfl_lightning.split.cut import check_cut, tied_head
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.placement import Placement
-from hosfl_lightning.split.side import SERVER_SEED
+from hosfl_lightning.split.side import ADAPTER, SERVER_SEED
 from hosfl_lightning.split.side_lora import SideLoraConfig
 from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import has_parameters
@@ -150,6 +151,14 @@ def add_client_lora(model: PreTrainedModel, layers: LayerPath, cut: int, half: L
     _inject(model, LoraConfig(
         r=half.r, lora_alpha=half.alpha, target_modules=targets, fan_in_fan_out=_has_conv1d(model, layers),
     ), targets, seed)  # fmt: skip
+
+
+def save_head(model: PreTrainedModel, layers: LayerPath) -> None:
+    """What `add_lora` does to a head that is trained whole, in place, without LoRA anywhere."""
+    for name in _head_modules(model, layers):
+        wrapper = ModulesToSaveWrapper(model.get_submodule(name), ADAPTER)
+        wrapper.set_adapter(ADAPTER)
+        model._modules[name] = wrapper
 
 
 def _inject(model: PreTrainedModel, config: LoraConfig, targets: list[str], seed: int) -> PeftModel:
