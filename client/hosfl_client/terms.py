@@ -26,8 +26,8 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
             "install the hosfl-client of the server's version"
         )
     if settings.get("labels", "server") != "server":
-        raise TermsError("the run keeps labels, head and loss at its clients, and this half was exported without a "
-                         "head; set model.init_args.labels: server, or take a client in PyTorch (hosfl join)")  # fmt: skip
+        raise TermsError("the run keeps labels and loss at its clients, and this half was exported without a head; set "
+                         "model.init_args.labels: server, or take a client in PyTorch (hosfl join)")  # fmt: skip
     if terms.endpoint not in ENDPOINTS:
         raise TermsError(f"the run's clients are a {terms.endpoint!r:.80}, for which this client has no engine; take "
                          "HOSFL or HOSL at the server, or a client in PyTorch (hosfl join)")  # fmt: skip

@@ -75,7 +75,7 @@ class Advisor(Orchestrator):
                 "one minibatch a client, so there is no share below it to measure; advise on a recipe of HOSFL"
             )
         if model.labels == "client":
-            raise ValueError("hosfl advise backpropagates from the loss at the server; set model.init_args.labels: server")
+            raise ValueError("hosfl advise needs the loss at the server; set model.init_args.labels: server")
         if self.settings.world_size > 1:
             raise ValueError("hosfl advise runs in one process; set trainer.devices: 1 and trainer.num_nodes: 1")
         if rounds < 2 or rounds % 2:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM, SplitSequenceClassifier
+from hosfl_lightning import HOSFL, SplitSequenceClassifier
 from hosfl_lightning.algorithms import HOSL, Algorithm, FedAvg, Frozen, MixedHOSFL, SplitFedSGD
 from hosfl_lightning.algorithms.mixed import ClientKind
 from hosfl_lightning.data.tokenization import Example
@@ -282,5 +281,5 @@ def test_other_methods_are_refused_by_name(
 def test_a_loss_that_the_server_has_cannot_be_withheld(
     make_model: Make, make_orchestrator: Make, data: RandomTokens
 ) -> None:
-    with pytest.raises(ValueError, match="report_loss: false keeps nothing back.*labels: client"):
+    with pytest.raises(ValueError, match=r"report_loss: false keeps nothing back.*labels: client"):
         make_orchestrator(HOSFL(report_loss=False)).fit(make_model(), data)
