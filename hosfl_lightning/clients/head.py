@@ -42,7 +42,6 @@ class ClientHead:
             mask: ``attention_mask (B, S)``.
             labels: As the model takes them; at least one of them is a loss term.
         """
-        loss, multiplier = self.head.loss_and_multiplier(z, mask, labels)
-        gradient = self.head.gradient(z, mask, labels) if self.size else []
-        flat = [part.detach().reshape(-1).float().cpu() for part in gradient]
-        return loss, multiplier, torch.cat(flat) if flat else torch.zeros(0)
+        found = self.head.differentiate(z, mask, labels)
+        flat = [part.reshape(-1).float().cpu() for part in found.gradients]
+        return found.loss, found.multiplier, torch.cat(flat) if flat else torch.zeros(0)

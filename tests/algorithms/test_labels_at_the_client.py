@@ -218,9 +218,7 @@ def classify(encoder: str, make_orchestrator: Make, sent: Sent) -> Make:
 NO_LORA = {"lora": Lora(client=None, server=LoraHalf(r=2, target_modules=["q_proj"]))}
 HEADS: dict[str, tuple[Algorithm, dict[str, Any], dict[str, Any]]] = {
     "forward": (HOSFL(2, 0.5, **RULE), {}, {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"}),
-    "local": (
-        HOSFL(estimator="local", compression=Uncompressed(), **RULE), {**SIDE, "side": Side(client=4)}, {"kind": "dense"},
-    ),
+    "local": (HOSFL(estimator="local", compression=Uncompressed(), **RULE), SIDE, {"kind": "dense"}),
     "first order": (SplitFedSGD(**RULE), {}, {"kind": "dense"}),
 }  # fmt: skip
 
