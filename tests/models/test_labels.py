@@ -162,6 +162,15 @@ def test_it_goes_to_another_process_and_to_another_dtype(folder: Callable[[str],
     assert again.loss_and_multiplier(torch.randn(3, 6, 32), None, torch.tensor([1, 0, 2]))[1].abs().sum() > 0
 
 
+def test_the_fingerprint_of_a_client_is_of_its_head_too(folder: Callable[[str], Path]) -> None:
+    model = build(folder("bert"), **LORA)
+    before = model.client_fingerprint()
+    next(iter(model.client_head.trained.values())).data.add_(1)
+    assert model.client_fingerprint() == before
+    dict(model.client_head.named_parameters())["bert.pooler.dense.bias"].data.add_(1)
+    assert model.client_fingerprint() != before
+
+
 def test_the_notice_says_what_stays(folder: Callable[[str], Path]) -> None:
     assert "stay at the clients" in build(folder("llama"), **LORA).labels_notice
     assert "travel from the clients" in build(folder("llama"), "server", **LORA).labels_notice
