@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -92,21 +92,42 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """``y = W x + b``."""
+    """``y = W x + s B A x + b``, or some rows of it.
+
+    Attributes:
+        weight: ``W``.
+        bias: ``b``.
+        low: LoRA's ``A``, ``B`` and ``s``; None: there is none.
+        rows: Which.
+    """
 
     weight: Array
     bias: Array | None
+    low: tuple[Array, Array, float] | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def __call__(self, x: Array) -> Array:
         """Of rows ``(n, h)``."""
-        y = x @ wide(self.weight, x).T
-        return y if self.bias is None else y + wide(self.bias, x)
+        y = x @ wide(self.weight[self.rows], x).T
+        if self.bias is not None:
+            y += wide(self.bias[self.rows], x)
+        if self.low is not None:
+            a, b, scale = self.low
+            y += scale * (x @ wide(a, x).T) @ wide(b[self.rows], x).T
+        return y
 
     def backward(self, x: Array, g: Array, sums: Sums) -> Array:
-        """``g W``."""
-        _add(sums, self.weight, lambda: g.T @ x)
-        _add(sums, self.bias, lambda: g.sum(0))
-        return g @ wide(self.weight, g)
+        """``g W + s g B A``."""
+        _add(sums, self.weight, lambda: g.T @ x, self.rows)
+        _add(sums, self.bias, lambda: g.sum(0), self.rows)
+        back = g @ wide(self.weight[self.rows], g)
+        if self.low is not None:
+            a, b, scale = self.low
+            within = scale * g @ wide(b[self.rows], g)
+            _add(sums, a, lambda: within.T @ x)
+            _add(sums, b, lambda: g.T @ (scale * x @ wide(a, x).T), self.rows)
+            back += within @ wide(a, g)
+        return back
 
 
 Step = Norm | Dense | Activation
@@ -133,32 +154,26 @@ class Output:
             x: ``(n, h)``.
             ids: ``(n,)``.
             share: Of a term.
-            sums: To which the gradients by ``W`` and ``b`` are added.
+            sums: To which the gradients of the linear layer are added.
         """
         total, hit = np.full(len(x), -np.inf, x.dtype), np.zeros(len(x), x.dtype)
         for piece in self._pieces(x):
-            logits = self.squash(self._linear(piece)(x))
+            logits = self.squash(replace(self.linear, rows=piece)(x))
             top = logits.max(-1)
             total = np.logaddexp(total, top + np.log(np.exp(logits - top[:, None]).sum(-1)))
             row, column = _inside(ids, piece)
             hit[row] = logits[row, column]
         g = np.zeros_like(x)
         for piece in self._pieces(x):
-            part = self._linear(piece)
+            part = replace(self.linear, rows=piece)
             logits = self.squash(part(x))
             delta = np.exp(logits - total[:, None])
             delta[_inside(ids, piece)] -= 1
             delta *= self.scale * share
             if self.cap is not None:
                 delta *= 1 - np.square(logits / self.cap)
-            _add(sums, self.linear.weight, lambda d=delta: d.T @ x, piece)  # type: ignore[misc]
-            _add(sums, self.linear.bias, lambda d=delta: d.sum(0), piece)  # type: ignore[misc]
-            g += delta @ wide(part.weight, x)
+            g += part.backward(x, delta, sums)
         return share * float((total - hit).sum(dtype=np.float64)), g
-
-    def _linear(self, piece: slice) -> Dense:
-        bias = self.linear.bias
-        return Dense(self.linear.weight[piece], None if bias is None else bias[piece])
 
     def _pieces(self, x: Array) -> Iterator[slice]:
         vocabulary, width = self.linear.weight.shape

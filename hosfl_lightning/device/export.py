@@ -75,6 +75,9 @@ def export_client(
     if not model.client_parameters:
         raise SplitError("model: the client trains nothing, so it takes no part; set lora.client, side or "
                          "client_parameters")  # fmt: skip
+    if model.labels == "client":
+        raise SplitError("model.init_args.labels=client: an exported half has no head; join with PyTorch (hosfl join), "
+                         "or set labels to server")  # fmt: skip
     half, trained = in_fp32(model)
     samples = Samples(model)
     graph, bottlenecks = to_onnx(half, trained, samples)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hosfl_lightning.gguf import named_after, opened, weights
-from hosfl_lightning.split.adapters import Lora, add_client_lora, save_head
+from hosfl_lightning.split.adapters import Lora, add_client_lora, add_head_lora, save_head
 from hosfl_lightning.split.client_parameters import ClientParameters, choose
 from hosfl_lightning.split.cut import (
     check_cut,
@@ -118,6 +118,8 @@ def build_client(
         ends.requires_grad_(False)
         if trains_head:
             save_head(ends, structure.layers)
+        if lora.head:
+            add_head_lora(ends, lora.head, seed)
     half, layers = ClientHalf(model, structure, cut), structure.layers
     placement = place_client_side(model, layers, cut, side, seed, half) if side is not None and side.client else None
     if lora is not None:

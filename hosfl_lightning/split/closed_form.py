@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -103,20 +103,41 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """``y = W x + b``."""
+    """``y = W x + s B A x + b``, or some rows of it.
+
+    Attributes:
+        weight: ``W``.
+        bias: ``b``.
+        low: LoRA's ``A``, ``B`` and ``s``; None: there is none.
+        rows: Which.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    low: tuple[nn.Parameter, nn.Parameter, float] | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of rows ``(n, h)``."""
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        bias = None if self.bias is None else self.bias[self.rows].to(x.dtype)
+        y = F.linear(x, self.weight[self.rows].to(x.dtype), bias)
+        if self.low is not None:
+            a, b, scale = self.low
+            y += scale * (x @ a.to(x.dtype).T) @ b[self.rows].to(x.dtype).T
+        return y
 
     def backward(self, x: Tensor, g: Tensor, sums: Gradients) -> Tensor:
-        """``g W``."""
-        _add(sums, self.weight, lambda: g.T @ x)
-        _add(sums, self.bias, lambda: g.sum(0))
-        return g @ self.weight.to(g.dtype)
+        """``g W + s g B A``."""
+        _add(sums, self.weight, lambda: g.T @ x, self.rows)
+        _add(sums, self.bias, lambda: g.sum(0), self.rows)
+        back = g @ self.weight[self.rows].to(g.dtype)
+        if self.low is not None:
+            a, b, scale = self.low
+            within = scale * g @ b[self.rows].to(g.dtype)
+            _add(sums, a, lambda: within.T @ x)
+            _add(sums, b, lambda: g.T @ (scale * x @ a.to(x.dtype).T), self.rows)
+            back += within @ a.to(g.dtype)
+        return back
 
 
 Step = Norm | Dense | Activation
@@ -143,31 +164,24 @@ class Output:
             x: ``(n, h)``.
             ids: ``(n,)``.
             share: Of a term.
-            sums: To which the gradients by ``W`` and ``b`` are added.
+            sums: To which the gradients of the linear layer are added.
         """
         total = x.new_full((len(x),), -math.inf)
         hit = x.new_zeros(len(x))
         for piece in self._pieces(x):
-            logits = self.squash(self._linear(piece)(x))
+            logits = self.squash(replace(self.linear, rows=piece)(x))
             total = torch.logaddexp(total, logits.logsumexp(-1))
             row, column = _inside(ids, piece)
             hit[row] = logits[row, column]
         g = torch.zeros_like(x)
         for piece in self._pieces(x):
-            part = self._linear(piece)
+            part = replace(self.linear, rows=piece)
             logits = self.squash(part(x))
             slope = self.scale * (1 - (logits / self.cap).square()) if self.cap is not None else self.scale
             delta = logits.sub_(total[:, None]).exp_()
             delta[_inside(ids, piece)] -= 1
-            delta = delta.mul_(slope).mul_(share)
-            _add(sums, self.linear.weight, lambda d=delta: d.T @ x, piece)  # type: ignore[misc]
-            _add(sums, self.linear.bias, lambda d=delta: d.sum(0), piece)  # type: ignore[misc]
-            g += delta @ part.weight.to(x.dtype)
+            g += part.backward(x, delta.mul_(slope).mul_(share), sums)
         return share * (total - hit).sum(), g
-
-    def _linear(self, piece: slice) -> Dense:
-        weight, bias = self.linear.weight[piece], self.linear.bias
-        return Dense(weight, None if bias is None else bias[piece])  # type: ignore[arg-type]
 
     def _pieces(self, x: Tensor) -> Iterator[slice]:
         vocabulary, width = self.linear.weight.shape

@@ -7,6 +7,8 @@ from itertools import product
 from typing import Any, cast
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from hosfl_lightning.split.closed_form import (
@@ -24,6 +26,7 @@ from hosfl_lightning.split.closed_form import (
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import ServerHalf
 from hosfl_lightning.split.labelled import CLOSE
+from hosfl_lightning.split.side import ADAPTER
 from hosfl_lightning.split.views import quiet
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -52,7 +55,7 @@ def closed_form(head: ServerHalf, loss: Loss) -> ClosedHead:
         linear = steps[-1]
         if not isinstance(linear, Dense):
             raise refused(head, f"it ends in {type(calls[-1][0]).__name__}, not in a linear layer")
-        scale, cap = _squash(head, calls[-1][0], z, mask)
+        scale, cap = _squash(head, calls[-1][0], linear, z, mask)
     found = ClosedHead(place, tuple(steps[:-1]), Output(linear, scale, cap))
     _check(head, found, loss, z, mask)
     return found
@@ -86,7 +89,9 @@ def _record(head: ServerHalf, z: Tensor, mask: Tensor) -> tuple[list[Call], Tens
         calls.append((module, args[0], output))
 
     entry = head.get_submodule(f"{head.layer_path.path}.{head.cut - 1}")
-    modules = [m for m in head.modules() if _computes(m)]
+    lora = [m for m in head.modules() if isinstance(m, LoraLayer)]
+    inside = {id(part) for one in lora for part in one.modules()}
+    modules = [m for m in head.modules() if _computes(m) and id(m) not in inside] + lora
     handles = [m.register_forward_hook(keep) for m in modules]
     handles.append(entry.register_forward_hook(lambda *_: calls.clear()))
     try:
@@ -144,6 +149,9 @@ def _step(head: ServerHalf, module: nn.Module, given: Tensor, output: Tensor) ->
     weight, bias = (cast(nn.Parameter | None, getattr(module, name, None)) for name in ("weight", "bias"))
     if type(module) is nn.Linear:
         return Dense(cast(nn.Parameter, weight), bias)
+    if type(module) is LoraLinear and [*module.lora_A] == [ADAPTER] and not module.lora_variant:
+        a, b = (cast(nn.Parameter, one[ADAPTER].weight) for one in (module.lora_A, module.lora_B))
+        return Dense(cast(nn.Parameter, weight), bias, (a, b, module.scaling[ADAPTER]))
     x = given.to(torch.promote_types(given.dtype, torch.float32))
     eps = next((getattr(module, name) for name in ("eps", "variance_epsilon") if hasattr(module, name)), None)
     if eps is not None and (weight is None or weight.shape == given.shape[-1:]):
@@ -154,18 +162,18 @@ def _step(head: ServerHalf, module: nn.Module, given: Tensor, output: Tensor) ->
     raise refused(head, f"its {type(module).__name__} is no linear layer, LayerNorm or RMSNorm")
 
 
-def _squash(head: ServerHalf, linear: nn.Module, z: Tensor, mask: Tensor) -> tuple[float, float | None]:
+def _squash(head: ServerHalf, last: nn.Module, linear: Dense, z: Tensor, mask: Tensor) -> tuple[float, float | None]:
     """Scale and soft cap of the logits, from what becomes of chosen values of the last linear layer."""
     said = []
     for probe in PROBES:
-        fill = linear.register_forward_hook(lambda _m, _args, out, value=probe: torch.full_like(out.float(), value))
+        fill = last.register_forward_hook(lambda _m, _args, out, value=probe: torch.full_like(out.float(), value))
         try:
             said.append(float(head(z[:1], mask[:1]).flatten()[0]))
         finally:
             fill.remove()
     scale, largest = said[0] / PROBES[0], said[1]
     cap = largest if abs(largest) < 0.5 * abs(scale) * PROBES[1] else None
-    output = Output(Dense(cast(nn.Parameter, linear.weight), None), scale, cap)
+    output = Output(linear, scale, cap)
     told, wanted = output.squash(torch.tensor(PROBES)), torch.tensor(said)
     if not torch.allclose(told, wanted, rtol=1e-4, atol=0):
         raise refused(head, "its logits are more than a scale and a soft cap of a linear layer")

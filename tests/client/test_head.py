@@ -17,7 +17,7 @@ from hosfl_lightning.split.head import ClientHead
 from hosfl_lightning.split.recognition import distance
 from tests.split.test_head import SMALL, given, parts_of
 
-NAMES = ["llama", "gemma2", "cohere", "gpt2", "opt_projected", "bert_classifier", "distilbert_classifier",
+NAMES = ["llama", "gemma2", "cohere", "gpt2", "opt_projected", "llama_lora", "bert_classifier", "distilbert_classifier",
          "electra_classifier", "llama_classifier"]  # fmt: skip
 
 
@@ -29,7 +29,8 @@ def as_arrays(head: ClientHead) -> arrays.Head:
         return None if p is None else known.setdefault(id(p), p.detach().numpy())
 
     def dense(of: Any) -> arrays.Dense:
-        return arrays.Dense(array(of.weight), array(of.bias))
+        low = None if of.low is None else (array(of.low[0]), array(of.low[1]), of.low[2])
+        return arrays.Dense(array(of.weight), array(of.bias), low)
 
     steps: list[arrays.Step] = []
     for step in head.closed.steps:

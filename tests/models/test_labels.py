@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hosfl_lightning import SplitCausalLM, SplitSequenceClassifier
 from hosfl_lightning.data.prompt import LabelWords
+from hosfl_lightning.device.export import export_client
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.halves import HEAD
 from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
@@ -35,6 +37,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("roberta", {"lora": Lora(None, ALL), "client_parameters": "norm"}),
     ("distilbert", {"lora": Lora(None, ALL), "side": Side(client=4)}),
     ("llama", {"lora": None}),
+    ("gpt2", {"lora": Lora(ALL, ALL, head=3)}),
+    ("llama", {"lora": Lora(None, ALL, head=2), "side": Side(client=4), "client_parameters": "norm"}),
     ("bert", {"lora": None, "side": Side(client=4)}),
 ]
 
@@ -138,12 +142,15 @@ def test_a_fresh_head_of_another_size_is_that_of_the_whole(folder: Callable[[str
 
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_exported_is_trained(family: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
-    model = build(folder(family), lora=Lora(LoraHalf(r=2, target_modules="all-linear"), ALL), client_parameters="norm")
+    head = 3 if family == "gpt2" else 0
+    model = build(folder(family), lora=Lora(ALL, ALL, head=head), client_parameters="norm")
     move(model)
     model.export(str(tmp_path / "out"))
     classes = {"num_labels": 3} if family == "bert" else {}
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    again = PeftModel.from_pretrained(auto.from_pretrained(folder(family), **classes), str(tmp_path / "out")).eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`|fan_in_fan_out is set to")
+        again = PeftModel.from_pretrained(auto.from_pretrained(folder(family), **classes), str(tmp_path / "out")).eval()
     given = batch()
     assert torch.equal(again(**given).logits, model.logits(given))
 
@@ -153,6 +160,15 @@ def test_it_goes_to_another_process_and_to_another_dtype(folder: Callable[[str],
     again = pickle.loads(bytes(ForkingPickler.dumps(model.client_head)))
     assert again.closed.output.linear.weight is dict(again.named_parameters())[next(iter(again.trained))]
     assert again.loss_and_multiplier(torch.randn(3, 6, 32), None, torch.tensor([1, 0, 2]))[1].abs().sum() > 0
+
+
+def test_the_fingerprint_of_a_client_is_of_its_head_too(folder: Callable[[str], Path]) -> None:
+    model = build(folder("bert"), **LORA)
+    before = model.client_fingerprint()
+    next(iter(model.client_head.trained.values())).data.add_(1)
+    assert model.client_fingerprint() == before
+    dict(model.client_head.named_parameters())["bert.pooler.dense.bias"].data.add_(1)
+    assert model.client_fingerprint() != before
 
 
 def test_the_notice_says_what_stays(folder: Callable[[str], Path]) -> None:
@@ -174,6 +190,12 @@ def test_what_has_no_closed_form_or_place_is_refused(folder: Callable[[str], Pat
         Own(str(folder("llama")), 2, labels="client", part="client", **LORA)
     with pytest.raises(SplitError, match="client_holds=whole"):
         build(folder("llama"), client_holds="whole")
+    with pytest.raises(SplitError, match=r"lora\.head: BertForSequenceClassification has no linear layer"):
+        build(folder("bert"), lora=Lora(ALL, ALL, head=2))
+    with pytest.raises(ValueError, match=r"lora\.head=-1"):
+        Lora(head=-1)
+    with pytest.raises(SplitError, match="labels=client: an exported half has no head"):
+        export_client(build(folder("llama"), **LORA), str(tmp_path / "phone.onnx"))
     with pytest.raises(SplitError, match="labels='nowhere': server, or client"):
         build(folder("llama"), "nowhere")
     tiny_causal_lm("llama").save_pretrained(tmp_path)

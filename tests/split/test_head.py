@@ -15,16 +15,27 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from hosfl_lightning.split import SplitError, closed_form, split
+from hosfl_lightning.split.adapters import add_head_lora
 from hosfl_lightning.split.head import ClientHead, Middle, split_server
 from hosfl_lightning.split.recognition import distance
 from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 
 CAUSAL = ["llama", "qwen2", "gemma2", "gemma3_text", "granite", "cohere", "gpt2", "opt"]
 CLASSIFIERS = ["bert", "roberta", "distilbert", "electra", "llama", "gpt2"]
+
+
+def with_lora(model: Any) -> Any:
+    """On its head, away from zero."""
+    add_head_lora(model, 3, seed=0)
+    nn.init.normal_(model.lm_head.lora_B.default.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return model
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     **{f: lambda f=f: tiny_causal_lm(f) for f in CAUSAL},
     "opt_projected": lambda: tiny_causal_lm("opt", word_embed_proj_dim=16),
     "llama_tied": lambda: tiny_causal_lm("llama", tie_word_embeddings=True),
+    "llama_lora": lambda: with_lora(tiny_causal_lm("llama")),
     **{f"{f}_classifier": lambda f=f: tiny_classifier(f) for f in CLASSIFIERS},
 }
 #: Elements of a piece: less than a row of logits.
