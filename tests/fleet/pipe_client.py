@@ -32,10 +32,11 @@ def model_of(
     part: Part = "both",
     rank: int = 2,
     labels: Labels = "server",
+    head: int = 0,
 ) -> SplitCausalLM:
     """What both sides build for themselves, from the recipe that each has."""
     client = None if side else LoraHalf(r=rank, target_modules=["q_proj", "v_proj", "down_proj"])
-    lora = Lora(client=client, server=LoraHalf(r=4, target_modules="all-linear"))
+    lora = Lora(client=client, server=LoraHalf(r=4, target_modules="all-linear"), head=head)
     return SplitCausalLM(
         pretrained, cut=2, lora=lora, optimizer=adamw, client_holds="whole" if whole else "half",
         side=Side(client=4) if side else None, part=part, labels=labels,

@@ -137,7 +137,9 @@ CASES: dict[str, Case] = {
     "coordinates": Case(
         lambda: HOSFL(estimator="local", compression=RandomSubset(64), taps="keep", **common()), {"side": True}
     ),
-    "labels stay": Case(lambda: HOSFL(2, **common()), {"labels": "client"}, {"codec": Codecs("int8", "int4")}),
+    "labels stay": Case(
+        lambda: HOSFL(2, **common()), {"labels": "client", "head": 2}, {"codec": Codecs("int8", "int4")}
+    ),
     "hosl": Case(lambda: HOSL(2, **common())),
     "zosfl": Case(lambda: ZOSFL(2, **common())),
     "zofl": Case(lambda: ZOFL(2, local_steps=2, **common(SGD(lr=0.01))), WHOLE),
