@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from hosfl_lightning import SplitCausalLM, SplitSequenceClassifier
 from hosfl_lightning.data.prompt import LabelWords
-from hosfl_lightning.device.export import export_client
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.halves import HEAD
 from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
@@ -194,8 +193,6 @@ def test_what_has_no_closed_form_or_place_is_refused(folder: Callable[[str], Pat
         build(folder("bert"), lora=Lora(ALL, ALL, head=2))
     with pytest.raises(ValueError, match=r"lora\.head=-1"):
         Lora(head=-1)
-    with pytest.raises(SplitError, match="labels=client: an exported half has no head"):
-        export_client(build(folder("llama"), **LORA), str(tmp_path / "phone.onnx"))
     with pytest.raises(SplitError, match="labels='nowhere': server, or client"):
         build(folder("llama"), "nowhere")
     tiny_causal_lm("llama").save_pretrained(tmp_path)
