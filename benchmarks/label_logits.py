@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from hosfl_lightning.memory import MemoryMeter
-from hosfl_lightning.models.causal_lm import IGNORE, losses
+from hosfl_lightning.models.causal_lm import losses
 from hosfl_lightning.run.identity import hardware
 from hosfl_lightning.split import ServerHalf, split
+from hosfl_lightning.split.closed_form import IGNORE
 from hosfl_lightning.split.labelled import read_labelled
 
 WORDS, HIDDEN = 262_144, 640

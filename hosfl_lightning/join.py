@@ -136,7 +136,7 @@ def _endpoint(
     module.eval()
     batches = _own_data(terms, module, data, index)
     endpoint = Endpoint.of(module, batches, terms, fabric)
-    if data.validation_set:
+    if data.validation_set and module.labels == "server":
         endpoint.held_out, endpoint.held_out_batches = batches.held_out, batches.held_out_batches
     return endpoint
 

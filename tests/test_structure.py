@@ -47,7 +47,9 @@ LONGEST, BOUNDS = 350, {"orchestrator.py": 320}
 
 
 #: What needs numpy and nothing else; `wire` not even that.
-NUMPY = ["arrays", "basis", "bfloat16", "codec", "codecs", "messages", "optimizer", "padding", "rng", "rules"]
+NUMPY = [
+    "arrays", "basis", "bfloat16", "codec", "codecs", "gelu", "head", "messages", "optimizer", "padding", "rng", "rules"
+]  # fmt: skip
 HEAVY = {"torch", "hosfl_lightning", "lightning", "transformers", "grpc", "onnxruntime", "tokenizers"}
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from hosfl_client.basis import Basis, Coordinates, Dense, SharedDirections
+from hosfl_client.beside import Beside
 from hosfl_client.client_directions import ClientDirections
 
 _KINDS: dict[str, Callable[..., Basis]] = {
     "shared_directions": SharedDirections, "client_directions": ClientDirections, "coordinates": Coordinates,
-    "dense": Dense,
+    "dense": Dense, "beside": Beside,
 }  # fmt: skip
 B = TypeVar("B")
 
@@ -26,7 +27,8 @@ def described(
     """The basis of an engine whose ``describe`` gave ``description``.
 
     Args:
-        description: ``kind`` and that kind's settings, as a message carries them.
+        description: ``kind`` and that kind's settings, as a message carries them; ``beside``: of how many tensors at
+            the end the gradient itself follows.
         seed: The run's seed; it does not travel.
         round: In which the coefficients were measured.
         sizes: Elements of each tensor, in manifest order.
@@ -35,6 +37,12 @@ def described(
     Raises:
         ValueError: An unknown kind, or settings that are not that kind's, of another type or out of range.
     """
+    if "beside" in description:
+        last, own = description["beside"], {name: value for name, value in description.items() if name != "beside"}
+        _check_type("beside", last, int)
+        if not 0 < last < len(sizes):
+            raise ValueError(f"basis.beside must be in 1..{len(sizes) - 1}, some of the trained tensors, got {last}")
+        return kinds["beside"](described(own, seed, round, sizes[: len(sizes) - last], kinds), sizes, last)
     settings = {name: value for name, value in description.items() if name != "kind"}
     match description.get("kind"), sorted(settings):
         case "shared_directions", ["distribution", "probes"]:

@@ -12,9 +12,11 @@ import numpy as np
 
 from hosfl_client.basis import Basis, SharedDirections
 from hosfl_client.basis_of import basis_of
+from hosfl_client.beside import Beside
 from hosfl_client.bfloat16 import Array
 from hosfl_client.codecs import Coded
 from hosfl_client.half import Half
+from hosfl_client.head import Head
 from hosfl_client.known_gradient import known_gradient
 from hosfl_client.lagrangian import LagrangianTerm
 from hosfl_client.manifest import Manifest
@@ -24,7 +26,8 @@ from hosfl_client.optimizer import Optimizer
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import rule_of
-from hosfl_client.terms import basis_of_terms, check_terms, kind_of
+from hosfl_client.terms import basis_of_terms, check_terms, kind_of, names_of
+from hosfl_client.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
 #: Of a probe: ``θ + μu``, ``θ − μu``.
@@ -39,11 +42,13 @@ class Visit:
         batch: Its minibatch.
         mask: Valid positions ``(B, S)``.
         z: As it was sent, where the answer needs it; dropped when λ has come.
+        head: The gradient of a head that is trained, once z₂ has come.
     """
 
     batch: Minibatch
     mask: Array
     z: Array | None = None
+    head: Array | None = None
 
 
 class Endpoint:
@@ -55,6 +60,9 @@ class Endpoint:
         local          z up;  λ down;  the side adapter's exact gradient in the run's basis up      one forward more
         probed         z up;  for every probe asked for, f_c(θ ± μ u_p) up
         frozen         z up
+
+    Where the labels stay, z₁ goes up without them, and before λ z₂ comes down and λ₂ goes up; the exact gradient of a
+    head that is trained follows on the answer's other coefficients.
 
     While it waits for λ it holds its minibatch and, for ``forward``, z; then λ as it travelled.
 
@@ -86,17 +94,21 @@ class Endpoint:
         """What the terms fix; a setting that is missing shows here, and not in the middle of a round."""
         self.half, self.manifest, self.data, self.terms = half, manifest, data, terms
         self.kind, self.answered_in = kind_of(terms), basis_of_terms(terms)
-        self.names = [name for name, *_ in manifest.parameters]
-        self.optimizer = Optimizer([*half.parameters().values()], rule_of(terms.rule), terms.seed)
+        self.names, theta = names_of(terms, manifest), half.parameters()
+        self.optimizer = Optimizer([theta[name] for name in self.names], rule_of(terms.rule), terms.seed)
+        self.head: Head | None = getattr(half, "head", None) if terms.settings.get("labels") == "client" else None
+        self.head_size = sum(array.size for array in self.head.trained) if self.head is not None else 0
+        self.reports = self.head is not None and terms.settings["report_loss"]
         side = {name for rung in manifest.side for name in (rung.down, rung.up)} if self.kind == "local" else set()
-        self.probed = [name not in side for name in self.names]
-        self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient")}
+        below = [name for name in self.names if name not in manifest.of_head]
+        self.probed = [name not in side for name in below]
+        self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient", "multiplier")}
         self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
         self._check_basis()
 
     def _check_basis(self) -> None:
-        basis = self.basis(0) if self.answered_in else None
-        probes = self.kind in ("forward_only", "probed") or (self.kind == "local" and any(self.probed))
+        basis = first_of(self.basis(0)) if self.answered_in else None
+        probes = self.kind in ("forward_only", "probed", "local") and any(self.probed)
         self.mu = self._rounded_mu() if probes else math.nan
         if probes and not self.mu > 0:
             raise TermsError(f"the run's mu is {self.mu}, and probes need one > 0; set trainer.algorithm.init_args.mu")
@@ -117,7 +129,8 @@ class Endpoint:
         [request] = requests
         if request.kind in ("update", "round_end"):
             self.forget()
-            if request.kind == "update" and self.terms.settings.get("kind") != "frozen":  # in a mixed run all move
+            frozen = self.terms.settings.get("kind") == "frozen" and not self.answered_in  # in a mixed run all move
+            if request.kind == "update" and not frozen:
                 self.optimizer.apply(request)
             return []
         place = request.round, getattr(request, "attempt", 0)
@@ -127,7 +140,9 @@ class Endpoint:
         match request.kind:
             case "step_request":
                 return [self._forward(request)]
-            case "multiplier" if self.kind in ("forward_only", "local"):
+            case "middle_output" if self.head is not None:
+                return [self._output(request)]
+            case "multiplier" if self.answered_in and self.kind != "probed":
                 return [self._answer(request)]
             case "probe_request" if self.kind == "probed":
                 return [self._probe(request)]
@@ -172,18 +187,46 @@ class Endpoint:
 
     # ---- step 2
 
-    def _forward(self, request: StepRequest) -> SmashedData:
+    def _forward(self, request: StepRequest) -> SmashedData | UnlabelledData:
         batch = self.data(request.round)
         z = self._at(request.round, 0, 0, batch) if self.probe_first else self.half.forward(batch.inputs)
         mask = batch.mask(z.shape[1])
         waits = self.kind == "forward_only" and self.terms.settings["estimator"] == "forward"
         waits = waits or (self.kind == "local" and any(self.probed))
-        if self.kind != "frozen":
+        if self.kind != "frozen" or self.head is not None:
             self.visit = Visit(batch, mask, z if waits else None)
+        if self.head is not None:
+            return UnlabelledData.pack(
+                request.round, request.client, z, mask, num_terms=batch.num_terms, codec=self.codecs["smashed_data"],
+                seed=self.terms.seed, attempt=request.attempt,
+            )  # fmt: skip
         return SmashedData.pack(
             request.round, request.client, z, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
             request.attempt,
         )  # fmt: skip
+
+    # ---- step 3, where the labels stay here
+
+    def _output(self, request: MiddleOutput) -> OutputMultiplier:
+        visit = self.visit
+        if visit is None:
+            raise EndpointError(f"client {request.client} is sent a middle's output, and waits for none")
+        self._check_rows("z₂", request.z, visit)
+        assert self.head is not None
+        found = self.head.differentiate(request.unpack(visit.mask), visit.mask, visit.batch.labels)
+        visit.head = np.concatenate([np.zeros(0), *(g.reshape(-1) for g in found.gradients)], dtype=np.float32)
+        if not self.answered_in:
+            self.visit = None
+        return OutputMultiplier.pack(
+            request.round, request.client, found.multiplier, visit.mask, loss=found.loss if self.reports else None,
+            codec=self.codecs["multiplier"], seed=self.terms.seed, step=request.step, attempt=request.attempt,
+        )  # fmt: skip
+
+    def _check_rows(self, name: str, coded: Coded, visit: Visit) -> None:
+        if len(coded.values) != int(visit.mask.sum()) or coded.width != self.manifest.width:
+            raise EndpointError(f"{name} has the shape {[len(coded.values), coded.width]}, z another")
+        if coded.dtype != "float32":
+            raise EndpointError(f"{name} is {coded.dtype}, z was float32")
 
     # ---- step 4
 
@@ -192,19 +235,19 @@ class Endpoint:
         if visit is None:
             raise EndpointError(f"client {request.client} is sent a multiplier, and waits for none")
         coded: Coded = request.multiplier
-        if len(coded.values) != int(visit.mask.sum()) or coded.width != self.manifest.width:
-            raise EndpointError(f"λ has the shape {[len(coded.values), coded.width]}, z another")
-        if coded.dtype != "float32":
-            raise EndpointError(f"λ is {coded.dtype}, z was float32")
+        self._check_rows("λ", coded, visit)
         basis = self.basis(request.round)
-        values = np.zeros(basis.size, np.float64)
-        if any(self.probed):
+        first = first_of(basis)
+        values = np.zeros(basis.size - self.head_size, np.float64)
+        if self.kind != "frozen" and any(self.probed):
             lagrangian = LagrangianTerm(coded, visit.mask)
             base = None if visit.z is None else lagrangian(visit.z)
             visit.z = None
             values += self._projected(request.round, visit, lagrangian, base)
         if self.kind == "local":
-            values += basis.project(known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask))
+            known = known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask)
+            values += first.project(known[: len(self.probed)])
+        values = np.concatenate([values, self._of_head(visit, request.client)])
         answer = ProjectedGradients(
             request.round, request.client, basis.describe(), values.astype(np.float32), visit.batch.num_terms,
             request.attempt,
@@ -216,6 +259,12 @@ class Endpoint:
             answer.round, answer.client, answer.basis, answer.coefficients, answer.num_terms, codec, self.terms.seed,
             answer.attempt,
         )  # fmt: skip
+
+    def _of_head(self, visit: Visit, client: int) -> Array:
+        """The gradient of a head that is trained; zero without a loss term."""
+        if self.head_size and visit.head is None and visit.batch.num_terms:
+            raise EndpointError(f"client {client} is sent a multiplier before the middle's output")
+        return visit.head if visit.head is not None else np.zeros(self.head_size, np.float32)
 
     def _projected(self, round: int, visit: Visit, lagrangian: LagrangianTerm, base: float | None) -> Array:
         """``v_p`` of what is probed, ``(P,)`` fp64; ``base`` is ``⟨λ, z⟩``, None: both sides of every probe are run."""
@@ -246,9 +295,9 @@ class Endpoint:
 
     @contextmanager
     def _perturbed(self, round: int, probe: int, scale: float) -> Iterator[None]:
-        basis = self.basis(round)
+        basis = first_of(self.basis(round))
         assert isinstance(basis, SharedDirections)
-        theta = self.optimizer.parameters
+        theta = self.optimizer.parameters[: len(self.probed)]
         moved = [np.empty_like(p) if probed else None for p, probed in zip(theta, self.probed)]
         basis.perturb(theta, probe, scale, moved)
 
@@ -269,3 +318,8 @@ class Endpoint:
         basis = basis_of(self.answered_in, self.terms.seed, round, self.optimizer.sizes)
         assert self.terms.client is not None  # as the server's admission says
         return basis.of_clients([self.terms.client])
+
+
+def first_of(basis: Basis) -> Basis:
+    """Without a head's gradient."""
+    return basis.first if isinstance(basis, Beside) else basis

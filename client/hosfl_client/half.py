@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from safetensors import SafetensorError, safe_open
 
+from hosfl_client.head_file import load_head
 from hosfl_client.idle import Idle
 from hosfl_client.manifest import HalfError, Input, Manifest
 
@@ -29,7 +30,7 @@ class Half(Protocol):
     """``f_c(x; θ_c)`` in some engine: four methods. Nothing of gradients is asked for."""
 
     def parameters(self) -> dict[str, np.ndarray]:
-        """θ_c by name, in manifest order; what is written into these arrays is what the next forward reads."""
+        """θ_c by name, in manifest order, a head's last; what is written into these arrays is what is read next."""
 
     def forward(self, batch: Batch) -> np.ndarray:
         """z ``(B, S, width)``, fp32."""
@@ -38,7 +39,7 @@ class Half(Protocol):
         """z, and the outputs of the layers that have a bottleneck of the side adapter, from the lowest up."""
 
     def perturbed(self, move: Move) -> AbstractContextManager[None]:
-        """While open, forwards read ``move(i, θ_i)`` in place of θ_i; then θ again, with its bits."""
+        """While open, forwards read ``move(i, θ_i)`` in place of θ_i, the head's left out; then θ again, as it was."""
 
 
 class OnnxHalf:
@@ -54,6 +55,7 @@ class OnnxHalf:
 
     Attributes:
         manifest: What was exported.
+        head: Of a client that keeps its labels; None: the server has them.
 
     Raises:
         HalfError: A file is missing, another one or damaged.
@@ -64,6 +66,8 @@ class OnnxHalf:
         folder = Path(path).parent
         self.manifest.check_files(folder)
         self._trained = _load(folder / self.manifest.weights, self.manifest)
+        self.head = load_head(self.manifest, folder, self._trained)
+        self._fed = [(name, given) for name, _, _, given in self.manifest.parameters if given]
         self._moved: dict[str, np.ndarray] | None = None
         self._session = _session(folder / self.manifest.graph, threads)
         _compare(self._session, self.manifest, folder / self.manifest.graph)
@@ -91,7 +95,7 @@ class OnnxHalf:
     @contextmanager
     def perturbed(self, move: Move) -> Iterator[None]:
         """As `Half.perturbed`; beside θ is a second one while it is open."""
-        self._moved = {name: move(i, theta) for i, (name, theta) in enumerate(self._trained.items())}
+        self._moved = {name: move(i, self._trained[name]) for i, (name, _) in enumerate(self._fed)}
         try:
             yield
         finally:
@@ -119,7 +123,7 @@ class OnnxHalf:
 
     def _feeds(self, batch: Batch) -> dict[str, np.ndarray]:
         theta = self._moved or self._trained  # read once: a probe may end while another thread is here
-        feeds = {given: theta[name] for name, _, _, given in self.manifest.parameters}
+        feeds = {given: theta[name] for name, given in self._fed}
         return feeds | {one.name: _taken(one, batch) for one in self.manifest.inputs}
 
 
@@ -162,7 +166,7 @@ def _session(graph: Path, threads: int | None) -> Any:
 
 
 def _compare(session: Any, manifest: Manifest, graph: Path) -> None:
-    inputs = [given for *_, given in manifest.parameters] + [one.name for one in manifest.inputs]
+    inputs = [given for *_, given in manifest.parameters if given] + [one.name for one in manifest.inputs]
     if sorted(one.name for one in session.get_inputs()) != sorted(inputs):
         raise HalfError(f"{graph}: its inputs are not those of its manifest; export the half again")
     outputs = {one.name for one in session.get_outputs()}

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT = "hosfl-half/1"
+FORMAT = "hosfl-half/2"
 DTYPES = ("float32", "int64")
 LABELS = ("token", "example")
 #: Bytes that are read at once.
@@ -64,7 +64,7 @@ class Manifest:
         weights: Safetensors file of the trained tensors at the start.
         files: SHA-256 of every file, by its name.
         parameters: ``[name, shape, dtype, graph input]`` of what is trained, in the order that numbers the directions;
-            the first three are the entries of ``Terms.manifest``.
+            the first three are the entries of ``Terms.manifest``. A head's come last, and have no graph input: ``""``.
         inputs: What the graph takes of a batch, in its order.
         output: The graph's output z, ``(B, S, width)`` fp32.
         width: Of z.
@@ -83,6 +83,8 @@ class Manifest:
         precision: As ``Terms.precision``.
         opset: Of the graph.
         quantization: ``none``, ``int8`` or ``int4``: of the frozen weights, not of what is trained.
+        head: Of a client that keeps its labels: ``file``, of the arrays that are not trained, and how they are used, as
+            `hosfl_client.head_file` reads it; None: the server has the labels.
         check: File of what was recorded on export, for `hosfl_client.check`; None: nothing.
         data: Of a recipe's data what makes its batches: `hosfl_client.examples.DataSettings`; None: not known.
         figures: What was measured on export, for people.
@@ -112,6 +114,7 @@ class Manifest:
     opset: int
     quantization: str
     figures: Mapping[str, Any]
+    head: Mapping[str, Any] | None = None
     check: str | None = None
     data: Mapping[str, Any] | None = None
     format: str = FORMAT
@@ -120,6 +123,11 @@ class Manifest:
     def terms(self) -> list[list[Any]]:
         """``[name, shape, dtype]`` of what is trained, as ``Terms.manifest`` has it."""
         return [[name, [*shape], dtype] for name, shape, dtype, _ in self.parameters]
+
+    @property
+    def of_head(self) -> list[str]:
+        """Of what is trained, the names of what the graph does not take."""
+        return [name for name, _, _, given in self.parameters if not given]
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -217,6 +225,8 @@ def _read(cls: type[Manifest], found: dict[str, Any]) -> Manifest:
     )
     held["side"] = tuple(_rung(one, {name for name, *_ in held["parameters"]}) for one in held["side"])
     _one_of(held["labels"], LABELS)
+    if held["head"] is not None and held["head"]["file"] not in held["files"]:
+        raise ValueError("the head's file is not among files")
     if held["data"] is not None and not isinstance(held["data"], dict):
         raise TypeError("data is no dict")
     if held["check"] is not None and held["check"] not in held["files"]:

@@ -11,6 +11,7 @@ from hosfl_client.arrays import ARRAYS
 from hosfl_client.bfloat16 import Array
 from hosfl_client.codecs import Coded
 from hosfl_client.padding import pack_rows, rounding_stream, unpack_rows
+from hosfl_client.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
 from hosfl_client.wire.acknowledgement import Acknowledgement
 from hosfl_client.wire.catch_up import CatchUpRequest, Snapshot
 from hosfl_client.wire.checks import check_probe, check_tensor
@@ -232,6 +233,9 @@ Message: TypeAlias = (
     | Bye
     | HeldOutRequest
     | Acknowledgement
+    | UnlabelledData
+    | MiddleOutput
+    | OutputMultiplier
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind."""

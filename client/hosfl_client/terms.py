@@ -25,6 +25,10 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
             f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; "
             "install the hosfl-client of the server's version"
         )
+    labels = settings.get("labels", "server")
+    if (labels == "client") != (manifest.head is not None):
+        raise TermsError(f"the run keeps labels at the {labels!s:.80}, and this half was exported for a run that does "
+                         "not; export it from the server's recipe")  # fmt: skip
     if terms.endpoint not in ENDPOINTS:
         raise TermsError(f"the run's clients are a {terms.endpoint!r:.80}, for which this client has no engine; take "
                          "HOSFL or HOSL at the server, or a client in PyTorch (hosfl join)")  # fmt: skip
@@ -41,7 +45,8 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
     if kind == "local" and not manifest.side:
         raise TermsError("the run's clients know the gradient of a side adapter, and this half was exported without "
                          "one; export it from the server's recipe")  # fmt: skip
-    if (differ := difference(manifest.terms, terms.manifest)) is not None:
+    trained = [entry for entry in manifest.terms if entry[0] in names_of(terms, manifest)]
+    if (differ := difference(trained, terms.manifest)) is not None:
         raise TermsError(f"the half trains other tensors than the run, the first is {differ}; export it from the "
                          "server's recipe (hosfl export-client)")  # fmt: skip
     if terms.backbone not in ("", manifest.backbone):
@@ -54,6 +59,12 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
         if codec not in known:
             raise TermsError(f"the run takes for its {name:.80} the codec {codec!r:.80}, this client only "
                              f"{', '.join(known)}; set trainer.codec to these")  # fmt: skip
+
+
+def names_of(terms: Terms, manifest: Manifest) -> list[str]:
+    """What a client of the run trains: all of the half's, or its head alone beside a half that is frozen."""
+    alone = manifest.head is not None and kind_of(terms) == "frozen"
+    return manifest.of_head if alone else [name for name, *_ in manifest.parameters]
 
 
 def kind_of(terms: Terms) -> Any:

@@ -74,6 +74,8 @@ class Advisor(Orchestrator):
                 f"trainer.algorithm: {self.algorithm.name} has no cut with a server that backpropagates each round of "
                 "one minibatch a client, so there is no share below it to measure; advise on a recipe of HOSFL"
             )
+        if model.labels == "client":
+            raise ValueError("hosfl advise needs the loss at the server; set model.init_args.labels: server")
         if self.settings.world_size > 1:
             raise ValueError("hosfl advise runs in one process; set trainer.devices: 1 and trainer.num_nodes: 1")
         if rounds < 2 or rounds % 2:

@@ -80,8 +80,10 @@ def summed(
     basis, rows = answers[0].basis, torch.stack([answer.coefficients for answer in answers])
     if basis.get("kind") != "client_directions":
         return basis, aggregated(rule, rows, w)
-    scaled = rows.double() * torch.tensor(w, dtype=torch.float64)[:, None]
-    return {**basis, "clients": [answer.client for answer in answers]}, scaled.float().flatten()
+    own, beside = rows.tensor_split([basis["probes"]], dim=1)
+    scaled = (own.double() * torch.tensor(w, dtype=torch.float64)[:, None]).float().flatten()
+    mean = aggregated(rule, beside, w)  # of a head's gradient, which is along nobody's directions
+    return {**basis, "clients": [answer.client for answer in answers]}, torch.cat([scaled, mean])
 
 
 def recorded(frame: bytes, run_id: bytes) -> Update:

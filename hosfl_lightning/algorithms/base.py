@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
@@ -14,9 +14,10 @@ from torch import nn
 from hosfl_client.wire.checks import check_settings
 from hosfl_lightning.aggregation import MEAN, AggregationRule
 from hosfl_lightning.clients.endpoint import Endpoint
+from hosfl_lightning.clients.head import of_head
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
-from hosfl_lightning.optim import SGD, Basis, UpdateRule, check_rule
+from hosfl_lightning.optim import SGD, Basis, Beside, Dense, UpdateRule, check_rule
 from hosfl_lightning.parts import PartError, check_part
 from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.split.personal import PersonalPart, divide
@@ -54,6 +55,8 @@ class Algorithm(ABC):
     records: bool = True
     #: Whether the clients keep what they train from round to round; else a round begins with the server's weights.
     keeps: bool = True
+    #: Whether its rounds can do without labels at the server, where ``model.init_args.labels`` is ``client``.
+    labels_may_stay: ClassVar[bool] = False
     #: Minibatches, and steps, of a client in a round.
     local_steps: int = 1
     #: What each client keeps of what it trains: nothing, all (True), or the part that a word names.
@@ -99,9 +102,26 @@ class Algorithm(ABC):
         Args:
             seed: The run's.
             round: Counted from 0.
-            sizes: Elements of each trained tensor, in manifest order.
+            sizes: Elements of each trained tensor, in manifest order; a head at the client is not among them.
         """
         return None
+
+    def basis_with_head(
+        self, module: SplitModule, seed: int, round: int, trained: Mapping[str, nn.Parameter]
+    ) -> Basis | None:
+        """`basis`, and beside it the gradient itself of a head that is trained at the client, in ``trained``, the last.
+
+        Args:
+            module: Whose head it is.
+            seed: As of `basis`.
+            round: As of `basis`.
+            trained: `parameters`, or `shared`.
+        """
+        sizes, last = [p.numel() for p in trained.values()], len(of_head(module).keys() & trained.keys())
+        if last == len(sizes) > 0:
+            return Dense(sizes)
+        first = self.basis(seed, round, sizes[: len(sizes) - last])
+        return Beside(first, sizes, last) if last and first is not None else first
 
     def kinds_of_round(self) -> list[tuple[int, float]]:
         """A round of each kind that the method has, and the share of its rounds; the shares add up to 1."""
@@ -125,7 +145,7 @@ class Algorithm(ABC):
     def terms(self, module: SplitModule, seed: int, codecs: Codecs, clients: int) -> Terms:
         """The contract of a run with so many clients, from its first round on."""
         trained = self.parameters(module)
-        basis = self.basis(seed, 0, [p.numel() for p in trained.values()])
+        basis = self.basis_with_head(module, seed, 0, trained)
         rule = self.client_optimizer
         return Terms(
             round=0, client=None, endpoint=self.endpoint.__name__, settings=self.client_settings(), seed=seed,
@@ -143,6 +163,11 @@ class Algorithm(ABC):
             raise ValueError(
                 f"{self.name} trains the whole model at the clients, but model.init_args.client_holds is half (the "
                 f"{module.cut} layer(s) before the cut); set it to whole, which gives the server's half to the clients"
+            )
+        if module.labels == "client" and not self.labels_may_stay:
+            raise ValueError(
+                f"model.init_args.labels: client keeps labels and loss at the clients, and {self.name} has no round "
+                "for that; set it to server, or take HOSFL, SplitFedSGD or Frozen"
             )
         if self.client_trains and not self.parameters(module):
             raise ValueError(

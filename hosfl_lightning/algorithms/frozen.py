@@ -9,11 +9,15 @@ from typing_extensions import override
 from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import SmashedData
+from hosfl_lightning.wire import SmashedData, UnlabelledData
 
 
 class Frozen(SplitRound):
-    """The same rounds with a client that does not move: what the server reaches alone."""
+    """The same rounds with a client that does not move: what the server reaches alone.
+
+    With ``model.init_args.labels: client`` a head that is trained is trained here too, at the client: it is no part of
+    the half that is frozen.
+    """
 
     records = False
     client_trains = False
@@ -25,12 +29,17 @@ class Frozen(SplitRound):
     @override
     def setup(self, server: Server) -> None:
         """No rule moves a client, so its schedule has nothing to do."""
-        self.client_schedule = None
+        if server.basis(0) is None:
+            self.client_schedule = None
+        else:
+            super().setup(server)
 
     @override
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
-        """Steps 2 and 3: nobody waits for λ."""
-        inbox = server.admit(fleet.ask(call.to_each(), SmashedData))
+        """Steps 2 and 3: nobody waits for λ, unless for a head."""
+        if server.basis(call.round) is not None:
+            return super().server_round(server, fleet, call)
+        inbox = server.admit(fleet.ask(call.to_each(), SmashedData, UnlabelledData))
         loss, _ = server.backward(inbox)
         server.step()
         return Outcome(loss, inbox.num_examples)

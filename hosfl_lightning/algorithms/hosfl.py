@@ -13,6 +13,7 @@ from typing_extensions import override
 from hosfl_lightning.aggregation import MEAN
 from hosfl_lightning.algorithms.personal_round import PersonalRound
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
+from hosfl_lightning.clients.head import of_half
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Basis, ClientDirections, Compression, Estimator, UpdateRule
@@ -119,7 +120,8 @@ class HOSFL(SharedScalars, PersonalRound):
         super().check(module)
         if self.estimator != "local":
             return
-        beside = [name for name in module.client_parameters if not of_side(name)]
+        half = of_half(module)
+        beside = [name for name in half if not of_side(name)]
         if beside and self.compression is not None:
             raise ValueError(
                 f"estimator: local knows no gradient of {beside[0]}, which is below the backbone, so that "
@@ -127,9 +129,9 @@ class HOSFL(SharedScalars, PersonalRound):
                 "compression: null, which probes it along the directions that carry the rest"
             )
         if self.compression is not None:  # refuses more coefficients than there are values
-            self.compression.basis(0, 0, [p.numel() for p in module.client_parameters.values()])
+            self.compression.basis(0, 0, [p.numel() for p in half.values()])
         else:
-            self._compare_probes(sum(p.numel() for name, p in module.client_parameters.items() if of_side(name)))
+            self._compare_probes(sum(p.numel() for name, p in half.items() if of_side(name)))
 
     def _compare_probes(self, known: int) -> None:
         if self.probes < known / 100:

@@ -149,6 +149,7 @@ class LocalTraining(Algorithm):
             if inbox is None:
                 return []
             loss, multipliers = server.backward(inbox)
+            assert loss is not None  # the server has the labels
             server.step()
             losses.append((loss, inbox.num_terms[client]))
             go_on: Message = StepRequest(message.round, client, message.attempt, message.step + 1)

@@ -91,6 +91,7 @@ class MixedHOSFL(SplitRound):
     """
 
     endpoint = MixedEndpoint
+    labels_may_stay = False
 
     def __init__(
         self,

@@ -10,13 +10,14 @@ from typing_extensions import override
 from hosfl_lightning.aggregation import MEAN
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.algorithms.split_round import SplitRound
+from hosfl_lightning.clients.head import of_head
 from hosfl_lightning.clients.personal_endpoint import PersonalEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Dense
 from hosfl_lightning.server import Call, Outcome, Server
 from hosfl_lightning.split.personal import PersonalPart, divide
-from hosfl_lightning.wire import Acknowledgement, RoundEnd, SmashedData, StepRequest, Update
+from hosfl_lightning.wire import Acknowledgement, RoundEnd, SmashedData, StepRequest, UnlabelledData, Update
 
 
 class PersonalRound(SplitRound):
@@ -70,6 +71,11 @@ class PersonalRound(SplitRound):
     @override
     def check(self, module: SplitModule) -> None:
         """A word must name a part of what is trained."""
+        if self.personal and of_head(module):
+            raise ValueError(
+                "trainer.algorithm.init_args.personal: a head that is trained at the client is everybody's; leave it "
+                "out, or set model.init_args.labels: server"
+            )
         divide(module.client_half, module.client_parameters, self.personal)
         super().check(module)
 
@@ -82,7 +88,7 @@ class PersonalRound(SplitRound):
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
         if self.personal is not True:
             return super().server_round(server, fleet, call)
-        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData))
+        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData, UnlabelledData))
         loss, multipliers = server.backward(inbox)
         counted = server.acknowledged(fleet.ask(multipliers, Acknowledgement), inbox)
         server.publish(record_of(server, call, counted))

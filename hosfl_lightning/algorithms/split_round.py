@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from typing_extensions import override
 
@@ -11,21 +13,41 @@ from hosfl_lightning.aggregation import Median, TrimmedMean, combine
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
+from hosfl_lightning.models import SplitModule
+from hosfl_lightning.optim import Beside, SharedDirections
 from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import Codecs, CodedGradient, ProjectedGradients, SmashedData, StepRequest
+from hosfl_lightning.wire import (
+    Codecs,
+    CodedGradient,
+    ProjectedGradients,
+    SmashedData,
+    StepRequest,
+    Terms,
+    UnlabelledData,
+)
 
 
 class SplitRound(Algorithm):
-    """z up, λ down, coefficients up, one update to everybody: all clients stay bit-identical."""
+    """z up, λ down, coefficients up, one update to everybody: all clients stay bit-identical.
+
+    Args:
+        report_loss: With ``model.init_args.labels: client``, whether the clients tell their training loss; else nobody
+            knows it, and the run logs none.
+    """
 
     endpoint = SplitEndpoint
     codes_gradient = True
+    labels_may_stay = True
     tells = frozenset({"multipliers"})
+
+    def __init__(self, *args: Any, report_loss: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.report_loss = report_loss
 
     @override
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
         """Steps 2 to 6; both halves move at the very end, after the update is recorded."""
-        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData))
+        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData, UnlabelledData))
         loss, multipliers = server.backward(inbox)
         answers = server.screen(fleet.ask(multipliers, ProjectedGradients, CodedGradient), inbox)
         update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
@@ -40,6 +62,34 @@ class SplitRound(Algorithm):
     def smoothing(self, server: Server) -> float | None:
         """``μ`` of the answers, as rounded, for the record; None: they have none."""
         return None
+
+    @override
+    def check(self, module: SplitModule) -> None:
+        """A server that has the labels knows the loss."""
+        super().check(module)
+        if not self.report_loss and module.labels == "server":
+            raise ValueError(
+                "trainer.algorithm.init_args.report_loss: false keeps nothing back, as the server has the labels; "
+                "leave it out, or set model.init_args.labels: client"
+            )
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), **({} if self.report_loss else {"report_loss": False})}
+
+    @override
+    def terms(self, module: SplitModule, seed: int, codecs: Codecs, clients: int) -> Terms:
+        """Says where the labels are as well, unless they travel."""
+        terms = super().terms(module, seed, codecs, clients)
+        if module.labels == "server":
+            return terms
+        basis = self.basis_with_head(module, seed, 0, self.parameters(module))
+        if codecs.gradient != "fp32" and isinstance(basis, Beside) and isinstance(basis.first, SharedDirections):
+            raise ValueError(
+                f"trainer.codec.gradient={codecs.gradient}: the {basis.first.size} scalars of a client would share a "
+                "scale with the gradient of its head; leave it out"
+            )
+        return replace(terms, settings={**terms.settings, "labels": "client", "report_loss": self.report_loss})
 
     @override
     def check_codecs(self, codecs: Codecs, sizes: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from typing_extensions import override
 from hosfl_lightning.aggregation.weights import weights
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.clients import Client
-from hosfl_lightning.optim import Basis
+from hosfl_lightning.optim import Basis, Beside
 from hosfl_lightning.server import Inbox
 from hosfl_lightning.wire import Multiplier, Update
 
@@ -108,7 +108,7 @@ class GradientAlignment(RoundCallback):
             known = None
             if self._update is not None:
                 basis = trainer.server.basis(self._update.round).of_clients(self._update.participants)
-                known = basis, self._update.coefficients
+                known = of_half(basis, self._update.coefficients)
             server = [*trainer.lightning_module.server_parameters.values()]
             self.measure(trainer.endpoint.client, terms, server, known)
 
@@ -219,6 +219,11 @@ def against(
             along += inner([part], [total[tensor].view(-1)[piece]])
             square += inner([part], [part])
     return along, square
+
+
+def of_half(basis: Basis, coefficients: Tensor) -> tuple[Basis, Tensor]:
+    """Without what is of a head at the client, whose gradient stands beside."""
+    return (basis.first, coefficients[: basis.first.size]) if isinstance(basis, Beside) else (basis, coefficients)
 
 
 def _ratio(a: float, b: float) -> float | None:

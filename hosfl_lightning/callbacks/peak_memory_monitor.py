@@ -23,7 +23,7 @@ from hosfl_lightning.callbacks.rehearsal import Around, Rehearsal
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
 from hosfl_lightning.server.server import loss_of
 from hosfl_lightning.split import run
-from hosfl_lightning.wire import Message, Multiplier, Update
+from hosfl_lightning.wire import Message, MiddleOutput, Multiplier, Update
 
 
 class PeakMemoryMonitor(Callback):
@@ -115,7 +115,9 @@ class PeakMemoryMonitor(Callback):
 def measure_client(rehearsal: Rehearsal, batch: dict[str, Tensor]) -> dict[str, int]:
     """Inference, then the client's own round on the same batch; everything ends as it was."""
     client = rehearsal.endpoint.client
-    static = storage_bytes([*client.half.parameters(), *client.half.buffers()])
+    head = getattr(rehearsal.endpoint, "head", None)  # where the labels stay with the client
+    held = [client.half] if head is None else [client.half, head.head]
+    static = storage_bytes([t for part in held for t in (*part.parameters(), *part.buffers())])
     with rehearsal.autocast():
         forward = plain_forward_peak(lambda: run(client.half, batch))
     meter, waiting = MemoryMeter(), 0
@@ -124,7 +126,7 @@ def measure_client(rehearsal: Rehearsal, batch: dict[str, Tensor]) -> dict[str, 
     def metered(request: Message) -> Iterator[None]:
         nonlocal waiting
         with meter, meter.role("client"):
-            if isinstance(request, Multiplier | Update):
+            if isinstance(request, Multiplier | MiddleOutput | Update):
                 waiting = max(waiting, meter.live("client"))
             yield
 
@@ -230,10 +232,14 @@ def measure_server(module: Any, batch: dict[str, Tensor], order: str = "first") 
     backprop = order == "first"
     z.requires_grad_(backprop)
     with torch.enable_grad() if backprop else torch.no_grad(), MemoryMeter() as meter, meter.role("server"):
-        smashed = {"z": z, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
-        loss = loss_of(module.training_step(smashed, 0))
+        if module.labels == "client":  # λ₂ comes from elsewhere
+            output = module.server_half(z, batch["attention_mask"])
+            given: Tensor | None = torch.zeros_like(output)
+        else:
+            smashed = {"z": z, "attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+            output, given = loss_of(module.training_step(smashed, 0)), None
         if backprop:
-            torch.autograd.backward(loss)
+            torch.autograd.backward(output, given)
         peak = meter.peak("server")
     for parameter in module.server_half.parameters():
         parameter.grad = None

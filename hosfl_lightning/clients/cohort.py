@@ -61,6 +61,11 @@ class Cohort:
         """One client's valid tokens ``(B_k, S_k)`` bool: padding and the joint batch's extra width do not travel."""
         return self.batch["attention_mask"][rows, :width].bool()
 
+    def labels(self, rows: slice, width: int) -> Tensor:
+        """One client's labels, ``(B_k, S_k)`` or ``(B_k,)``."""
+        labels = self.batch["labels"][rows]
+        return labels[:, :width] if labels.dim() > 1 else labels
+
     def multiplier(self, like: Tensor, messages: Sequence[Multiplier]) -> Tensor:
         """λ ``(B, S, h)`` of the clients that have one, zero elsewhere.
 

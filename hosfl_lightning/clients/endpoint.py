@@ -25,6 +25,7 @@ from hosfl_lightning.wire import (
     SmashedData,
     StepRequest,
     Terms,
+    UnlabelledData,
     Update,
     manifest,
 )
@@ -69,6 +70,11 @@ class Endpoint(ABC):
             raise TermsError(
                 f"the run's updates move weights by {terms.rules!r:.80}, this client's by {RULES!r}, to other bits; "
                 "use the server's version of hosfl_lightning"
+            )
+        if (labels := terms.settings.get("labels", "server")) != model.labels:
+            raise TermsError(
+                f"the run keeps labels at the {labels!s:.80}, this model at the {model.labels}; set "
+                f"model.init_args.labels: {labels!s:.80}"
             )
         half, self.trained = self.hold(model, terms.settings)
         if (differ := difference(manifest(self.trained), terms.manifest)) is not None:
@@ -164,6 +170,11 @@ class Endpoint(ABC):
     # ---- what most of them need
 
     @property
+    def below(self) -> dict[str, nn.Parameter]:
+        """Of what is trained, what the engine measures a gradient of."""
+        return self.trained
+
+    @property
     def rule(self) -> UpdateRule:
         """As the run begins."""
         return rule_of(self.terms.rule)
@@ -177,12 +188,16 @@ class Endpoint(ABC):
         """An optimizer of what is trained, probed layer by layer in ``module``, with the settings of the terms."""
         settings = self.terms.settings
         return ZerothOrder(
-            self.trained.items(), self.rule, module=module, probes=settings["probes"], mu=settings["mu"],
+            self.below.items(), self.rule, module=module, probes=settings["probes"], mu=settings["mu"],
             estimator=estimator or estimator_of(settings), distribution=settings["distribution"], seed=self.terms.seed,
         )  # fmt: skip
 
-    def smashed(self, cohort: Cohort, z: Tensor, request: StepRequest | Any, step: int = 0) -> list[SmashedData]:
-        """z, labels and mask of each client; padding and the joint batch's extra width stay behind.
+    def smashed(
+        self, cohort: Cohort, z: Tensor, request: StepRequest | Any, step: int = 0
+    ) -> list[SmashedData | UnlabelledData]:
+        """z, mask and labels of each client, or how many loss terms it has where the labels stay with it.
+
+        Padding and the joint batch's extra width stay behind.
 
         Args:
             cohort: Whose z it is.
@@ -190,13 +205,18 @@ class Endpoint(ABC):
             request: What it answers.
             step: The local step.
         """
-        packed, codec = [], self.terms.codecs["smashed_data"]
-        for client, (rows, width, _) in cohort.parts().items():
-            labels = cohort.batch["labels"][rows]
-            labels = labels[:, :width] if labels.dim() > 1 else labels
+        packed: list[SmashedData | UnlabelledData] = []
+        codec = self.terms.codecs["smashed_data"]
+        for client, (rows, width, num_terms) in cohort.parts().items():
+            if self.model.labels == "client":
+                packed.append(UnlabelledData.pack(
+                    request.round, client, z[rows, :width], cohort.mask(rows, width), num_terms=num_terms, codec=codec,
+                    seed=self.terms.seed, step=step, attempt=request.attempt,
+                ))  # fmt: skip
+                continue
             packed.append(SmashedData.pack(
-                request.round, client, z[rows, :width], labels, cohort.mask(rows, width), codec, self.terms.seed, step,
-                request.attempt,
+                request.round, client, z[rows, :width], cohort.labels(rows, width), cohort.mask(rows, width), codec,
+                self.terms.seed, step, request.attempt,
             ))  # fmt: skip
         return packed
 
@@ -216,18 +236,18 @@ class Endpoint(ABC):
 
     def slots(self, client: int) -> list[Tensor]:
         """The optimizer state that a client keeps from round to round."""
-        return [t for held in self.client.optimizer.state.values() for t in held.values()]
+        return [t for held in self.shared_rule.state.values() for t in held.values()]
 
     # ---- a client on a machine of its own
 
     @property
     def version(self) -> int:
         """Updates that it holds."""
-        return self.client.optimizer.steps
+        return self.shared_rule.steps
 
     def shared_state(self) -> dict[str, Tensor]:
         """What all clients hold at this version."""
-        return client_state(self.client.optimizer)
+        return client_state(self.shared_rule)
 
     def load_shared(self, state: Mapping[str, Tensor], version: int) -> None:
         """Go on from a `shared_state`.
@@ -235,19 +255,21 @@ class Endpoint(ABC):
         Raises:
             CatchUpError: It is of other tensors. Nothing has moved then.
         """
-        load_state(self.client.optimizer, dict(state), version)
+        load_state(self.shared_rule, dict(state), version)
 
     def digest(self) -> str:
         """Of a `shared_state` and its version."""
-        return state_digest(self.client.optimizer)
+        return state_digest(self.shared_rule)
 
     @torch.no_grad()
-    def hold_out(self, request: HeldOutRequest) -> list[SmashedData]:
+    def hold_out(self, request: HeldOutRequest) -> list[Any]:
         """z of a batch of its validation data, at what is held now.
 
         Raises:
-            EndpointError: This client has no such data.
+            EndpointError: This client has no such data, or keeps its labels.
         """
+        if self.model.labels == "client":
+            raise EndpointError(f"client {request.client} is asked for labels of validation data, and keeps its labels")
         if self.held_out is None:
             raise EndpointError(f"client {request.client} is asked for validation data, and has none")
         cohort = self.held_out([request.client], request.step)
@@ -266,8 +288,8 @@ class Endpoint(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What the clients keep from round to round, beside what is trained of the model."""
-        return {"client_optimizer": self.client.optimizer.state_dict()}
+        return {"client_optimizer": self.shared_rule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.client.optimizer.load_state_dict(state["client_optimizer"])
+        self.shared_rule.load_state_dict(state["client_optimizer"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hosfl_lightning.aggregation import apply_update, prescribe
+from hosfl_lightning.aggregation import prescribe
 from hosfl_lightning.clients.base import SplitClient
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.optim import Basis, Dense, OwnParameters, SharedDirections, ZerothOrder
@@ -53,23 +53,13 @@ class PersonalEndpoint(SplitEndpoint):
         """The engine measures along everything that is trained; two rules move the parts of it."""
         self._shared, _ = divide(half, self.trained, self.terms.settings["personal"])
         client = super().make_client(half)
-        groups, settings = [{"params": [*self._shared.items()]}], client.optimizer.param_groups[0]
-        self._rule = ZerothOrder(
-            groups, self.rule, module=half, probes=settings["probes"], mu=settings["mu"],
-            estimator=client.optimizer.estimator, distribution=settings["distribution"], seed=self.terms.seed,
-        )  # fmt: skip
-        self._rule.probed = client.optimizer.probed  # whether μ is in the coefficients
+        self._rule = self.mover(self._shared, half, client.optimizer)
         return client
 
     @property
     @override
     def shared(self) -> dict[str, nn.Parameter]:
         return self._shared
-
-    @property
-    @override
-    def shared_rule(self) -> ZerothOrder:
-        return self._rule
 
     # ---- a round
 
@@ -116,7 +106,7 @@ class PersonalEndpoint(SplitEndpoint):
     @override
     def apply(self, message: Update) -> None:
         self.own.commit([client for client, w in zip(message.participants, message.weights) if w])
-        apply_update(message, self.shared_rule)
+        super().apply(message)
 
     @override
     def end(self, message: RoundEnd) -> None:

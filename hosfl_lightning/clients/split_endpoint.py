@@ -2,36 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hosfl_lightning.aggregation import apply_update
 from hosfl_lightning.clients.base import Anchor, SplitClient
 from hosfl_lightning.clients.cohort import Batch, Cohort
 from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
+from hosfl_lightning.clients.head import ClientHead, of_head
 from hosfl_lightning.clients.local_gradient import LocalGradientClient
-from hosfl_lightning.optim import Basis, ClientDirections, ZerothOrder
-from hosfl_lightning.wire import CodedGradient, Message, Multiplier, ProjectedGradients, StepRequest
+from hosfl_lightning.optim import Basis, Beside, ClientDirections, ZerothOrder
+from hosfl_lightning.wire import (
+    CodedGradient,
+    Message,
+    MiddleOutput,
+    Multiplier,
+    OutputMultiplier,
+    ProjectedGradients,
+    StepRequest,
+    Update,
+)
 
 
 @dataclass(frozen=True)
 class Visit:
-    """Clients of a round, and what they keep while they wait for λ."""
+    """Clients of a round, and what they keep while they wait for λ; of a head that is trained, each one's gradient."""
 
     cohort: Cohort
     batch: Batch
     anchor: Anchor
+    heads: dict[int, Tensor] = field(default_factory=dict)
 
 
 class SplitEndpoint(Endpoint):
     r"""``StepRequest → SmashedData``, ``Multiplier → ProjectedGradients``, ``Update →``.
+
+    Where the labels stay with it: ``StepRequest → UnlabelledData``, ``MiddleOutput → OutputMultiplier``, then the same;
+    the exact gradient of a head that is trained follows on the half's coefficients.
 
     | setting | meaning |
     |---|---|
@@ -39,17 +55,56 @@ class SplitEndpoint(Endpoint):
     | ``probes, mu, estimator, distribution`` | of a client that probes |
     | ``taps`` | as in `LocalGradientClient` |
     | ``checkpointing`` | as in `FirstOrderClient` |
+    | ``labels, report_loss`` | where they stay with it: ``client``, and whether the loss is told |
     """
 
     client: SplitClient
+    _rule: ZerothOrder | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.visits: dict[int, Visit] = {}
 
+    @staticmethod
+    @override
+    def hold(model: Any, settings: dict[str, Any]) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """As of `Endpoint`; beside a frozen half whose labels stay here, the head alone is trained."""
+        frozen = model.labels == "client" and settings.get("kind") == "frozen"
+        return model.client_half, of_head(model) if frozen else model.client_parameters
+
     @override
     def make_client(self, half: nn.Module) -> SplitClient:
-        return self.engine(half, self.terms.settings["kind"])
+        client = self.engine(half, self.terms.settings["kind"] if self.below or self.head is None else "frozen")
+        if self.head is not None and self.head.size:
+            self._rule = self.mover(self.trained, nn.ModuleList([half, self.head.head]), client.optimizer)
+        return client
+
+    @cached_property
+    def head(self) -> ClientHead | None:
+        """Where labels and loss stay here."""
+        return ClientHead(self.model.client_head) if self.model.labels == "client" else None
+
+    @property
+    @override
+    def below(self) -> dict[str, nn.Parameter]:
+        """Without the head, whose gradient is known."""
+        head = of_head(self.model)
+        return {name: p for name, p in self.trained.items() if name not in head}
+
+    @property
+    @override
+    def shared_rule(self) -> ZerothOrder:
+        return self._rule or self.client.optimizer
+
+    def mover(self, trained: Mapping[str, nn.Parameter], module: nn.Module, like: ZerothOrder) -> ZerothOrder:
+        """The rule that moves what an engine measures and what else there is, with the settings of its own."""
+        group = like.param_groups[0]
+        rule = ZerothOrder(
+            [{"params": [*trained.items()]}], self.rule, module=module, probes=group["probes"], mu=group["mu"],
+            estimator=like.estimator, distribution=group["distribution"], seed=self.terms.seed,
+        )  # fmt: skip
+        rule.probed = like.probed  # whether μ is in the coefficients
+        return rule
 
     def engine(self, half: nn.Module, kind: str) -> SplitClient:
         """What runs the half of a client of that kind."""
@@ -58,8 +113,9 @@ class SplitEndpoint(Endpoint):
             return ForwardOnlyClient(half, self.zeroth_order(half))
         if kind == "local":  # the estimator is of what else is trained
             return LocalGradientClient(half, self.zeroth_order(half, "forward"), settings["taps"])
-        plain = ZerothOrder([{"params": [*self.trained.items()]}], self.rule)  # of which there may be none
+        plain = ZerothOrder([{"params": [*self.below.items()]}], self.rule)  # of which there may be none
         if kind == "frozen":
+            plain.probed = set()
             return FrozenClient(half, plain)
         return FirstOrderClient(half, plain, settings.get("checkpointing", False))
 
@@ -76,6 +132,8 @@ class SplitEndpoint(Endpoint):
         match requests[0]:
             case StepRequest():
                 return self.forward(requests)
+            case MiddleOutput():
+                return [self.output(request) for request in requests]
             case Multiplier():
                 return self.answer(requests)
         return super().respond(requests)
@@ -91,9 +149,34 @@ class SplitEndpoint(Endpoint):
         batch = self.fabric.to_device(cohort.batch)
         with self.fabric.autocast():
             anchor = self.engine_of(clients[0]).forward(batch, cohort.rows)
-        if self.answered_in(clients[0], requests[0].round) is not None:
+        if self.head is not None or self.answered_in(clients[0], requests[0].round) is not None:
             self.visits |= dict.fromkeys(clients, Visit(cohort, batch, anchor))
         return [*self.smashed(cohort, anchor.z, requests[0])]
+
+    def output(self, request: MiddleOutput) -> OutputMultiplier:
+        """Step 3 where the labels stay here: λ₂ of z₂."""
+        visit, client = self.visits.get(request.client), request.client
+        if visit is None or self.head is None:
+            raise EndpointError(f"client {client} is sent a middle's output, and waits for none")
+        rows, width, _ = visit.cohort.parts()[client]
+        mask, labels = visit.cohort.mask(rows, width), visit.cohort.labels(rows, width)
+        given = self.fabric.to_device((request.unpack(mask), mask.long(), labels))
+        with self.fabric.autocast():
+            loss, multiplier, visit.heads[client] = self.head.answer(*given)
+        if self.answered_in(client, request.round) is None:
+            self.visits.pop(client)
+        told = float(loss) if self.terms.settings["report_loss"] else None
+        return OutputMultiplier.pack(
+            request.round, client, multiplier, mask, loss=told, codec=self.terms.codecs["multiplier"],
+            seed=self.terms.seed, step=request.step, attempt=request.attempt,
+        )  # fmt: skip
+
+    @override
+    def apply(self, message: Update) -> None:
+        if self._rule is None:
+            super().apply(message)
+        else:
+            apply_update(message, self._rule)
 
     def answer(self, multipliers: Sequence[Multiplier]) -> list[Message]:
         """Step 4: `measured`, as it travels."""
@@ -114,22 +197,28 @@ class SplitEndpoint(Endpoint):
             if self.checks and isinstance(engine, ForwardOnlyClient) and engine.optimizer.probed != set():
                 engine.check_probe(batch, anchor.z, multiplier)
                 self.checks = False
-            if isinstance(basis, ClientDirections):
-                values = self._one_by_one(engine, visit, multiplier, basis)
+            own = basis.first if isinstance(basis, Beside) else basis
+            if isinstance(own, ClientDirections):
+                values = self._one_by_one(engine, visit, multiplier, own)
             else:
-                values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()
+                values = engine.answer(batch, anchor, multiplier, cohort.rows, own).cpu()
         coefficients, parts = dict(zip(cohort.clients, values)), cohort.parts()
         return [
             ProjectedGradients(
-                m.round,
-                m.client,
-                basis.of_clients([m.client]).describe(),
-                coefficients[m.client],
-                parts[m.client][2],
-                m.attempt,
+                m.round, m.client, basis.of_clients([m.client]).describe(),
+                self._with_head(coefficients[m.client], visit, m.client), parts[m.client][2], m.attempt,
             )
             for m in multipliers
-        ]
+        ]  # fmt: skip
+
+    def _with_head(self, coefficients: Tensor, visit: Visit, client: int) -> Tensor:
+        """The gradient of a head that is trained behind those of the half; zero of a client without a loss term."""
+        if self.head is None or not self.head.size:
+            return coefficients
+        _, _, num_terms = visit.cohort.parts()[client]
+        if num_terms and client not in visit.heads:
+            raise EndpointError(f"client {client} is sent a multiplier before the middle's output")
+        return torch.cat([coefficients, visit.heads.get(client, torch.zeros(self.head.size))])
 
     @staticmethod
     def _one_by_one(engine: SplitClient, visit: Visit, multiplier: Tensor, basis: Basis) -> Tensor:

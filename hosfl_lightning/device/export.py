@@ -16,9 +16,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hosfl_client.manifest import Input, Manifest, Rung
+from hosfl_lightning.clients.head import of_half
 from hosfl_lightning.data.tokenization import pad_token_id
 from hosfl_lightning.device.figures import measure
 from hosfl_lightning.device.graph import OPSET, OUTPUT, to_onnx
+from hosfl_lightning.device.head import described, head_of
 from hosfl_lightning.device.quantize import quantized
 from hosfl_lightning.device.recording import record
 from hosfl_lightning.device.samples import Samples
@@ -27,6 +29,7 @@ from hosfl_lightning.files import discard, write_json, write_whole
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.causal_lm import SplitCausalLM
 from hosfl_lightning.models.checks import positions, vocabulary
+from hosfl_lightning.models.halves import HEAD
 from hosfl_lightning.models.pretrained import PretrainedError
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.split.side import Bottleneck
@@ -72,12 +75,13 @@ def export_client(
     if not model.client_parameters:
         raise SplitError("model: the client trains nothing, so it takes no part; set lora.client, side or "
                          "client_parameters")  # fmt: skip
-    half, trained = in_fp32(model)
+    half, below = in_fp32(model)
+    trained = {**below, **head_of(model)}
     samples = Samples(model)
-    graph, bottlenecks = to_onnx(half, trained, samples)
+    graph, bottlenecks = to_onnx(half, below, samples)
     if quantize != "none":
         graph = quantized(graph, quantize)
-    beside = {end: path.with_suffix(end) for end in (".json", ".safetensors", ".tokenizer.json")}
+    beside = {end: path.with_suffix(end) for end in (".json", ".safetensors", ".tokenizer.json", ".head.safetensors")}
     discard(beside[".json"])  # no manifest while the files are of two exports
     files = write_graph(graph, path)
     del graph
@@ -86,6 +90,10 @@ def export_client(
     if text is not None:
         files[beside[".tokenizer.json"].name] = _write(beside[".tokenizer.json"], text.encode())
     told = _manifest(model, half, trained, bottlenecks, samples.image)
+    if model.labels == "client":
+        name, (head, arrays) = beside[".head.safetensors"].name, described(model)
+        files[name] = _write(beside[".head.safetensors"], save(arrays))
+        told = replace(told, head={**head, "file": name})
     written = replace(
         told, graph=path.name, weights=beside[".safetensors"].name, files=files, quantization=quantize, data=data,
         tokenizer=None if text is None else beside[".tokenizer.json"].name,
@@ -93,7 +101,7 @@ def export_client(
     write_json(beside[".json"], written.as_json(), indent=1)
     recorded = path.with_suffix(".check.safetensors")
     files[recorded.name] = _write(recorded, record(path, trained, samples, mu))
-    written = replace(written, check=recorded.name, figures=measure(path, half, trained, samples, mu))
+    written = replace(written, check=recorded.name, figures=measure(path, half, below, samples, mu))
     write_json(beside[".json"], written.as_json(), indent=1)
     return written
 
@@ -109,13 +117,13 @@ def _make(folder: Path) -> None:
 
 
 def in_fp32(model: SplitModule) -> tuple[Any, Mapping[str, Tensor]]:
-    """The client's half and what it trains, by name; a half of another precision is copied.
+    """The client's half and what it trains of it, by name; a half of another precision is copied.
 
     Raises:
         SplitError: What it trains has another precision.
     """
     half: Any = model.client_half.eval()
-    names = [*model.client_parameters]
+    names = [*of_half(model)]
     for name, parameter in model.client_parameters.items():
         if parameter.dtype != torch.float32:
             raise SplitError(
@@ -139,7 +147,10 @@ def _manifest(
         inputs = {name: Input(name, "float32", (-1, *image)) for name in half.inputs}
     return Manifest(
         graph="", weights="", files={}, tokenizer=None, quantization="none", figures={},
-        parameters=tuple((name, tuple(shape), dtype, name) for name, shape, dtype in entries(trained)),
+        parameters=tuple(
+            (name, tuple(shape), dtype, "" if name.startswith(HEAD) else name)
+            for name, shape, dtype in entries(trained)
+        ),
         inputs=tuple(inputs.values()), output=OUTPUT, width=half.hidden_size,
         positions=None if text else half.positions,
         side=tuple(rung(number, one, half) for number, one in enumerate(bottlenecks)),

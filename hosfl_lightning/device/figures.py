@@ -51,6 +51,8 @@ def measure(path: Path, half: Any, trained: Mapping[str, Tensor], samples: Sampl
 
 def correlation(exported: OnnxHalf, half: Any, trained: Mapping[str, Tensor], batch: Batch, mu: float) -> float | None:
     """Of the probes' derivatives with the exact ones; None: these are all alike."""
+    if not trained:
+        return None
     exact, multiplier = gradient(half, trained, batch)
     arrays = as_arrays(batch)
     base = inner(multiplier, exported.forward(arrays))

@@ -10,7 +10,16 @@ from typing import Any
 from hosfl_lightning.fleet.absentees import Returns
 from hosfl_lightning.fleet.channel import Channel, Sent
 from hosfl_lightning.fleet.processes import Processes
-from hosfl_lightning.wire import Message, Multiplier, ProbeRequest, RoundEnd, SmashedData, Update, WireError
+from hosfl_lightning.wire import (
+    Message,
+    Multiplier,
+    ProbeRequest,
+    RoundEnd,
+    SmashedData,
+    UnlabelledData,
+    Update,
+    WireError,
+)
 
 
 class Fleet(ABC):
@@ -132,6 +141,6 @@ def objection(request: Any, answer: Any, expected: Sequence[Any]) -> str | None:
     if isinstance(request, ProbeRequest) and (answer.probe, answer.side) != (request.probe, request.side):
         return f"it sent side {answer.side} of probe {answer.probe}, asked for was {request.side} of {request.probe}"
     least = getattr(request, "step", 0) + isinstance(request, Multiplier)  # λ ends a step
-    if isinstance(answer, SmashedData) and answer.step < least:
+    if isinstance(answer, SmashedData | UnlabelledData) and answer.step < least:
         return f"its smashed data are of local step {answer.step}, this is step {least}"
     return None

@@ -21,7 +21,17 @@ from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.checks import check_state, check_tokens, smashed_objection
 from hosfl_lightning.models.evaluated import Batch, Evaluated
 from hosfl_lightning.models.fingerprint import of_all, of_first
-from hosfl_lightning.models.halves import Part, client_alone, client_of_whole, here, hold
+from hosfl_lightning.models.halves import (
+    HEAD,
+    LABELS_STAY,
+    Labels,
+    Part,
+    check_labels_at,
+    client_alone,
+    client_of_whole,
+    here,
+    hold,
+)
 from hosfl_lightning.models.pretrained import load_model, load_tokenizer, resolve
 from hosfl_lightning.split import (
     Lora,
@@ -70,6 +80,9 @@ class SplitModule(Evaluated, ABC):
         client_parameters: Few parameters to train at the client, in place of LoRA (``lora.client: null``) or beside it:
             ``norm`` (weights and biases of norms), ``bias``, ``first_layer`` (the first convolution or patch
             embedding), ``ia3`` (in place of LoRA alone). Nothing else of the client is trained but the adapters.
+        labels: Where they are, and with them the head and the loss. ``client``: the server's half is the layers in the
+            middle alone, and each client has ``client_head``, the final norm and the head, whose loss and gradients
+            are in closed form; a text never leaves it.
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -95,14 +108,18 @@ class SplitModule(Evaluated, ABC):
         side: Side | None = None,
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
+        labels: Labels = "server",
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
         self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
         self.client_holds, self.part, self.trains_at_client = client_holds, part, client_parameters
+        self.labels = check_labels_at(labels, client_holds)
+        if labels == "client":
+            self.labels_notice = LABELS_STAY
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
         self.made_with = given(self, inspect.currentframe())
-        self.client_half, server, whole = hold(self, part, dtype, seed, **model_kwargs)
+        self.client_half, server, whole, self.client_head = hold(self, part, dtype, seed, **model_kwargs)
         # In a tuple: Lightning must see each parameter once, in its half.
         self._whole = (whole,)
         self._client_trainable = tuple(n for n, p in self.client_half.named_parameters() if p.requires_grad)
@@ -129,9 +146,10 @@ class SplitModule(Evaluated, ABC):
         """Where in the uncut model the bottlenecks go."""
         return place_side(whole, self.cut, side, self.seed)
 
-    def load_client(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:
+    def load_client(self, dtype: str, seed: int, **model_kwargs: Any) -> tuple[Any, Any]:
         """The client's half with its adapters, for ``part="client"``; nothing of the other half is read or allocated.
 
+        With it the client's head, None with ``labels="server"``.
         A subclass that loads, cuts or places in a way of its own gets it from the whole, which is dropped at once.
         """
         ways = ("load_whole", "split_whole", "place_side")
@@ -192,25 +210,28 @@ class SplitModule(Evaluated, ABC):
 
     def fingerprint(self) -> str:
         """SHA-256 of one frozen tensor of the backbone, as bf16, so that any precision of one model gives the same."""
-        halves = (self.server_half, self.server_parameters), (self.client_half, self.client_parameters)
+        halves: Any = (self.server_half, self.server_parameters), (self.client_half, self.client_parameters)
         return of_first([p for half, own in halves for n, p in half.named_parameters() if n not in own])
 
     def client_fingerprint(self) -> str:
-        """SHA-256 of all frozen tensors of the client's half and their names, likewise; norm statistics are among them.
+        """SHA-256 of all frozen tensors of the client and their names, likewise; norm statistics are among them.
 
         What a device that joins a run and the server compare: equal for both values of ``part``.
         """
         trained = {id(p) for p in self.client_parameters.values()}
         held = self.client_half.state_dict(keep_vars=True)
+        if self.client_head is not None:
+            held |= self.client_head.state_dict(keep_vars=True, prefix=HEAD)
         return of_all({name: tensor for name, tensor in held.items() if id(tensor) not in trained})
 
     # ---- parameters
 
     @property
     def client_parameters(self) -> dict[str, nn.Parameter]:
-        """θ_c by name, in manifest order: the order numbers the random directions."""
+        """θ_c by name, in manifest order: the order numbers the random directions. A head's come last, as `HEAD…`."""
         named = dict(self.client_half.named_parameters())
-        return {name: named[name] for name in self._client_trainable}
+        head = {} if self.client_head is None else self.client_head.trained
+        return {name: named[name] for name in self._client_trainable} | {HEAD + name: p for name, p in head.items()}
 
     @property
     def server_parameters(self) -> dict[str, nn.Parameter]:
@@ -260,11 +281,22 @@ class SplitModule(Evaluated, ABC):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits through both halves, equal to the uncut model's bit for bit."""
-        return self.server_half(self.client_half(input_ids, attention_mask), attention_mask)
+        return self.above(self.client_half(input_ids, attention_mask), attention_mask)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits of a prepared batch."""
-        return self.server_half(run(self.client_half, batch), batch["attention_mask"])
+        return self.above(run(self.client_half, batch), batch["attention_mask"])
+
+    def above(self, z: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits of smashed data: through the server's half, and through the client's head where there is one."""
+        head, states = self.last(z, attention_mask)
+        return head(states, attention_mask)
+
+    def last(self, z: Tensor, attention_mask: Tensor | None) -> tuple[Any, Tensor]:
+        """The part that gives logits, and what it is given where the server's half is given ``z``."""
+        if self.client_head is None:
+            return self.server_half, z
+        return self.client_head, self.server_half(z, attention_mask)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The server's loss on smashed data.
@@ -273,7 +305,7 @@ class SplitModule(Evaluated, ABC):
             batch: ``z (B, S, h)`` with ``requires_grad``, ``attention_mask (B, S)``, ``labels``.
             batch_idx: The round.
         """
-        return self.loss(self.server_half(batch["z"], batch["attention_mask"]), batch["labels"])
+        return self.loss(self.above(batch["z"], batch["attention_mask"]), batch["labels"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The server's optimizer over θ_s; the clients' is the algorithm's."""
@@ -304,5 +336,6 @@ class SplitModule(Evaluated, ABC):
             raise SplitError(
                 "export: the model was trained without LoRA, so there is no adapter; set model.init_args.lora"
             )
-        plain = in_place(self.client_parameters, self.trains_at_client)
+        below = {name: p for name, p in self.client_parameters.items() if not name.startswith(HEAD)}
+        plain = in_place(below, self.trains_at_client)
         export_adapter(self.whole, directory, resolve(self.pretrained), self.label_names, plain)

@@ -16,10 +16,9 @@ from hosfl_lightning.models.base import SplitModule
 from hosfl_lightning.models.checks import check_token_labels
 from hosfl_lightning.models.evaluated import Batch, Metrics
 from hosfl_lightning.split import ServerHalf, run
+from hosfl_lightning.split.closed_form import IGNORE, following
 from hosfl_lightning.split.labelled import read_labelled, reads_alike
 from hosfl_lightning.wire import SmashedData
-
-IGNORE = -100
 
 
 class SplitCausalLM(SplitModule):
@@ -48,7 +47,8 @@ class SplitCausalLM(SplitModule):
         targets = following(batch["labels"])
         if not self._sparse("loss") or not bool((targets != IGNORE).any()):
             return super().training_step(batch, batch_idx)
-        return read_labelled(self.server_half, batch["z"], batch["attention_mask"], targets, losses).mean()
+        half, states = self.last(batch["z"], batch["attention_mask"])
+        return read_labelled(half, states, batch["attention_mask"], targets, losses).mean()
 
     def count(self, labels: Tensor) -> int:
         """Next tokens that are labelled."""
@@ -100,7 +100,8 @@ class SplitCausalLM(SplitModule):
         if not self._sparse("loss", "update_metrics"):
             return super().take_smashed(metrics, z, attention_mask, labels)
         targets = following(labels)
-        figures = read_labelled(self.server_half, z, attention_mask, targets, self._figures)
+        half, states = self.last(z, attention_mask)
+        figures = read_labelled(half, states, attention_mask, targets, self._figures)
         loss = figures[:, 0].mean()
         metrics["loss"].update(loss, weight=len(figures))
         self._count_hits(metrics, figures, targets)
@@ -124,7 +125,7 @@ class SplitCausalLM(SplitModule):
 
     def _sparse(self, *own: str) -> bool:
         """Whether logits at labelled positions do, where only these methods make or see logits."""
-        half = self.server_half
+        half = self.server_half if self.client_head is None else self.client_head
         # Of the instance: a method may have been set on it alone.
         plain = any(getattr(getattr(self, n), "__func__", None) is not getattr(SplitCausalLM, n) for n in own)
         if plain or not isinstance(half, ServerHalf) or half._compiled_call_impl is not None or half._forward_hooks:
@@ -137,11 +138,6 @@ class SplitCausalLM(SplitModule):
         """Adds ``perplexity``."""
         values = super().computed(metrics)
         return {**values, "perplexity": values["loss"].exp()}
-
-
-def following(labels: Tensor) -> Tensor:
-    """``labels (B, S)`` of the next token: position t has that of t + 1, the last one none."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.data.tokenization import Example, pad_token_id
 from hosfl_lightning.split import SplitError
-from hosfl_lightning.wire import SmashedData
+from hosfl_lightning.wire import SmashedData, UnlabelledData
 
 #: Largest magnitude of smashed data: what a norm squares and sums must stay far within fp32. Real ones are below 1e5.
 LIMIT = 1e9
@@ -151,7 +151,7 @@ def check_state(mine: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None
         )
 
 
-def smashed_objection(message: SmashedData, half: Any) -> str | None:
+def smashed_objection(message: SmashedData | UnlabelledData, half: Any) -> str | None:
     """Why no server's half can run what a client sent as the output of ``half``, in words; None: it can."""
     z, width = message.z, half.hidden_size
     if z.width != width:

@@ -62,7 +62,7 @@ class Evaluated(L.LightningModule):
     logits: Any
     loss: Any
     count: Any
-    server_half: Any
+    above: Any
     #: A second set of metrics, of a part of an evaluation.
     beside: Metrics | None = None
 
@@ -87,7 +87,7 @@ class Evaluated(L.LightningModule):
 
     def take_smashed(self, metrics: Metrics, z: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
         """The same of what a client sent: ``z (B, S, h)``, ``attention_mask (B, S)``, ``labels``."""
-        return self._taken(metrics, self.server_half(z, attention_mask), labels)
+        return self._taken(metrics, self.above(z, attention_mask), labels)
 
     def _taken(self, metrics: Metrics, logits: Tensor, labels: Tensor) -> Tensor:
         self.update_metrics(metrics, logits, labels)

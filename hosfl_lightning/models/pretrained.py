@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from hosfl_lightning.gguf import named_after, opened, read_tokenizer, weights
 from hosfl_lightning.models.checks import check_sizes
-from hosfl_lightning.split import ClientHalf, SplitError, build_client_half
+from hosfl_lightning.split import ClientHalf, ClientHead, SplitError, build_client
 
 #: The model that ships with the package: a byte-level Llama of about a million parameters.
 TINY_LM = "tiny_lm"
@@ -57,15 +57,17 @@ def load_model(
     return model
 
 
-def load_client(auto_class: Any, pretrained: str, cut: int, *, seed: int, **kwargs: Any) -> ClientHalf:
-    """`build_client_half`, likewise: nothing of the other half is read.
+def load_client(
+    auto_class: Any, pretrained: str, cut: int, *, seed: int, **kwargs: Any
+) -> tuple[ClientHalf, ClientHead | None]:
+    """`build_client`, likewise: nothing of the other half is read.
 
     Raises:
         PretrainedError: As for the model.
-        SplitError: As for `build_client_half`.
+        SplitError: As for `build_client`.
     """
     with seeded(seed), quiet_loading(), named("model", pretrained):
-        return build_client_half(resolve(pretrained), cut, auto_class=auto_class, seed=seed, **kwargs)
+        return build_client(resolve(pretrained), cut, auto_class=auto_class, seed=seed, **kwargs)
 
 
 def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:

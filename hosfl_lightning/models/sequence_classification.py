@@ -11,13 +11,13 @@ from transformers import AutoModelForSequenceClassification
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.models.base import default_optimizer
 from hosfl_lightning.models.classification import SplitClassifier, check_classes
-from hosfl_lightning.models.halves import Part
+from hosfl_lightning.models.halves import Labels, Part
 from hosfl_lightning.split import Lora, Side
 from hosfl_lightning.split.client_parameters import ClientParameters
 
 
 class SplitSequenceClassifier(SplitClassifier):
-    r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` examples, in nats; the head is the server's and is trained.
+    r"""``ℓ = −(1/n) Σ_i log p(y_i | x_i)`` over the ``n`` examples, in nats; the head is trained, where the labels are.
 
     ``labels (B,)``. Logs ``loss`` and ``accuracy`` (micro). ``num_labels`` is the number of classes; where
     ``pretrained`` has another number it gets a fresh head. The other arguments as in `SplitModule`.
@@ -40,11 +40,12 @@ class SplitSequenceClassifier(SplitClassifier):
         side: Side | None = None,
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
+        labels: Labels = "server",
     ) -> None:
         self.num_labels = check_classes(num_labels)
         super().__init__(
             pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, part,
-            client_parameters, num_labels=num_labels,
+            client_parameters, labels, num_labels=num_labels,
         )  # fmt: skip
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:

@@ -2,6 +2,7 @@
 
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
 from hosfl_lightning.optim.basis_of import basis_of
+from hosfl_lightning.optim.beside import Beside
 from hosfl_lightning.optim.client_directions import ClientDirections
 from hosfl_lightning.optim.compression import Compression, RandomProjections, RandomSubset, Uncompressed
 from hosfl_lightning.optim.coordinates import Coordinates
@@ -29,6 +30,7 @@ __all__ = [
     "SGD",
     "AdamW",
     "Basis",
+    "Beside",
     "CentralDifference",
     "ClientDirections",
     "Compression",

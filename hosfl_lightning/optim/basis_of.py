@@ -7,12 +7,13 @@ from typing import Any
 
 from hosfl_client.basis_of import described
 from hosfl_lightning.optim.basis import Basis, Dense, SharedDirections
+from hosfl_lightning.optim.beside import Beside
 from hosfl_lightning.optim.client_directions import ClientDirections
 from hosfl_lightning.optim.coordinates import Coordinates
 
 _KINDS: dict[str, Callable[..., Basis]] = {
     "shared_directions": SharedDirections, "client_directions": ClientDirections, "coordinates": Coordinates,
-    "dense": Dense,
+    "dense": Dense, "beside": Beside,
 }  # fmt: skip
 
 

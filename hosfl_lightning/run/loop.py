@@ -87,7 +87,8 @@ class RoundLoop:
         run.global_step = round + 1
         self.number()
         module = trainer.lightning_module
-        module.log("train/loss", outcome.loss)
+        if outcome.loss is not None:
+            module.log("train/loss", outcome.loss)
         module.log("client/refused", run.refused.total() - refused)
         seconds = time.perf_counter() - began - self.waited
         module.log("time/round_seconds", seconds)
@@ -178,7 +179,7 @@ class RoundLoop:
         Raises:
             DivergedError: It is not.
         """
-        if self.trainer.follows is None and not math.isfinite(float(outcome.loss)):
+        if self.trainer.follows is None and outcome.loss is not None and not math.isfinite(float(outcome.loss)):
             half = self.halves.blamed("server")
             evidence = f"train/loss is {float(outcome.loss)}{self.halves.grown(half)}"
             raise diverged(self.trainer, half, round, evidence)

@@ -34,6 +34,8 @@ def serve(trainer: Any, serving: Serving, model: SplitModule, data: FederatedDat
         ValueError: A setting that only a simulation can have.
     """
     _check(trainer, serving)
+    if model.labels == "client" and serving.validate != "server":
+        raise ValueError("--validate: the clients keep their labels, so what they hold out is not sent; take server")
     # Every client's batch is its own there, and a round is tried until it succeeds.
     trainer.settings = replace(trainer.settings, simulation="per_client", on_too_few="repeat")
     goes_on = run is not None and (Path(run) / folder.IDENTITY).is_file()

@@ -67,7 +67,7 @@ class Serving:
         from hosfl_lightning.fleet.remote import RemoteFleet
 
         admission = Admission(
-            self.reception, self.gate, terms, channel, endpoint.client.optimizer, self.notify,
+            self.reception, self.gate, terms, channel, endpoint.shared_rule, self.notify,
             self.membership.bad_frames, self.limits.frame_bytes,
         )  # fmt: skip
         return RemoteFleet(endpoint, channel, admission, self.membership)

@@ -10,7 +10,10 @@ from rich.table import Table
 from hosfl_lightning.run.summary import size
 
 #: Of the kinds of messages, those that a newcomer knows by another name.
-WORDS = {"smashed_data": "z", "multiplier": "λ", "projected_gradients": "its answer"}
+WORDS = {
+    "smashed_data": "z", "multiplier": "λ", "projected_gradients": "its answer",
+    "unlabelled_data": "z₁", "middle_output": "z₂", "output_multiplier": "λ₂",
+}  # fmt: skip
 #: How names end that say something over clients, which have a line of their own.
 OVER_CLIENTS = ("_worst", "_std")
 #: Of a control without a name of its own.

@@ -112,12 +112,12 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     check_length(scheduler, settings.max_rounds, "model.init_args.lr_scheduler")
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.shared, endpoint.shared_rule)
-    sizes = [p.numel() for p in replica.trained.values()]
     agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None, trainer.sample_size)
     trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
     trainer.server = Server(
         model, trainer.fabric, wrapped, scheduler, fleet=trainer.fleet, replica=replica,
-        basis=lambda round: method.basis(settings.seed, round, sizes), publish=history.publish, fire=trainer.call,
+        basis=lambda round: method.basis_with_head(model, settings.seed, round, replica.trained),
+        publish=history.publish, fire=trainer.call,
         terms=terms, joint=joint, min_clients=settings.min_clients, gradient_clip_val=settings.gradient_clip_val,
         seed=settings.seed, codec=settings.codec.multiplier,
         watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],

@@ -39,7 +39,7 @@ class Outcome:
     """What a round leaves for the metrics.
 
     Args:
-        loss: The mean training loss, 0-d or a float.
+        loss: The mean training loss, 0-d or a float; None: the clients keep it to themselves.
         num_examples: Of this process's clients, all local steps.
     """
 

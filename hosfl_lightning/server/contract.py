@@ -62,12 +62,17 @@ def sound(method: str, outcome: Any) -> Outcome:
         PartError: It is no `Outcome` of a loss and a number of examples.
     """
     loss = getattr(outcome, "loss", None)
-    is_loss = isinstance(loss, float) or (isinstance(loss, Tensor) and not loss.dim() and not loss.requires_grad)
+    is_loss = (
+        loss is None
+        or isinstance(loss, float)
+        or (isinstance(loss, Tensor) and not loss.dim() and not loss.requires_grad)
+    )
     if not isinstance(outcome, Outcome) or not is_loss or type(outcome.num_examples) is not int:
         given = _shown(outcome) if not isinstance(outcome, Outcome) else f"a loss of {_shown(loss)}"
         raise PartError(
             f"trainer.algorithm: {method}.server_round returned {given}; it returns hosfl_lightning.server.Outcome("
-            "loss, num_examples): the round's mean loss, a float or a detached tensor of shape (), and an int"
+            "loss, num_examples): the round's mean loss, a float or a detached tensor of shape (), or None, and an "
+            "int"
         )
     return outcome
 

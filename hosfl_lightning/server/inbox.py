@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from hosfl_lightning.wire import SmashedData, UnlabelledData
 
-from hosfl_lightning.wire import SmashedData
+Received = SmashedData | UnlabelledData
+"""What begins a client's step: z with labels, or with the number of its loss terms alone."""
 
 
 @dataclass(frozen=True)
@@ -17,23 +19,23 @@ class Inbox:
     Args:
         groups: What runs as one batch each, ascending clients over all of them. A client that was refused leaves its
             place empty: sums over several processes go by places.
-        num_terms: By client, counted from its labels.
+        num_terms: By client, counted from its labels, or as it says where these stay with it.
     """
 
-    groups: list[list[SmashedData]]
+    groups: list[list[Any]]
     num_terms: dict[int, int]
 
     @classmethod
     def of(
-        cls, messages: Sequence[SmashedData], count: Callable[[Tensor], int], places: Sequence[int] | None = None
+        cls, messages: Sequence[Received], count: Callable[[Any], int], places: Sequence[int] | None = None
     ) -> Inbox:
         """Of messages in the order of their clients; ``places``: a group for each of these; None: one for all."""
         by_client = {message.client: message for message in messages}
         groups = [[*messages]] if places is None else [[by_client[k]] if k in by_client else [] for k in places]
-        return cls(groups, {k: count(message.unpack_labels()) for k, message in by_client.items()})
+        return cls(groups, {k: count(message) for k, message in by_client.items()})
 
     @property
-    def messages(self) -> list[SmashedData]:
+    def messages(self) -> list[Any]:
         """All of them."""
         return [message for group in self.groups for message in group]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import blake2b
 from typing import Any
@@ -14,12 +15,14 @@ from torch import Tensor
 from hosfl_lightning.aggregation import screen
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.models.checks import smashed_objection
 from hosfl_lightning.models.pretrained import seeded
 from hosfl_lightning.optim import Basis, ZerothOrder
 from hosfl_lightning.padding import FILL, stack_rows
 from hosfl_lightning.server.call import Call
 from hosfl_lightning.server.contract import counted, reached, scalar_loss
-from hosfl_lightning.server.inbox import Inbox
+from hosfl_lightning.server.inbox import Inbox, Received
+from hosfl_lightning.server.middle import UShapedBackward
 from hosfl_lightning.server.replica import Replica
 from hosfl_lightning.server.watching import RoundWatcher
 from hosfl_lightning.wire import (
@@ -29,6 +32,7 @@ from hosfl_lightning.wire import (
     ProjectedGradients,
     SmashedData,
     Terms,
+    UnlabelledData,
     Update,
 )
 
@@ -112,7 +116,7 @@ class Server:
                 f"{answers} valid answer(s) of clients with a loss term, trainer.min_clients is {self.min_clients}"
             )
 
-    def admit(self, messages: Sequence[SmashedData]) -> Inbox:
+    def admit(self, messages: Sequence[Received]) -> Inbox:
         """Step 2: what the half and its loss can take, of all clients of the round.
 
         Raises:
@@ -127,12 +131,12 @@ class Server:
         fitting = self.fitting([message])
         return Inbox.of(fitting, self._count) if fitting else None
 
-    def fitting(self, messages: Sequence[SmashedData]) -> list[SmashedData]:
+    def fitting(self, messages: Sequence[Any]) -> list[Any]:
         """Those that the half and its loss can take; the clients of the others are refused."""
         taken = []
         for message in messages:
             with self.fabric.autocast():
-                reason = self.module.objection(message)
+                reason = self._objection(message)
             if reason is None:
                 taken.append(message)
             else:
@@ -187,6 +191,14 @@ class Server:
         self.require(len(counted))
         return counted
 
+    def _objection(self, message: Received) -> str | None:
+        kept = isinstance(message, UnlabelledData)
+        if kept != (self.module.labels == "client"):
+            return f"it {'keeps' if kept else 'sent'} its labels, and the run's are at the {self.module.labels}"
+        if isinstance(message, UnlabelledData):
+            return smashed_objection(message, self.module.client_half)
+        return self.module.objection(message)
+
     def _honest(self, answer: ProjectedGradients, inbox: Inbox) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""
         counted = inbox.num_terms[answer.client]
@@ -204,12 +216,21 @@ class Server:
 
     # ---- its half
 
-    def backward(self, inbox: Inbox) -> tuple[Tensor, dict[int, Multiplier]]:
+    def backward(self, inbox: Inbox) -> tuple[Tensor | None, dict[int, Multiplier]]:
         """Step 3: gradients and multipliers of the smashed data of a step; at least one client has a loss term.
 
         Returns:
-            ``Σ_k w_k ℓ_k`` (0-d, detached) and λ by client.
+            ``Σ_k w_k ℓ_k`` (0-d, detached; None where the clients keep it to themselves) and λ by client.
         """
+        if self.module.labels == "client":
+            loss, multipliers, inbox = UShapedBackward(self)(inbox)
+        else:
+            loss, multipliers = self._backpropagated(inbox)
+        for watcher in self.watchers:
+            watcher.on_multipliers(inbox, multipliers)
+        return loss, multipliers
+
+    def _backpropagated(self, inbox: Inbox) -> tuple[Tensor, dict[int, Multiplier]]:
         received = [[message.unpack() for message in group] for group in inbox.groups]
         terms = [[inbox.num_terms[message.client] for message in group] for group in inbox.groups]
         self.fire("on_before_zero_grad", optimizer=self.optimizer)
@@ -221,9 +242,7 @@ class Server:
             w = [count / total for count in counts]
             loss, gradients = self._backward(parts, sum(w), group[0]) if any(w) else (None, _zeros(parts))
             sums.add(loss)
-            multipliers |= {one.client: one for one in self._multipliers(group, gradients, w)}
-        for watcher in self.watchers:
-            watcher.on_multipliers(inbox, multipliers)
+            multipliers |= {one.client: one for one in self.multipliers(group, gradients, w)}
         return sums.finish(), multipliers
 
     @torch.no_grad()
@@ -265,10 +284,7 @@ class Server:
         zs, ys, masks = zip(*parts)
         batch = self._batch(stack_rows(zs), stack_rows(ys, FILL["labels"]), stack_rows(masks))
         z = batch["z"].requires_grad_()
-        # Dropout masks are a function of (seed, round, step, group), so a resumed run draws the same ones.
-        named = f"{self.seed}/{first.round}/{first.step}/{first.client}"
-        seed = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
-        with self.module.dropout_active(), seeded(seed, z.device), torch.enable_grad(), self.fabric.autocast():
+        with self.training(first):
             loss = scalar_loss(self.module, self.module.training_step(batch, first.round)) * share
         self.fire("on_before_backward", loss=loss)
         self.fabric.backward(loss)
@@ -276,16 +292,29 @@ class Server:
         rows = reached(self.module, z.grad).split([len(part) for part in masks])
         return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
 
-    def _count(self, labels: Tensor) -> int:
-        return counted(self.module, labels)
+    @contextmanager
+    def training(self, first: Received) -> Iterator[None]:
+        """While it is open, forwards of a group have dropout and a graph; ``first`` is of its first client."""
+        # Dropout masks are a function of (seed, round, step, group), so a resumed run draws the same ones.
+        named = f"{self.seed}/{first.round}/{first.step}/{first.client}"
+        seed = int.from_bytes(blake2b(named.encode(), digest_size=8).digest(), "little") >> 1
+        random = seeded(seed, self.fabric.device)
+        with self.module.dropout_active(), random, torch.enable_grad(), self.fabric.autocast():
+            yield
+
+    def _count(self, message: Received) -> int:
+        if isinstance(message, UnlabelledData):
+            return message.num_terms
+        return counted(self.module, message.unpack_labels())
 
     def _batch(self, z: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
         batch = {"z": z, "attention_mask": mask.long(), "labels": labels}
         return {name: tensor.to(self.fabric.device) for name, tensor in batch.items()}
 
-    def _multipliers(
-        self, group: Sequence[SmashedData], gradients: Sequence[Tensor], w: Sequence[float]
+    def multipliers(
+        self, group: Sequence[Received], gradients: Sequence[Tensor], w: Sequence[float]
     ) -> Iterator[Multiplier]:
+        """λ of each client of a group, from what backward has left at its z."""
         for message, gradient, weight in zip(group, gradients, w):
             # A client without a single loss term has weight 0 and λ = 0.
             multiplier = gradient / weight if weight else gradient

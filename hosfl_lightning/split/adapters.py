@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hosfl_lightning.split.cut import check_cut, tied_head
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.placement import Placement
-from hosfl_lightning.split.side import SERVER_SEED
+from hosfl_lightning.split.side import ADAPTER, SERVER_SEED
 from hosfl_lightning.split.side_lora import SideLoraConfig
 from hosfl_lightning.split.structure import LayerPath, find_layers
 from hosfl_lightning.split.views import has_parameters
@@ -64,10 +66,16 @@ class Lora:
     Attributes:
         client: on the layers below the cut; ``None``: none, the client trains a side adapter alone.
         server: on the layers from the cut on.
+        head: rank of one on a causal LM's head, with ``alpha`` twice that; 0: none. It is where the labels are.
     """
 
     client: LoraHalf | None = field(default_factory=LoraHalf)
     server: LoraHalf = field(default_factory=LoraHalf)
+    head: int = 0
+
+    def __post_init__(self) -> None:
+        if self.head < 0:
+            raise ValueError(f"lora.head={self.head}: a rank, or 0 for none.")
 
 
 def add_lora(
@@ -101,6 +109,7 @@ def add_lora(
     numbers = range(layers.num_layers)
     targets = [] if lora.client is None else _client_targets(model, layers, cut, lora.client)
     targets += _targets(model, layers, numbers[cut:], lora.server, "server")
+    above = [_head_target(model)] if lora.head else []
     first = lora.client or lora.server
     on_server = rf"{re.escape(layers.path)}\.(?:{'|'.join(map(str, numbers[cut:]))})\..*"
     settings: Callable[..., LoraConfig] = LoraConfig if side is None else partial(SideLoraConfig, side=asdict(side))
@@ -110,19 +119,21 @@ def add_lora(
         lora_alpha=first.alpha,
         lora_dropout=lora.server.dropout,
         # Whole names, not a regular expression: of a mixture of experts PEFT forgets in which layers one matched.
-        target_modules=targets,
-        rank_pattern={on_server: lora.server.r},
-        alpha_pattern={on_server: lora.server.alpha},
+        target_modules=targets + above,
+        rank_pattern={on_server: lora.server.r} | {re.escape(name): lora.head for name in above},
+        alpha_pattern={on_server: lora.server.alpha} | {re.escape(name): 2 * lora.head for name in above},
         modules_to_save=_head_modules(model, layers) if head else None,
         fan_in_fan_out=_has_conv1d(model, layers),
     )
-    peft_model = _inject(model, config, targets, seed)
+    peft_model = _inject(model, config, targets + above, seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed + SERVER_SEED)
         for i in numbers[cut:]:
             for module in model.get_submodule(f"{layers.path}.{i}").modules():
                 if isinstance(module, LoraLayer):
                     module.reset_lora_parameters("default", init_lora_weights=True)
+    for name in above:
+        _start_head(model, name, seed)
     config.target_modules = sorted(config.target_modules or [])
     if config.modules_to_save:
         config.modules_to_save = sorted(set(config.modules_to_save))  # PEFT adds names that are there already
@@ -152,14 +163,62 @@ def add_client_lora(model: PreTrainedModel, layers: LayerPath, cut: int, half: L
     ), targets, seed)  # fmt: skip
 
 
+def add_head_lora(model: PreTrainedModel, rank: int, seed: int) -> None:
+    """What `add_lora` does to the head, in place.
+
+    Raises:
+        SplitError: as for the head in `add_lora`.
+    """
+    name = _head_target(model)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[name])
+    with torch.random.fork_rng(devices=[]), _quietly():
+        inject_adapter_in_model(config, model, ADAPTER)
+    _start_head(model, name, seed)
+
+
+def _start_head(model: PreTrainedModel, name: str, seed: int) -> None:
+    """A under a seed of its own, wherever it is; no dropout."""
+    layer: Any = model.get_submodule(name)
+    layer.lora_dropout[ADAPTER] = nn.Identity()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed + 2 * SERVER_SEED)
+        layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    layer.train(layer.get_base_layer().training)
+
+
+def _head_target(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        raise SplitError(
+            f"lora.head: {type(model).__name__} has no linear layer from hidden states to tokens; set it to 0."
+        )
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def save_head(model: PreTrainedModel, layers: LayerPath) -> None:
+    """What `add_lora` does to a head that is trained whole, in place, without LoRA anywhere."""
+    for name in _head_modules(model, layers):
+        wrapper = ModulesToSaveWrapper(model.get_submodule(name), ADAPTER)
+        wrapper.set_adapter(ADAPTER)
+        model._modules[name] = wrapper
+
+
 def _inject(model: PreTrainedModel, config: LoraConfig, targets: list[str], seed: int) -> PeftModel:
     """PEFT's model, A drawn under ``seed``."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
+    with torch.random.fork_rng(devices=[]), _quietly():
         torch.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     _check_injected(peft_model, targets)
     return peft_model
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT reads it
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # nothing is merged here
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to True")  # of GPT-2's layers; its head is another
+        yield
 
 
 def _has_conv1d(model: nn.Module, layers: LayerPath) -> bool:

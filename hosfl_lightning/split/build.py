@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from hosfl_lightning.gguf import named_after, opened, weights
-from hosfl_lightning.split.adapters import Lora, add_client_lora
+from hosfl_lightning.split.adapters import Lora, add_client_lora, add_head_lora, save_head
 from hosfl_lightning.split.client_parameters import ClientParameters, choose
 from hosfl_lightning.split.cut import (
     check_cut,
@@ -22,11 +22,14 @@ from hosfl_lightning.split.cut import (
     prune_to_server,
     stub_client,
 )
+from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import ClientHalf, ServerHalf
+from hosfl_lightning.split.head import ClientHead, head_of, prune_to_ends
 from hosfl_lightning.split.placement import place_client_side
+from hosfl_lightning.split.recognition import Loss
 from hosfl_lightning.split.side import Side
 from hosfl_lightning.split.structure import Structure, find_structure, siblings
-from hosfl_lightning.split.views import set_submodule
+from hosfl_lightning.split.views import set_submodule, view_of_path
 
 
 def load_client_half(
@@ -64,6 +67,28 @@ def build_client_half(
     auto_class: Any = AutoModelForCausalLM,
     **kwargs: Any,
 ) -> ClientHalf:
+    """The half that `build_client` gives.
+
+    Raises:
+        SplitError: as `build_client`.
+    """
+    adapters: dict[str, Any] = {"lora": lora, "side": side, "client_parameters": client_parameters}
+    return build_client(path, cut, seed=seed, auto_class=auto_class, **adapters, **kwargs)[0]
+
+
+def build_client(
+    path: str | PathLike[str],
+    cut: int,
+    *,
+    lora: Lora | None = None,
+    side: Side | None = None,
+    client_parameters: ClientParameters | None = None,
+    seed: int = 0,
+    loss: Loss | None = None,
+    trains_head: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
+) -> tuple[ClientHalf, ClientHead | None]:
     """`load_client_half` with the client's adapters: names, order and start are those of a whole that is split.
 
     What asks for a gradient is what the client trains: the adapters; without any, every weight.
@@ -76,14 +101,25 @@ def build_client_half(
         side: as `place_side` takes it; the server's bottleneck is not attached.
         client_parameters: as `choose` takes it.
         seed: of the adapters' start.
+        loss: of logits and labels: the head is read too, and is the client's. ``None``: it is not.
+        trains_head: the head is trained whole, beside LoRA as well.
         auto_class: ``AutoModelForCausalLM`` or ``AutoModelForSequenceClassification``: which model is cut.
         **kwargs: for ``from_pretrained``, such as ``dtype`` or ``revision``.
 
     Raises:
-        SplitError: as :func:`load_client_half`, `add_lora`, `place_side`, `choose` and :func:`split` of the whole.
+        SplitError: as :func:`load_client_half`, `add_lora`, `place_side`, `choose`, :func:`split` of the whole, and
+            `ClientHead`.
     """
     check = check_tied_head if lora is None else None
-    model, structure = _load(path, cut, auto_class, prune_to_client, kwargs, check)
+    prune = prune_to_client if loss is None else prune_to_ends
+    ends, structure = _load(path, cut, auto_class, prune, kwargs, check)
+    model = ends if loss is None else prune_to_client(view_of_path(ends, structure.layers.path), structure, cut)
+    if loss is not None and lora is not None:
+        ends.requires_grad_(False)
+        if trains_head:
+            save_head(ends, structure.layers)
+        if lora.head:
+            add_head_lora(ends, lora.head, seed)
     half, layers = ClientHalf(model, structure, cut), structure.layers
     placement = place_client_side(model, layers, cut, side, seed, half) if side is not None and side.client else None
     if lora is not None:
@@ -93,7 +129,7 @@ def build_client_half(
     if placement is not None:
         placement.attach(model)
     choose(half.eval(), client_parameters, lora, side)
-    return half
+    return half, None if loss is None else head_of(ends.eval(), structure, loss)
 
 
 def load_server_half(
@@ -132,10 +168,22 @@ def _load(
             check(empty)
             check_shared(empty, structure)
         pruned = _pruned(kind, structure, cut, prune)
-        model = pruned.from_pretrained(folder, **more, **weights(str(path)), **kwargs)
+        of_head: Any = {"ignore_mismatched_sizes": prune is prune_to_ends, "output_loading_info": True}
+        loaded: Any = pruned.from_pretrained(folder, **more, **weights(str(path)), **of_head, **kwargs)
+        model = loaded[0]
+        _check_sizes(model, loaded[1]["mismatched_keys"])
         named_after(str(path), model)
     model.__class__ = kind
     return model, structure
+
+
+def _check_sizes(model: PreTrainedModel, differ: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """Only a head may be of another size than the saved one: it is a fresh one then."""
+    for name, saved, here in differ:
+        if name.startswith(f"{model.base_model_prefix}."):
+            raise SplitError(
+                f"{name} has the size {tuple(saved)} where it is saved, and {tuple(here)} by the config; save it again."
+            )
 
 
 def _pruned(kind: type[PreTrainedModel], structure: Structure, cut: int, prune: Prune) -> type[PreTrainedModel]:

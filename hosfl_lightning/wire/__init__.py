@@ -31,6 +31,7 @@ from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.encoding import check_finite, decode, encode, encoded_size
 from hosfl_lightning.wire.messages import MESSAGES, Message, Multiplier, SmashedData
 from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
 
 __all__ = [
     "CODECS",
@@ -58,8 +59,10 @@ __all__ = [
     "Hello",
     "KindError",
     "Message",
+    "MiddleOutput",
     "Multiplier",
     "NonFiniteError",
+    "OutputMultiplier",
     "ProbeRequest",
     "ProbedData",
     "ProjectedGradients",
@@ -71,6 +74,7 @@ __all__ = [
     "Terms",
     "TooLargeError",
     "TruncatedError",
+    "UnlabelledData",
     "Update",
     "VersionError",
     "Weights",

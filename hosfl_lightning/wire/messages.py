@@ -23,6 +23,7 @@ from hosfl_lightning.wire.codecs import Coded
 from hosfl_lightning.wire.coded_gradient import CodedGradient
 from hosfl_lightning.wire.padding import pack_rows, unpack_rows
 from hosfl_lightning.wire.probed_data import ProbedData
+from hosfl_lightning.wire.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +150,9 @@ Message: TypeAlias = (
     | Bye
     | HeldOutRequest
     | Acknowledgement
+    | UnlabelledData
+    | MiddleOutput
+    | OutputMultiplier
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind."""

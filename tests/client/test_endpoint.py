@@ -19,21 +19,38 @@ from hosfl_client.minibatches import Minibatches
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.text import Text
 from hosfl_lightning import HOSFL, SplitCausalLM
+from hosfl_lightning.algorithms import Frozen
 from hosfl_lightning.clients import Endpoint as TorchEndpoint
 from hosfl_lightning.clients import Minibatches as TorchMinibatches
 from hosfl_lightning.data import TextData
 from hosfl_lightning.device.data import data_of
-from hosfl_lightning.optim import SGD
+from hosfl_lightning.optim import SGD, Uncompressed
 from hosfl_lightning.split import Lora, LoraHalf, Side
-from hosfl_lightning.wire import Codecs, Multiplier, ProbeRequest, StepRequest, Terms, Update, decode, encode
+from hosfl_lightning.wire import (
+    Codecs,
+    MiddleOutput,
+    Multiplier,
+    ProbeRequest,
+    StepRequest,
+    Terms,
+    Update,
+    decode,
+    encode,
+)
 from tests.client.torch_half import TorchHalf
 from tests.fleet.pipe_client import adamw, model_of
 from tests.fleet.test_pipe import CASES, common
 
 BOTH = Lora(client=LoraHalf(r=2, target_modules=["q_proj"]), server=LoraHalf(r=4, target_modules="all-linear"))
+STAY: dict[str, Any] = {"labels": "client", "head": 2}
 METHODS: dict[str, Any] = {
     **{name: (case.algorithm, case.recipe, case.settings.get("codec", Codecs())) for name, case in CASES.items()},
     "side and LoRA": (lambda: HOSFL(probes=5, estimator="local", **common(SGD(lr=0.1))), {"both": True}, Codecs()),
+    "labels stay, side": (
+        lambda: HOSFL(estimator="local", compression=Uncompressed(), **common()), {**STAY, "side": True}, Codecs()
+    ),
+    "labels stay, frozen": (lambda: Frozen(**common()), STAY, Codecs("bf16", "fp16")),
+    "labels stay, head alone": (lambda: HOSFL(2, **common()), {**STAY, "alone": True}, Codecs()),
     "projections": (lambda: HOSFL(probes=4, estimator="local", **common()), {"side": True}, Codecs("bf16", "fp16")),
 }  # fmt: skip
 DEVICES = [
@@ -49,6 +66,9 @@ class Pair:
         method, recipe, codecs = METHODS[name]
         if "both" in recipe:
             model = SplitCausalLM(pretrained, cut=2, lora=BOTH, side=Side(client=4), optimizer=adamw)
+        elif "alone" in recipe:
+            lora = Lora(client=None, server=LoraHalf(r=4, target_modules="all-linear"), head=2)
+            model = SplitCausalLM(pretrained, cut=2, lora=lora, optimizer=adamw, labels="client")
         else:
             model = model_of(pretrained, **recipe)
         with torch.no_grad():
@@ -148,6 +168,52 @@ def test_it_answers_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
         both.move(round, answer, basis)
         assert both.device.version == both.torch.version == round + 1
         assert both.device.digest() == both.torch.digest()
+
+
+STAYS = [name for name in METHODS if name.startswith("labels stay")]
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_it_keeps_its_labels_as_a_client_in_pytorch_does(name: str, pair: Any) -> None:
+    """Loss and λ₂ of the same z₂, the answer with the gradient of its head, and the same bits after an update."""
+    both = pair(name)
+    codecs, drawn = both.terms.codecs, torch.Generator().manual_seed(0)
+    for round in range(2):
+        theirs, mine = both.ask(StepRequest(round, 2, attempt=round))
+        assert mine.kind == theirs.kind == "unlabelled_data" and mine.num_terms == theirs.num_terms > 0
+        mask = theirs.mask
+        z = torch.randn(*mask.shape, 32, generator=drawn)
+        down = MiddleOutput.pack(round, 2, z, mask, codec=codecs["smashed_data"], seed=7, attempt=round)
+        theirs, mine = both.ask(down)
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        close(mine.unpack(mask), theirs.unpack(mask), 0.2 if codecs["multiplier"] == "int4" else 2e-3)
+        multiplier = torch.randn(z.shape, generator=drawn)
+        theirs, mine = both.ask(Multiplier.pack(round, 2, multiplier, mask, codecs["multiplier"], 7, attempt=round))
+        assert mine.basis == theirs.basis == both.terms.basis
+        head = 2 * (32 + 260)
+        if len(theirs.coefficients) > head:
+            close(mine.coefficients[:-head], theirs.coefficients[:-head], 2e-3)
+        close(mine.coefficients[-head:], theirs.coefficients[-head:], 1e-4)
+        assert theirs.coefficients[-head:].any()
+        both.move(round, theirs.coefficients, both.terms.basis)
+        assert both.device.version == both.torch.version == round + 1
+        assert both.device.digest() == both.torch.digest()
+
+
+def test_labels_stay_in_the_order_of_the_round(pair: Any) -> None:
+    both = pair("labels stay")
+    z, mask = torch.zeros(3, 12, 32), torch.ones(3, 12, dtype=torch.bool)
+    down = device.decode(encode(MiddleOutput.pack(0, 2, z, mask)))
+    for endpoint in (both.device, both.torch):
+        with pytest.raises(EndpointError, match="middle's output, and waits for none"):
+            endpoint.handle([down if endpoint is both.device else MiddleOutput.pack(0, 2, z, mask)])
+    both.ask(StepRequest(0, 2))
+    frame = encode(Multiplier.pack(0, 2, z, mask))
+    for endpoint, read in ((both.device, device.decode), (both.torch, decode)):
+        with pytest.raises(EndpointError, match="a multiplier before the middle's output"):
+            endpoint.handle([read(frame)])
+    with pytest.raises(TermsError, match="the run keeps labels at the server, and this half was exported"):
+        both.another(settings={**both.terms.settings, "labels": "server"})
 
 
 def test_what_waits_for_the_multiplier(pair: Any) -> None:

@@ -112,6 +112,26 @@ def test_a_gradient_is_packed_the_same_and_comes_back_the_same(codec: str) -> No
         assert ours.decode(theirs.encode(sent)).unpack().tobytes() == sent.unpack().numpy().tobytes()
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_what_is_packed_without_labels_is_the_same(mask: torch.Tensor) -> None:
+    x, at = z(), {"seed": 11, "step": 5, "attempt": 1, "codec": "int8"}
+    terms = {"num_terms": int(mask.sum()) // 2}
+    others = {"UnlabelledData": terms, "MiddleOutput": {}, "OutputMultiplier": {"loss": 0.5}}
+    for name, own in others.items():
+        sent = getattr(theirs, name).pack(7, 3, x, mask, **own, **at)
+        made = getattr(ours, name).pack(7, 3, x.numpy(), mask.numpy(), **own, **at)
+        assert ours.encode(made) == theirs.encode(sent)
+        back = ours.decode(theirs.encode(sent)).unpack(mask.numpy())
+        assert back.tobytes() == sent.unpack(mask).numpy().tobytes()
+        assert (back[~mask.numpy()] == 0).all()
+
+
+def test_more_loss_terms_than_valid_tokens_are_refused() -> None:
+    for side, x, mask in ((ours, z().numpy(), np.ones((3, 4), bool)), (theirs, z(), torch.ones(3, 4).bool())):
+        with pytest.raises(wire.FieldError, match="num_terms is 13, of 12 valid tokens"):
+            side.encode(side.UnlabelledData.pack(0, 0, x, mask, num_terms=13))
+
+
 def test_what_is_unpacked_is_the_receivers_own() -> None:
     x = of_torch(z())
     message = ours.Multiplier.pack(0, 0, x, np.ones((3, 4), bool))
@@ -169,8 +189,8 @@ def test_frames_made_by_hand_are_refused_alike() -> None:
         "truncated": whole[:-1],
         "flipped": whole[:200] + bytes([whole[200] ^ 4]) + whole[201:],
         "longer": longer,
-        "another version": reseal(whole[:4] + b"\2" + whole[5:]),
-        "another kind": reseal(whole[:6] + b"\x12" + whole[7:]),
+        "another version": reseal(whole[:4] + b"\1" + whole[5:]),
+        "another kind": reseal(whole[:6] + b"\x7f" + whole[7:]),
     }
     refused = {name: agree(data) for name, data in cases.items()}
     assert refused == {

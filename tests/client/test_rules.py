@@ -13,6 +13,7 @@ import pytest
 
 from hosfl_client.basis import Coordinates, Dense, SharedDirections
 from hosfl_client.basis_of import basis_of
+from hosfl_client.beside import Beside
 from hosfl_client.bfloat16 import BFLOAT16, DTYPES, cast, widen
 from hosfl_client.optimizer import CatchUpError, Optimizer, UpdateError
 from hosfl_client.rng import DISTRIBUTIONS, direction, round_coefficient
@@ -98,7 +99,12 @@ def test_a_sum_begins_at_zero() -> None:
 
 
 def test_a_basis_is_known_by_its_description() -> None:
-    for basis in (SharedDirections(7, 3, 4, "gauss16"), Dense(SIZES), Coordinates(7, 3, SIZES, 10)):
+    for basis in (
+        SharedDirections(7, 3, 4, "gauss16"),
+        Dense(SIZES),
+        Coordinates(7, 3, SIZES, 10),
+        Beside(Dense(SIZES[:-1]), SIZES, 1),
+    ):
         again = basis_of(basis.describe(), 7, 3, SIZES)
         assert (type(again), again.size, again.describe()) == (type(basis), basis.size, basis.describe())
     for wrong in ({}, {"kind": "sphere"}, {"kind": "dense", "probes": 1}, {"kind": "coordinates", "count": 0},

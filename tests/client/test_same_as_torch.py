@@ -82,7 +82,9 @@ def test_codecs(codec: str, dtype: Any) -> None:
     {"kind": "shared_directions", "probes": 20, "distribution": "gauss16"},
     {"kind": "client_directions", "probes": 3, "clients": [0, 4], "distribution": "rademacher"},
     {"kind": "dense"}, {"kind": "coordinates", "count": 77},
-], ids=lambda basis: basis["kind"])  # fmt: skip
+    {"kind": "shared_directions", "probes": 3, "distribution": "rademacher", "beside": 2},
+    {"kind": "coordinates", "count": 77, "beside": 1},
+], ids=lambda basis: "_".join(map(str, basis.values())))  # fmt: skip
 def test_records_move_both_to_the_same_state(basis: dict[str, Any], dtype: Any) -> None:
     """Of several tensors: digests agree after every step, and a state goes from one engine to the other."""
     start = [torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype) for size in (257, 40_000, 3)]

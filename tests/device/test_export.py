@@ -30,6 +30,7 @@ from hosfl_lightning.split import Side, SplitError, run
 from hosfl_lightning.split.side import features_of
 from hosfl_lightning.wire import manifest as entries
 from tests.device.exported import MODELS, Exported, exported, lora, with_side
+from tests.fleet.pipe_client import model_of
 from tests.recipe_runs import command_line
 
 CLOSE = {"rtol": 0, "atol": 3e-5}
@@ -181,6 +182,32 @@ class TestManifest:
     def test_what_the_engine_says_is_one_line(self, half: OnnxHalf) -> None:
         with pytest.raises(ValueError, match=r"ONNX Runtime cannot run the half \(.*out of.*bounds"):
             half.forward({"input_ids": np.full((1, 2), 1 << 20), "attention_mask": np.ones((1, 2), np.int64)})
+
+
+def test_a_head_lies_beside_a_half_that_keeps_its_labels(tiny_folder: Path, tmp_path: Path) -> None:
+    """What is trained of it is where the updates go; it gives what PyTorch's gives, and says when it is damaged."""
+    model = model_of(str(tiny_folder), labels="client", head=2, part="client")
+    there = exported(model, tmp_path)
+    assert there.manifest.of_head == [name for name in model.client_parameters if name.startswith("client_head.")]
+    half, drawn = OnnxHalf(there.path), torch.Generator().manual_seed(0)
+    z, labels = torch.randn(2, 7, 32, generator=drawn), torch.randint(0, 260, (2, 7), generator=drawn)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    for _ in range(2):
+        wanted = model.client_head.differentiate(z, mask, labels)
+        assert half.head is not None
+        told = half.head.differentiate(z.numpy(), mask.numpy(), labels.numpy())
+        assert told.loss == pytest.approx(float(wanted.loss), rel=1e-5)
+        for mine, theirs in zip([told.multiplier, *told.gradients], [wanted.multiplier, *wanted.gradients]):
+            np.testing.assert_allclose(mine, theirs.numpy(), rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for name in there.manifest.of_head:
+                half.parameters()[name][:] *= 2
+                model.client_parameters[name].mul_(2)
+    held = json.loads((tmp_path / "phone.json").read_text())
+    held["head"]["output"]["linear"]["weight"] = "another"
+    (tmp_path / "phone.json").write_text(json.dumps(held))
+    with pytest.raises(ValueError, match=r"phone.head.safetensors: no head as the manifest describes it"):
+        OnnxHalf(there.path)
 
 
 def test_a_backbone_in_bf16_is_written_in_fp32(tiny_folder: Path) -> None:

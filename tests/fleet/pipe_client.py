@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from hosfl_lightning.clients import Endpoint, Minibatches
 from hosfl_lightning.models import SplitCausalLM
-from hosfl_lightning.models.halves import Part
+from hosfl_lightning.models.halves import Labels, Part
 from hosfl_lightning.split import Lora, LoraHalf, Side
 from hosfl_lightning.wire import decode, encode
 from tests.random_tokens import RandomTokens
@@ -26,14 +26,20 @@ LENGTHS = [[9, 12, 7, 12, 5, 8], [6, 10, 10, 4], [12, 11, 3, 9, 12]]
 
 
 def model_of(
-    pretrained: str, side: bool = False, whole: bool = False, part: Part = "both", rank: int = 2
+    pretrained: str,
+    side: bool = False,
+    whole: bool = False,
+    part: Part = "both",
+    rank: int = 2,
+    labels: Labels = "server",
+    head: int = 0,
 ) -> SplitCausalLM:
     """What both sides build for themselves, from the recipe that each has."""
     client = None if side else LoraHalf(r=rank, target_modules=["q_proj", "v_proj", "down_proj"])
-    lora = Lora(client=client, server=LoraHalf(r=4, target_modules="all-linear"))
+    lora = Lora(client=client, server=LoraHalf(r=4, target_modules="all-linear"), head=head)
     return SplitCausalLM(
         pretrained, cut=2, lora=lora, optimizer=adamw, client_holds="whole" if whole else "half",
-        side=Side(client=4) if side else None, part=part,
+        side=Side(client=4) if side else None, part=part, labels=labels,
     )  # fmt: skip
 
 

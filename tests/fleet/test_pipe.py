@@ -75,7 +75,7 @@ class PipeFleet(Fleet):
         self, pipe: Pipe, recipe: dict[str, Any], endpoint: Any, channel: Channel, processes: Processes
     ) -> None:
         super().__init__(channel, processes)
-        self.pipe, self.replica = pipe, endpoint.client
+        self.pipe, self.endpoint = pipe, endpoint
         self.pipe.order(b"T", json.dumps(recipe).encode() + b"\n" + encode(endpoint.terms))
 
     @override
@@ -91,7 +91,7 @@ class PipeFleet(Fleet):
     def tell(self, message: Any, clients: Sequence[int]) -> None:
         assert self.pipe.order(b"R", self.sent(message, len(clients))) == []
         if isinstance(message, Update):
-            self.replica.apply(message)
+            self.endpoint.handle([message])
 
     @override
     def abandon(self) -> None:
@@ -137,6 +137,9 @@ CASES: dict[str, Case] = {
     ),
     "coordinates": Case(
         lambda: HOSFL(estimator="local", compression=RandomSubset(64), taps="keep", **common()), {"side": True}
+    ),
+    "labels stay": Case(
+        lambda: HOSFL(2, **common()), {"labels": "client", "head": 2}, {"codec": Codecs("int8", "int4")}
     ),
     "hosl": Case(lambda: HOSL(2, **common())),
     "zosfl": Case(lambda: ZOSFL(2, **common())),

@@ -17,9 +17,10 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from hosfl_lightning import SplitCausalLM
 from hosfl_lightning.data import ClassificationData
 from hosfl_lightning.data.prompt import LabelWords, PromptEncoder
-from hosfl_lightning.models.causal_lm import IGNORE, following, losses
+from hosfl_lightning.models.causal_lm import losses
 from hosfl_lightning.models.pretrained import resolve
 from hosfl_lightning.split import Lora, LoraHalf, ServerHalf, labelled, split
+from hosfl_lightning.split.closed_form import IGNORE, following
 from hosfl_lightning.split.labelled import read_labelled, reads_alike
 from tests.recipe_runs import tiny_pretrained
 from tests.split.tiny_models import CAUSAL, VOCAB, tiny_causal_lm

@@ -25,7 +25,9 @@ from hosfl_lightning.wire import (
     HeldOutRequest,
     Hello,
     Message,
+    MiddleOutput,
     Multiplier,
+    OutputMultiplier,
     ProbedData,
     ProbeRequest,
     ProjectedGradients,
@@ -34,6 +36,7 @@ from hosfl_lightning.wire import (
     Snapshot,
     StepRequest,
     Terms,
+    UnlabelledData,
     Update,
     Weights,
     manifest,
@@ -45,7 +48,7 @@ SETTINGS: dict[str, Any] = {"kind": "forward_only", "probes": 2, "mu": 1e-3 / 3,
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STREAM = Stream(0, Domain.ROUNDING)
 RUN = bytes(range(16))
-CODED = (SmashedData, Multiplier, ProbedData, CodedGradient)
+CODED = (SmashedData, Multiplier, ProbedData, CodedGradient, UnlabelledData, MiddleOutput, OutputMultiplier)
 """What holds z, λ or a gradient."""
 
 
@@ -104,6 +107,9 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         Bye(first.round, "é" * seed, bool(seed % 2), not seed % 2),
         HeldOutRequest(first.round, first.client, 9 * seed, seed),
         Acknowledgement(first.round, first.client, seed, bool(seed % 2)),
+        UnlabelledData(first.round, first.client, first.z, first.mask, len(first.z.values) // 2, seed, 9 * seed),
+        MiddleOutput(first.round, first.client, first.z, seed, 9 * seed),
+        OutputMultiplier(first.round, first.client, first.z, loss, seed, 9 * seed),
     ]  # fmt: skip
 
 
@@ -128,7 +134,7 @@ def same(left: Any, right: Any) -> bool:
 
 def seal(payload: bytes, **changes: Any) -> bytes:
     """An envelope written from its description, sharing nothing with the package."""
-    values = {"magic": b"HOSF", "version": 1, "kind": 3, "reserved": 0, "round": 1, "client": 3, "run": bytes(16)}
+    values = {"magic": b"HOSF", "version": 2, "kind": 3, "reserved": 0, "round": 1, "client": 3, "run": bytes(16)}
     values |= {"length": len(payload)} | changes
     fixed = struct.pack("<4sHBBII16sQ", *values.values())
     return fixed + hashlib.sha256(fixed + payload).digest() + payload

@@ -25,7 +25,7 @@ from hosfl_client.wire.errors import (
 )
 from hosfl_client.wire.kinds import KINDS
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the frames that this code reads and writes."""
 
 LIMIT = 1 << 30

@@ -24,6 +24,13 @@ The server begins, and asks for what does not follow from its last message; a me
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
              client k -> server   Acknowledgement      it has moved what is its own; in the place of step 4, without 5
 
+Where the labels stay with the clients (``model.init_args.labels: client``) steps 2 and 3 are
+
+    step 2   client k -> server   UnlabelledData       z₁, valid-token mask, n_k
+             server -> client k   MiddleOutput         z₂ = f_s(z₁; θ_s)
+    step 3   client k -> server   OutputMultiplier     λ₂ = ∂ℓ_k/∂z₂, and ℓ_k where it is reported
+             server -> client k   Multiplier           λ_k = ∂ℓ_k/∂z₁
+
 Every message of a round says in which attempt of it it was sent, so that a late answer is known as one.
 
 Padding never travels: per-token tensors hold the n valid tokens only, row-major over the (B, S) positions where the
@@ -51,5 +58,8 @@ KINDS = (
     "bye",
     "held_out_request",
     "acknowledgement",
+    "unlabelled_data",
+    "middle_output",
+    "output_multiplier",
 )
 """The number of a kind in a frame is its place here, from 1 on."""
