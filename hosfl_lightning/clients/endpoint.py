@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from hosfl_client.privacy import Mechanism, NoiseKey
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.wire.terms import RULES, difference
 from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
@@ -55,6 +56,8 @@ class Endpoint(ABC):
     known: ClassVar[dict[str, type[Endpoint]]] = {}
     #: Of the model: the client's ``half`` (a model with ``part="client"`` will do), or the ``whole`` of it.
     needs: ClassVar[Literal["half", "whole"]] = "half"
+    #: Whether all that it sends can be noised: z by `smashed`, and one vector of coefficients.
+    noises: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,6 +84,11 @@ class Endpoint(ABC):
                 f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
                 f"{', '.join(Codec.known)}; import its class (hosfl join: --imports)"
             )
+        if terms.privacy and not self.noises:
+            raise TermsError(f"the run's clients add noise, and a {type(self).__name__} cannot; set trainer.privacy: "
+                             "null at the server")  # fmt: skip
+        #: Its noise is from a secret of this process, until another key is put in its place.
+        self.privacy = Mechanism(terms.privacy, NoiseKey()) if terms.privacy else None
         try:
             self.client: Any = self.make_client(half)
         except PartError as error:  # a rule or an estimator that is not known here
@@ -194,11 +202,28 @@ class Endpoint(ABC):
         for client, (rows, width, _) in cohort.parts().items():
             labels = cohort.batch["labels"][rows]
             labels = labels[:, :width] if labels.dim() > 1 else labels
+            mask = cohort.mask(rows, width)
+            sent = self.noised(z[rows, :width], mask, request.kind, (request.round, request.attempt, step, client))
             packed.append(SmashedData.pack(
-                request.round, client, z[rows, :width], labels, cohort.mask(rows, width), codec, self.terms.seed, step,
-                request.attempt,
+                request.round, client, sent, labels, mask, codec, self.terms.seed, step, request.attempt,
             ))  # fmt: skip
         return packed
+
+    def noised(self, tokens: Tensor, mask: Tensor, kind: str, place: tuple[int, ...]) -> Tensor:
+        """Clipped and noised token by token, as the terms say; in its own dtype.
+
+        Args:
+            tokens: ``(B, S, h)`` of one client.
+            mask: ``(B, S)`` bool, on the host: the others do not travel.
+            kind: Of what is sent; another kind has noise of its own.
+            place: Round, attempt, step and client.
+        """
+        if self.privacy is None or self.privacy.token_clip is None:
+            return tokens
+        mask, sent = mask.to(tokens.device), tokens.clone()
+        released = self.privacy.tokens(tokens[mask].float().cpu().numpy(), kind, place)
+        sent[mask] = torch.from_numpy(released).to(tokens)
+        return sent
 
     @property
     def shared(self) -> dict[str, nn.Parameter]:

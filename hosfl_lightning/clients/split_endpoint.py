@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.clients.base import Anchor, SplitClient
@@ -41,6 +42,7 @@ class SplitEndpoint(Endpoint):
     """
 
     client: SplitClient
+    noises = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -89,7 +91,7 @@ class SplitEndpoint(Endpoint):
         cohort = self.data(clients, requests[0].round)
         batch = self.fabric.to_device(cohort.batch)
         with self.fabric.autocast():
-            anchor = self.engine_of(clients[0]).forward(batch, cohort.rows)
+            anchor = self.engine_of(clients[0]).forward(batch, self.rows(cohort))
         if self.answered_in(clients[0], requests[0].round) is not None:
             self.visits |= dict.fromkeys(clients, Visit(cohort, batch, anchor))
         return [*self.smashed(cohort, anchor.z, requests[0])]
@@ -113,14 +115,43 @@ class SplitEndpoint(Endpoint):
             if self.checks and isinstance(engine, ForwardOnlyClient) and engine.optimizer.probed != set():
                 engine.check_probe(batch, anchor.z, multiplier)
                 self.checks = False
-            values = engine.answer(batch, anchor, multiplier, cohort.rows, basis).cpu()
-        coefficients, parts = dict(zip(cohort.clients, values)), cohort.parts()
+            values = engine.answer(batch, anchor, multiplier, self.rows(cohort), basis).cpu()
+        coefficients, parts = self.released(cohort, values, first), cohort.parts()
         return [
             ProjectedGradients(
                 m.round, m.client, basis.describe(), coefficients[m.client], parts[m.client][2], m.attempt
             )
             for m in multipliers
         ]
+
+    def rows(self, cohort: Cohort) -> list[slice]:
+        """Of what an engine gives one vector each: a client's examples, or every example by itself."""
+        if self.privacy is None or not self.privacy.by_example:
+            return cohort.rows
+        return [slice(i, i + 1) for i in range(cohort.num_examples)]
+
+    def released(self, cohort: Cohort, values: Tensor, request: Multiplier) -> dict[int, Tensor]:
+        r"""By client its coefficients: as measured, or clipped and noised.
+
+        λ is of the mean over the client's n loss terms, so that a term more in one example would change the vectors of
+        all others. An example's vector is made that of the mean over its own n_i: ``v_i · n / n_i``.
+
+        Args:
+            cohort: Whose they are.
+            values: A row for each of `rows`.
+            request: Of one of them.
+        """
+        privacy = self.privacy
+        if privacy is None or privacy.level is None:
+            return dict(zip(cohort.clients, values))
+        found, wide = {}, values.double()
+        for number, (client, (rows, _, terms)) in enumerate(cohort.parts().items()):
+            own = wide[number : number + 1]
+            if privacy.by_example:
+                counts = [self.model.count(one) for one in cohort.batch["labels"][rows].split(1)]
+                own = wide[rows] * torch.tensor([[terms / n if n else 0.0] for n in counts], dtype=torch.float64)
+            found[client] = torch.from_numpy(privacy.answer(own.numpy(), request.round, request.attempt, client))
+        return found
 
     def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
         codec = self.terms.codecs["gradient"]
