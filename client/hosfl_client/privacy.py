@@ -112,8 +112,9 @@ def clipped(rows: Array, clip: float) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         wide = rows.astype(np.float64)
         norms = np.sqrt(np.square(wide).sum(1))
-    wide[~np.isfinite(norms)] = 0.0
-    return wide * (clip / np.maximum(norms, clip))[:, None]
+    found = np.isfinite(norms)
+    wide[~found] = 0.0
+    return wide * (clip / np.maximum(norms, clip, out=np.full_like(norms, clip), where=found))[:, None]
 
 
 def on_grid(values: Array, deviation: float) -> Array:
