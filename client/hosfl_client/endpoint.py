@@ -20,6 +20,7 @@ from hosfl_client.manifest import Manifest
 from hosfl_client.messages import CodedGradient, Multiplier, ProbedData, SmashedData
 from hosfl_client.minibatches import Minibatch
 from hosfl_client.optimizer import Optimizer
+from hosfl_client.privacy import Mechanism, NoiseKey
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import rule_of
@@ -89,6 +90,8 @@ class Endpoint:
         self.optimizer = Optimizer([*half.parameters().values()], rule_of(terms.rule), terms.seed)
         side = {name for rung in manifest.side for name in (rung.down, rung.up)} if self.kind == "local" else set()
         self.probed = [name not in side for name in self.names]
+        #: Its noise is from a secret of this process, until another key is put in its place.
+        self.privacy = Mechanism(terms.privacy, NoiseKey()) if terms.privacy else None
         self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient")}
         self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
         self._check_basis()
@@ -179,10 +182,20 @@ class Endpoint:
         waits = waits or (self.kind == "local" and any(self.probed))
         if self.kind != "frozen":
             self.visit = Visit(batch, mask, z if waits else None)
+        sent = self._noised(z, mask, request)
         return SmashedData.pack(
-            request.round, request.client, z, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
+            request.round, request.client, sent, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
             request.attempt,
         )  # fmt: skip
+
+    def _noised(self, z: Array, mask: Array, request: StepRequest) -> Array:
+        """Clipped and noised token by token, as the terms say."""
+        if self.privacy is None or self.privacy.token_clip is None:
+            return z
+        sent = z.copy()
+        place = request.round, request.attempt, 0, request.client
+        sent[mask] = self.privacy.tokens(z[mask], request.kind, place)
+        return sent
 
     # ---- step 4
 
@@ -196,18 +209,10 @@ class Endpoint:
         if coded.dtype != "float32":
             raise EndpointError(f"λ is {coded.dtype}, z was float32")
         basis = self.basis(request.round)
-        values = np.zeros(basis.size, np.float64)
-        if any(self.probed):
-            lagrangian = LagrangianTerm(coded, visit.mask)
-            base = None if visit.z is None else lagrangian(visit.z)
-            visit.z = None
-            values += self._projected(request.round, visit, lagrangian, base)
-        if self.kind == "local":
-            values += basis.project(known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask))
+        values = self._released(self._measured(basis, visit, request), visit.batch, request)
         answer = ProjectedGradients(
-            request.round, request.client, basis.describe(), values.astype(np.float32), visit.batch.num_terms,
-            request.attempt,
-        )  # fmt: skip
+            request.round, request.client, basis.describe(), values, visit.batch.num_terms, request.attempt
+        )
         codec = self.codecs["gradient"]
         if codec == "fp32":
             return answer
@@ -216,10 +221,36 @@ class Endpoint:
             answer.attempt,
         )  # fmt: skip
 
-    def _projected(self, round: int, visit: Visit, lagrangian: LagrangianTerm, base: float | None) -> Array:
-        """``v_p`` of what is probed, ``(P,)`` fp64; ``base`` is ``⟨λ, z⟩``, None: both sides of every probe are run."""
+    def _measured(self, basis: Basis, visit: Visit, request: Multiplier) -> Array:
+        """Coefficients ``(1, P)`` fp64, or of every example by itself, ``(B, P)``."""
+        coded: Coded = request.multiplier
+        by_example = self.privacy is not None and self.privacy.by_example
+        values = np.zeros((len(visit.mask) if by_example else 1, basis.size), np.float64)
+        if any(self.probed):
+            lagrangian = LagrangianTerm(coded, visit.mask)
+            term = lagrangian.each if by_example else lagrangian
+            base = None if visit.z is None else term(visit.z)
+            visit.z = None
+            values += self._projected(request.round, visit, term, base).T
+        if self.kind == "local":
+            for row, example in zip(values, range(len(values)) if by_example else [None]):
+                known = known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask, example)
+                row += basis.project(known)
+        return values
 
-        def term(probe: int, side: int) -> float:
+    def _released(self, rows: Array, batch: Minibatch, request: Multiplier) -> Array:
+        """``(P,)`` fp32: as measured, or clipped and noised; an example's vector is made that of its own mean loss."""
+        if self.privacy is None or self.privacy.level is None:
+            return rows[0].astype(np.float32)
+        if self.privacy.by_example:
+            terms = batch.terms
+            rows = rows * (np.where(terms > 0, batch.num_terms, 0) / np.maximum(terms, 1))[:, None]
+        return self.privacy.answer(rows, request.round, request.attempt, request.client)
+
+    def _projected(self, round: int, visit: Visit, lagrangian: Callable[[Array], Any], base: Any) -> Array:
+        """``v_p`` of what is probed, ``(P,)`` or ``(P, B)`` fp64; ``base``: ``⟨λ, z⟩``, None: both sides are run."""
+
+        def term(probe: int, side: int) -> Any:
             return lagrangian(self._at(round, probe, side, visit.batch))
 
         probes = range(self.answered_in["probes"])

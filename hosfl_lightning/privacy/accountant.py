@@ -2,72 +2,43 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
 from typing import Any
 
 from hosfl_lightning.privacy.extra import privacy_extra
 
 
-@lru_cache(maxsize=4096)
-def epsilon_of(noise: float, delta: float, releases: int = 1, probability: float = 1.0) -> float:
-    r"""The least ε with which ``releases`` of a Gaussian mechanism are (ε, δ)-private, in both directions.
+def epsilon_of(noise: float, delta: float, releases: int = 1) -> float:
+    r"""The least ε with which so many releases of a Gaussian mechanism are (ε, δ)-private together, exactly.
 
     ::
 
-        probability 1    δ = Φ(s/2 − ε/s) − e^ε Φ(−s/2 − ε/s),  s = √releases / noise        exact
-        below            the privacy loss of (1−q) N(0, σ²) + q N(1, σ²) against N(0, σ²), composed by dp-accounting
-                         in a grid, rounded up
+        δ = Φ(s/2 − ε/s) − e^ε Φ(−s/2 − ε/s),   s = √releases / noise
 
-    Neighbours: one record, or one that adds nothing in its place (``REPLACE_SPECIAL``).
+    T adaptive releases at σ are as one at ``σ/√T``. Nothing is claimed for who is in a minibatch.
 
     Args:
         noise: Standard deviation over sensitivity.
         delta: δ.
         releases: How many.
-        probability: q, with which a record has a part in each, independently of the others (Poisson sampling), where
-            nobody sees which.
+
+    Reference: Balle and Wang, Improving the Gaussian mechanism, arXiv 1805.06530, theorem 8.
     """
-    if not releases:
-        return 0.0
-    with privacy_extra():
-        from dp_accounting import gaussian_mechanism
-    if probability == 1.0:
-        return float(gaussian_mechanism.get_epsilon_gaussian(noise / releases**0.5, delta))
-    return float(_composed(noise, releases, probability).get_epsilon(delta))
+    return float(_library().get_epsilon_gaussian(noise / math.sqrt(releases), delta)) if releases else 0.0
 
 
-def noise_for(epsilon: float, releases: int, delta: float, probability: float = 1.0) -> float:
-    """The least noise over sensitivity with which ``releases`` are (ε, δ)-private.
+def noise_for(epsilon: float, releases: int, delta: float) -> float:
+    """The least noise over sensitivity with which so many releases are (ε, δ)-private together.
 
     Args:
         epsilon: ε.
-        releases: As in `epsilon_of`.
-        delta: As in `epsilon_of`.
-        probability: As in `epsilon_of`.
+        releases: How many.
+        delta: δ.
     """
+    return float(_library().get_sigma_gaussian(epsilon, delta)) * math.sqrt(releases)
+
+
+def _library() -> Any:
     with privacy_extra():
-        import dp_accounting
-    if probability == 1.0:
-        return float(dp_accounting.gaussian_mechanism.get_sigma_gaussian(epsilon, delta)) * releases**0.5
-    bracket = dp_accounting.LowerEndpointAndGuess(0.2, 2.0)
-    found = dp_accounting.calibrate_dp_mechanism(
-        _accountant, lambda noise: _event(noise, releases, probability), epsilon, delta, bracket, tol=1e-4
-    )
-    return float(found)
-
-
-def _accountant() -> Any:
-    from dp_accounting import NeighboringRelation, pld
-
-    return pld.PLDAccountant(NeighboringRelation.REPLACE_SPECIAL)
-
-
-def _event(noise: float, releases: int, probability: float) -> Any:
-    import dp_accounting as dp
-
-    one = dp.PoissonSampledDpEvent(probability, dp.GaussianDpEvent(noise))
-    return dp.SelfComposedDpEvent(one, releases)
-
-
-def _composed(noise: float, releases: int, probability: float) -> Any:
-    return _accountant().compose(_event(noise, releases, probability))
+        from dp_accounting import gaussian_mechanism
+    return gaussian_mechanism

@@ -66,7 +66,7 @@ def audit(release: Release, trials: int, delta: float, confidence: float = 0.99)
     first, second = ([side[part] for side in sides] for part in (slice(trials // 2), slice(trials // 2, None)))
     thresholds = np.quantile(np.concatenate(first), np.linspace(0, 1, 201))
     choices = [(tau, event) for tau in thresholds for event in range(4)]
-    tau, event = max(choices, key=lambda one: _bound(first, *one, delta, confidence))
+    tau, event = max(choices, key=lambda one: _bound(first, one[0], one[1], delta, confidence))
     return max(0.0, _bound(second, tau, event, delta, confidence))
 
 

@@ -15,6 +15,8 @@ from hosfl_lightning import HOSFL, Orchestrator, SplitImageClassifier
 from hosfl_lightning.algorithms import Algorithm, SplitFedSGD
 from hosfl_lightning.callbacks import PrivacyMonitor
 from hosfl_lightning.clients import FirstOrderClient, SplitEndpoint, TermsError
+from hosfl_lightning.clients.own_state import OwnState
+from hosfl_lightning.join import _keyed
 from hosfl_lightning.networks import ConvNet
 from hosfl_lightning.optim import SGD
 from hosfl_lightning.privacy import Privacy, TokenNoise
@@ -56,12 +58,18 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Orchestrator:
     return fit(tmp_path_factory.mktemp("done"), both, controls=["frozen", "first_order"])
 
 
+def multiplier_of(z: torch.Tensor) -> torch.Tensor:
+    """Short in the first examples and long in the last."""
+    return torch.linspace(0.2, 1, z.numel()).view_as(z) ** 3
+
+
 def asked(endpoint: SplitEndpoint, clients: list[int], round: int = 0) -> tuple[list[Any], list[Any]]:
     """z and answers of these clients as one batch, λ being one and the same of each."""
     sent: Any = endpoint.handle([StepRequest(round, client) for client in clients])
     parts = [message.unpack() for message in sent]
-    multipliers = [Multiplier.pack(round, k, torch.linspace(-1, 1, z.numel()).view_as(z), mask, "fp32", 0)
-                   for k, (z, _, mask) in zip(clients, parts)]  # fmt: skip
+    multipliers = [
+        Multiplier.pack(round, k, multiplier_of(z), mask, "fp32", 0) for k, (z, _, mask) in zip(clients, parts)
+    ]
     return sent, endpoint.handle(multipliers)
 
 
@@ -76,15 +84,16 @@ def test_answers_are_the_clipped_mean_of_examples_and_the_clients_own_noise(tmp_
     mechanism = Mechanism(NOISE.terms(), NoiseKey.of_seed(0))
     for client, answer in enumerate(answers):
         batch = endpoint.data([client], 5).batch
-        shape = sent[client].unpack()[0].shape
-        multiplier = torch.linspace(-1, 1, shape.numel()).view(shape)
+        multiplier = multiplier_of(sent[client].unpack()[0])
+        shape = multiplier.shape
         rows = []
         for i in range(shape[0]):
             z = FirstOrderClient.evaluate(endpoint.client, {n: t[i : i + 1] for n, t in batch.items()})
             gradient = torch.autograd.grad(z, parameters, multiplier[i : i + 1])
             rows.append(torch.cat([part.flatten() for part in gradient]) * shape[0])  # of its own mean loss
         own = torch.stack(rows).numpy()
-        assert (np.linalg.norm(own, axis=1) > 0.5).any()
+        lengths = np.linalg.norm(own, axis=1)
+        assert lengths.min() < 0.5 < lengths.max() < 0.5 * shape[0] ** 3
         expected = mechanism.answer(own, 5, 0, client)
         np.testing.assert_allclose(answer.coefficients.numpy(), expected, atol=3e-4)  # a step of the grid
         noise = answer.coefficients.numpy() - clipped(own, 0.5).mean(0)
@@ -175,6 +184,14 @@ def test_epsilon_is_met_by_the_round_that_is_the_last(tmp_path: Path) -> None:
         fit(tmp_path, Privacy(clip=0.5, epsilon=4.0, delta=0.4))
 
 
+def test_a_client_elsewhere_has_a_secret_of_its_own(done: Orchestrator, tmp_path: Path) -> None:
+    endpoint = done.endpoint
+    alone = SplitEndpoint(done.lightning_module, endpoint.data, endpoint.terms, endpoint.fabric)
+    assert alone.privacy is not None and not alone.privacy.key.simulated
+    kept = _keyed(alone, OwnState(tmp_path)).privacy
+    assert kept is not None and kept.key == NoiseKey.kept(tmp_path)
+
+
 def test_an_endpoint_that_cannot_add_noise_does_not_take_part(done: Orchestrator) -> None:
     endpoint = done.endpoint
 
@@ -183,5 +200,3 @@ def test_an_endpoint_that_cannot_add_noise_does_not_take_part(done: Orchestrator
 
     with pytest.raises(TermsError, match="a Talkative cannot"):
         Talkative(done.lightning_module, endpoint.data, endpoint.terms, endpoint.fabric)
-    alone = SplitEndpoint(done.lightning_module, endpoint.data, endpoint.terms, endpoint.fabric)
-    assert alone.privacy is not None and not alone.privacy.key.simulated  # a client's own, unless a simulation says so
