@@ -60,7 +60,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Orchestrator:
 
 def multiplier_of(z: torch.Tensor) -> torch.Tensor:
     """Short in the first examples and long in the last."""
-    return torch.linspace(0.2, 1, z.numel()).view_as(z) ** 3
+    return 0.01 * torch.linspace(0.2, 1, z.numel()).view_as(z) ** 3
 
 
 def asked(endpoint: SplitEndpoint, clients: list[int], round: int = 0) -> tuple[list[Any], list[Any]]:
@@ -93,7 +93,7 @@ def test_answers_are_the_clipped_mean_of_examples_and_the_clients_own_noise(tmp_
             rows.append(torch.cat([part.flatten() for part in gradient]) * shape[0])  # of its own mean loss
         own = torch.stack(rows).numpy()
         lengths = np.linalg.norm(own, axis=1)
-        assert lengths.min() < 0.5 < lengths.max() < 0.5 * shape[0] ** 3
+        assert lengths.min() < 0.5 < lengths.max()
         expected = mechanism.answer(own, 5, 0, client)
         np.testing.assert_allclose(answer.coefficients.numpy(), expected, atol=3e-4)  # a step of the grid
         noise = answer.coefficients.numpy() - clipped(own, 0.5).mean(0)
@@ -172,9 +172,9 @@ def test_the_audit_takes_the_noise_that_is_stated_and_catches_a_quarter_of_it(tm
     privacy = Privacy(level, clip=0.5, noise_multiplier=1.0 if level == "example" else 2.0, delta=1e-3)
     endpoint: Any = fit(tmp_path, privacy, max_rounds=1).endpoint
     stated = privacy.spent(1)
-    assert 0.5 < audit(Canary(endpoint, client=1), 3000, 1e-3) < stated
+    assert 0.5 < audit(Canary(endpoint, client=1), 2000, 1e-3) < stated
     endpoint.privacy.noise_multiplier /= 4
-    assert audit(Canary(endpoint, client=1), 3000, 1e-3) > stated
+    assert audit(Canary(endpoint, client=1), 2000, 1e-3) > stated
 
 
 def test_epsilon_is_met_by_the_round_that_is_the_last(tmp_path: Path) -> None:
