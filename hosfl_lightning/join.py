@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 
 from hosfl_client.addresses import check_address, check_plain
 from hosfl_client.limits import Limits
+from hosfl_client.privacy import NoiseKey
 from hosfl_lightning import __version__
 from hosfl_lightning.clients import Endpoint, Minibatches, TermsError
 from hosfl_lightning.clients.joined import Joined
@@ -99,9 +100,10 @@ def join(
     who = name or (site.name if site is not None else "")
     if not who:
         raise ValueError("--name: without certificates a client must say who it is")
+    kept = OwnState(Path(state or f"hosfl_client_{who}"))
     joined = Joined(
-        who, __version__, lambda terms: _endpoint(terms, model, data, index, accelerator),
-        OwnState(Path(state or f"hosfl_client_{who}")), save_every, notify,
+        who, __version__, lambda terms: _keyed(_endpoint(terms, model, data, index, accelerator), kept), kept,
+        save_every, notify,
     )  # fmt: skip
     credentials = None if site is None else site.channel_credentials()
     return Connection(
@@ -136,8 +138,19 @@ def _endpoint(
     module.eval()
     batches = _own_data(terms, module, data, index)
     endpoint = Endpoint.of(module, batches, terms, fabric)
+    if endpoint.privacy is not None:
+        assert batches.index is not None
+        if (reason := endpoint.privacy.objection(len(data.clients[batches.index]))) is not None:
+            raise TermsError(reason)
     if data.validation_set and module.labels == "server":
         endpoint.held_out, endpoint.held_out_batches = batches.held_out, batches.held_out_batches
+    return endpoint
+
+
+def _keyed(endpoint: Endpoint, kept: OwnState) -> Endpoint:
+    """Its noise is the same when the client comes back: to the same question it gives the same answer."""
+    if endpoint.privacy is not None:
+        endpoint.privacy.key = NoiseKey.kept(kept.folder)
     return endpoint
 
 

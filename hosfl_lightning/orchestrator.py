@@ -19,6 +19,7 @@ from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.fleet import Processes, RankProcesses
 from hosfl_lightning.fleet.member import Membership
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import exporting, folder
 from hosfl_lightning.run.control import Control
@@ -82,6 +83,7 @@ class Orchestrator(TrainerFace):
         precision: ``32-true``, ``bf16-mixed`` or ``bf16-true`` (which converts the model, adapters included). fp16 with
             a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
+        privacy: Clipping and noise on what a client sends; None: it leaves as it is.
         callbacks: Lightning callbacks.
         logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before them if none is
             among them. Its folder is the run's.
@@ -114,6 +116,7 @@ class Orchestrator(TrainerFace):
         replay_log: bool = True,
         precision: str = "32-true",
         gradient_clip_val: float | None = None,
+        privacy: Privacy | None = None,
         callbacks: list[Callback] | Callback | None = None,
         logger: bool | Logger | list[Logger] | None = True,
         default_root_dir: str = "runs",
@@ -126,7 +129,7 @@ class Orchestrator(TrainerFace):
         self.settings = RunSettings(
             max_rounds, clients_per_round, simulation, list(controls or []), seed, val_check_interval,
             log_every_n_steps, devices, num_nodes, codec or Codecs(), availability or Always(), catch_up or CatchUp(),
-            min_clients, on_too_few, replay_log, precision, gradient_clip_val,
+            min_clients, on_too_few, replay_log, precision, gradient_clip_val, privacy,
         )  # fmt: skip
         self.default_root_dir = str(default_root_dir)
         self.row = MetricRow(self)
@@ -138,7 +141,7 @@ class Orchestrator(TrainerFace):
         self.loggers = folder.make_loggers(logger, self.default_root_dir)
         self._given = folder.given(logger)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-        self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing)
+        self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing, privacy)
         self.saving = Saving(self, partial(collect, self))
         self.summary: dict[str, Any] = {}
         self.predictions: list[Tensor] = []

@@ -12,6 +12,7 @@ import yaml
 from hosfl_lightning import callbacks
 from hosfl_lightning.callbacks.communication_monitor import KINDS, RARE_KINDS
 from hosfl_lightning.cli import main
+from hosfl_lightning.privacy import Privacy
 from tests.callbacks.drop_in.plain_modules import LIGHTNING_WARNINGS, fit, hybrid, mlp
 from tests.recipe_runs import ROOT, command_line, header_commands, name_of
 from tests.small_run import SmallRun
@@ -50,7 +51,7 @@ def keys_of(kind: type) -> set[str]:
 def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Keys of a run in rounds and of two runs of a plain Trainer, but for the module's own."""
     run = SmallRun(tmp_path_factory.mktemp("run"))
-    run.fit(callbacks.GradientAlignment(every_n_rounds=1), callbacks.Budget(), max_rounds=2)
+    run.fit(callbacks.GradientAlignment(every_n_rounds=1), callbacks.Budget(), max_rounds=2, privacy=Privacy(clip=1.0, epsilon=8.0))
     keys = set((run.folder / "metrics.csv").read_text().splitlines()[0].split(","))
     for callback in (hybrid(), callbacks.ZerothOrderTraining()):
         keys |= set(fit(mlp(), callback, callbacks.PeakMemoryMonitor()).callback_metrics)

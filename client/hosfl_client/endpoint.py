@@ -23,6 +23,7 @@ from hosfl_client.manifest import Manifest
 from hosfl_client.messages import CodedGradient, Multiplier, ProbedData, SmashedData
 from hosfl_client.minibatches import Minibatch
 from hosfl_client.optimizer import Optimizer
+from hosfl_client.privacy import Mechanism, NoiseKey
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import rule_of
@@ -103,6 +104,8 @@ class Endpoint:
         below = [name for name in self.names if name not in manifest.of_head]
         self.probed = [name not in side for name in below]
         self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient", "multiplier")}
+        #: Its noise is from a secret of this process, until another key is put in its place.
+        self.privacy = Mechanism(terms.privacy, NoiseKey()) if terms.privacy else None
         self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
         self._check_basis()
 
@@ -195,13 +198,14 @@ class Endpoint:
         waits = waits or (self.kind == "local" and any(self.probed))
         if self.kind != "frozen" or self.head is not None:
             self.visit = Visit(batch, mask, z if waits else None)
+        sent = self._noised(z, mask, SmashedData.kind, request)
         if self.head is not None:
             return UnlabelledData.pack(
-                request.round, request.client, z, mask, num_terms=batch.num_terms, codec=self.codecs["smashed_data"],
-                seed=self.terms.seed, attempt=request.attempt,
+                request.round, request.client, sent, mask, num_terms=batch.num_terms,
+                codec=self.codecs["smashed_data"], seed=self.terms.seed, attempt=request.attempt,
             )  # fmt: skip
         return SmashedData.pack(
-            request.round, request.client, z, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
+            request.round, request.client, sent, batch.labels, mask, self.codecs["smashed_data"], self.terms.seed, 0,
             request.attempt,
         )  # fmt: skip
 
@@ -217,8 +221,10 @@ class Endpoint:
         visit.head = np.concatenate([np.zeros(0), *(g.reshape(-1) for g in found.gradients)], dtype=np.float32)
         if not self.answered_in:
             self.visit = None
+        terms = visit.batch.num_terms or 1
+        sent = self._noised(found.multiplier, visit.mask, OutputMultiplier.kind, request, terms)
         return OutputMultiplier.pack(
-            request.round, request.client, found.multiplier, visit.mask, loss=found.loss if self.reports else None,
+            request.round, request.client, sent, visit.mask, loss=found.loss if self.reports else None,
             codec=self.codecs["multiplier"], seed=self.terms.seed, step=request.step, attempt=request.attempt,
         )  # fmt: skip
 
@@ -227,6 +233,14 @@ class Endpoint:
             raise EndpointError(f"{name} has the shape {[len(coded.values), coded.width]}, z another")
         if coded.dtype != "float32":
             raise EndpointError(f"{name} is {coded.dtype}, z was float32")
+
+    def _noised(self, rows: Array, mask: Array, what: str, request: Any, scale: float = 1.0) -> Array:
+        """Clipped and noised token by token, ``scale`` times as large, as the terms say."""
+        if self.privacy is None or self.privacy.of_tokens[what][0] is None:
+            return rows
+        sent, place = rows.copy(), (request.kind, request.round, request.attempt, request.step, request.client)
+        sent[mask] = self.privacy.tokens(rows[mask] * np.float32(scale), what, place) / np.float32(scale)
+        return sent
 
     # ---- step 4
 
@@ -237,21 +251,11 @@ class Endpoint:
         coded: Coded = request.multiplier
         self._check_rows("λ", coded, visit)
         basis = self.basis(request.round)
-        first = first_of(basis)
-        values = np.zeros(basis.size - self.head_size, np.float64)
-        if self.kind != "frozen" and any(self.probed):
-            lagrangian = LagrangianTerm(coded, visit.mask)
-            base = None if visit.z is None else lagrangian(visit.z)
-            visit.z = None
-            values += self._projected(request.round, visit, lagrangian, base)
-        if self.kind == "local":
-            known = known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask)
-            values += first.project(known[: len(self.probed)])
-        values = np.concatenate([values, self._of_head(visit, request.client)])
+        rows = self._measured(basis, visit, request)
+        values = np.concatenate([self._released(rows, visit.batch, request), self._of_head(visit, request.client)])
         answer = ProjectedGradients(
-            request.round, request.client, basis.describe(), values.astype(np.float32), visit.batch.num_terms,
-            request.attempt,
-        )  # fmt: skip
+            request.round, request.client, basis.describe(), values, visit.batch.num_terms, request.attempt
+        )
         codec = self.codecs["gradient"]
         if codec == "fp32":
             return answer
@@ -266,10 +270,37 @@ class Endpoint:
             raise EndpointError(f"client {client} is sent a multiplier before the middle's output")
         return visit.head if visit.head is not None else np.zeros(self.head_size, np.float32)
 
-    def _projected(self, round: int, visit: Visit, lagrangian: LagrangianTerm, base: float | None) -> Array:
-        """``v_p`` of what is probed, ``(P,)`` fp64; ``base`` is ``⟨λ, z⟩``, None: both sides of every probe are run."""
+    def _measured(self, basis: Basis, visit: Visit, request: Multiplier) -> Array:
+        """Coefficients ``(1, P)`` fp64, or of every example by itself, ``(B, P)``."""
+        coded: Coded = request.multiplier
+        by_example = self.privacy is not None and self.privacy.by_example
+        first = first_of(basis)
+        values = np.zeros((len(visit.mask) if by_example else 1, first.size), np.float64)
+        if self.kind != "frozen" and any(self.probed):
+            lagrangian = LagrangianTerm(coded, visit.mask)
+            term = lagrangian.each if by_example else lagrangian
+            base = None if visit.z is None else term(visit.z)
+            visit.z = None
+            values += self._projected(request.round, visit, term, base).T
+        if self.kind == "local":
+            for row, example in zip(values, range(len(values)) if by_example else [None]):
+                known = known_gradient(self.half, self.manifest, visit.batch.inputs, coded, visit.mask, example)
+                row += first.project(known[: len(self.probed)])
+        return values
 
-        def term(probe: int, side: int) -> float:
+    def _released(self, rows: Array, batch: Minibatch, request: Multiplier) -> Array:
+        """``(P,)`` fp32: as measured, or clipped and noised; an example's vector is made that of its own mean loss."""
+        if self.privacy is None or self.privacy.level is None:
+            return rows[0].astype(np.float32)
+        if self.privacy.by_example:
+            terms = batch.terms
+            rows = rows * (np.where(terms > 0, batch.num_terms, 0) / np.maximum(terms, 1))[:, None]
+        return self.privacy.answer(rows, request.round, request.attempt, request.client)
+
+    def _projected(self, round: int, visit: Visit, lagrangian: Callable[[Array], Any], base: Any) -> Array:
+        """``v_p`` of what is probed, ``(P,)`` or ``(P, B)`` fp64; ``base``: ``⟨λ, z⟩``, None: both sides are run."""
+
+        def term(probe: int, side: int) -> Any:
             return lagrangian(self._at(round, probe, side, visit.batch))
 
         probes = range(self.answered_in["probes"])

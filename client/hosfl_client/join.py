@@ -20,8 +20,11 @@ from hosfl_client.manifest import Manifest
 from hosfl_client.messages import FRAMES
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.own_state import OwnState
+from hosfl_client.privacy import NoiseKey
+from hosfl_client.refusals import TermsError
 from hosfl_client.state import NumpyStorage
 from hosfl_client.terms import ENDPOINTS
+from hosfl_client.wire import Terms
 
 
 def join(
@@ -90,10 +93,25 @@ def join(
     check_examples(examples, manifest, settings)
     made = engine(path, threads)
     batches = Minibatches(examples, settings)
-    joined = Joined(
-        who, f"hosfl-client {__version__}", lambda terms: Endpoint(made, manifest, batches, terms), ENDPOINTS, FRAMES,
-        OwnState(state or f"hosfl_client_{who}", NumpyStorage()), save_every, notify,
-    )  # fmt: skip
+    kept = OwnState(state or f"hosfl_client_{who}", NumpyStorage())
+
+    def build(terms: Terms) -> Endpoint:
+        return keyed(Endpoint(made, manifest, batches, terms), kept.folder, len(examples))
+
+    joined = Joined(who, f"hosfl-client {__version__}", build, ENDPOINTS, FRAMES, kept, save_every, notify)
     credentials = None if site is None else site.channel_credentials()
     options = [] if server_name is None else [("grpc.ssl_target_name_override", server_name)]
     return Connection(server, credentials, joined, Limits(), backoff or Backoff(give_up=give_up), options).run()
+
+
+def keyed(endpoint: Endpoint, folder: Path, examples: int) -> Endpoint:
+    """Its noise is the same when the client comes back: to the same question it gives the same answer.
+
+    Raises:
+        TermsError: δ may lose one of so many examples.
+    """
+    if endpoint.privacy is not None:
+        if (reason := endpoint.privacy.objection(examples)) is not None:
+            raise TermsError(reason)
+        endpoint.privacy.key = NoiseKey.kept(folder)
+    return endpoint

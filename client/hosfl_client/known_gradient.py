@@ -12,7 +12,9 @@ from hosfl_client.manifest import Manifest
 from hosfl_client.side import Bottleneck
 
 
-def known_gradient(half: Half, manifest: Manifest, batch: Batch, multiplier: Coded, mask: Array) -> list[Floats]:
+def known_gradient(
+    half: Half, manifest: Manifest, batch: Batch, multiplier: Coded, mask: Array, example: int | None = None
+) -> list[Floats]:
     r"""``∂⟨λ, z⟩/∂θ_i`` of the bottlenecks, fp32, in manifest order; empty for what else is trained.
 
     Half of the examples run at a time: beside λ the outputs of all tapped layers are held.
@@ -23,14 +25,15 @@ def known_gradient(half: Half, manifest: Manifest, batch: Batch, multiplier: Cod
         batch: As it went into the forward.
         multiplier: λ at the valid positions, as it travelled.
         mask: Valid positions, ``(B, S)`` bool.
+        example: Of that one alone; None: of all.
     """
     theta = half.parameters()
     known = {name for rung in manifest.side for name in (rung.down, rung.up)}
     totals = {name: np.zeros(p.shape if name in known else 0, np.float32) for name, p in theta.items()}
-    examples = len(mask)
-    width = -(-examples // 2)
-    for first in range(0, examples, width):
-        last = min(first + width, examples)
+    start, stop = (0, len(mask)) if example is None else (example, example + 1)
+    width = -(-(stop - start) // 2)
+    for first in range(start, stop, width):
+        last = min(first + width, stop)
         taps = half.tapped({name: array[first:last] for name, array in batch.items()})[1]
         factor = multiplier_of(multiplier, mask, first, last)
         for rung in manifest.side:

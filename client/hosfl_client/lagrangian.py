@@ -23,6 +23,7 @@ class LagrangianTerm:
 
     def __init__(self, multiplier: Coded, mask: np.ndarray[Any, Any]) -> None:
         self.multiplier = multiplier
+        self.examples, self.lengths = len(mask), mask.sum(1)
         self.valid = None if mask.all() else np.flatnonzero(mask)  # without padding there is nothing to gather
         self.step = max(1, WIDENED // multiplier.width)
         self._widened = [*self._parts()] if len(multiplier.values) <= self.step else None
@@ -36,6 +37,16 @@ class LagrangianTerm:
                 chosen = self.valid[chosen]
             total += float(np.vdot(rows[chosen].astype(np.float64), factor))
         return total
+
+    def each(self, z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Of every example of z by itself, ``(B,)``."""
+        rows, owners = z.reshape(-1, z.shape[-1]), np.repeat(np.arange(self.examples), self.lengths)
+        totals = np.zeros(self.examples)
+        for start, factor in self._widened or self._parts():
+            part = slice(start, start + len(factor))
+            chosen: Any = part if self.valid is None else self.valid[part]
+            np.add.at(totals, owners[part], (rows[chosen].astype(np.float64) * factor).sum(1))
+        return totals
 
     def _parts(self) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
         rows = len(self.multiplier.values)

@@ -27,6 +27,13 @@ class Minibatch:
     labels: Array
     num_terms: int
 
+    @property
+    def terms(self) -> Array:
+        """``n_i``, the loss terms of each example."""
+        if self.labels.ndim == 1:
+            return np.ones(len(self.labels), np.int64)
+        return np.asarray((self.labels[:, 1:] != IGNORE_INDEX).sum(1))
+
     def mask(self, positions: int) -> Array:
         """Positions of z that count, ``(B, S)`` bool; of an image all do."""
         if "attention_mask" in self.inputs:

@@ -42,6 +42,9 @@ def check_terms(terms: Terms, manifest: Manifest) -> None:
             f"the run's estimator is {settings.get('estimator')!r:.80}, and an exported half runs forwards alone; set "
             "trainer.algorithm.init_args.estimator to forward or central"
         )
+    if terms.privacy and (terms.endpoint != "SplitEndpoint" or (kind == "frozen" and terms.privacy["level"])):
+        raise TermsError(f"the run's clients add noise, and a {terms.endpoint:.80} cannot; set trainer.privacy: null "
+                         "at the server")  # fmt: skip
     if kind == "local" and not manifest.side:
         raise TermsError("the run's clients know the gradient of a side adapter, and this half was exported without "
                          "one; export it from the server's recipe")  # fmt: skip

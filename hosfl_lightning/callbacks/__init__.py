@@ -8,6 +8,7 @@ from hosfl_lightning.callbacks.drop_in.zeroth_order_training import ZerothOrderT
 from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
+from hosfl_lightning.callbacks.privacy_monitor import PrivacyMonitor
 from hosfl_lightning.callbacks.progress import RoundProgressBar
 from hosfl_lightning.callbacks.random_signs import RandomSigns
 from hosfl_lightning.callbacks.serve_console import ServeConsole
@@ -20,6 +21,7 @@ __all__ = [
     "HybridOrder",
     "LagrangianUpdate",
     "PeakMemoryMonitor",
+    "PrivacyMonitor",
     "RandomSigns",
     "RoundProgressBar",
     "ServeConsole",

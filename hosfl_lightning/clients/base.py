@@ -45,12 +45,12 @@ class Anchor:
             del self.z
         return self._base
 
-    def part(self, number: int, rows: slice) -> Anchor:
-        """One client's of it, after `release`: which in the order of clients, and its examples."""
+    def part(self, numbers: slice, rows: slice) -> Anchor:
+        """One client's of it, after `release`: which of the rows that were given there, and its examples."""
         assert self._base is not None
         one = copy(self)
-        one._base = self._base[number : number + 1]
-        one.graphs = self.graphs[number : number + 1]
+        one._base = self._base[numbers]
+        one.graphs = self.graphs[numbers]
         one.kept = [(module, given[rows]) for module, given in self.kept]
         return one
 

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
+from hosfl_client.privacy import Mechanism, NoiseKey
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.wire.terms import RULES, difference
 from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
@@ -56,6 +57,8 @@ class Endpoint(ABC):
     known: ClassVar[dict[str, type[Endpoint]]] = {}
     #: Of the model: the client's ``half`` (a model with ``part="client"`` will do), or the ``whole`` of it.
     needs: ClassVar[Literal["half", "whole"]] = "half"
+    #: Whether all that it sends can be noised: z by `smashed`, and one vector of coefficients.
+    noises: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,6 +90,11 @@ class Endpoint(ABC):
                 f"the run's messages come in the codec {unknown[0]!r:.80}, which is not known here, only "
                 f"{', '.join(Codec.known)}; import its class (hosfl join: --imports)"
             )
+        if terms.privacy and not self.noises:
+            raise TermsError(f"the run's clients add noise, and a {type(self).__name__} cannot; set trainer.privacy: "
+                             "null at the server")  # fmt: skip
+        #: Its noise is from a secret of this process, until another key is put in its place.
+        self.privacy = Mechanism(terms.privacy, NoiseKey()) if terms.privacy else None
         try:
             self.client: Any = self.make_client(half)
         except PartError as error:  # a rule or an estimator that is not known here
@@ -208,17 +216,39 @@ class Endpoint(ABC):
         packed: list[SmashedData | UnlabelledData] = []
         codec = self.terms.codecs["smashed_data"]
         for client, (rows, width, num_terms) in cohort.parts().items():
+            mask = cohort.mask(rows, width)
+            place = request.kind, request.round, request.attempt, step, client
+            sent = self.noised(z[rows, :width], mask, SmashedData.kind, place)
             if self.model.labels == "client":
                 packed.append(UnlabelledData.pack(
-                    request.round, client, z[rows, :width], cohort.mask(rows, width), num_terms=num_terms, codec=codec,
-                    seed=self.terms.seed, step=step, attempt=request.attempt,
+                    request.round, client, sent, mask, num_terms=num_terms, codec=codec, seed=self.terms.seed,
+                    step=step, attempt=request.attempt,
                 ))  # fmt: skip
                 continue
             packed.append(SmashedData.pack(
-                request.round, client, z[rows, :width], cohort.labels(rows, width), cohort.mask(rows, width), codec,
-                self.terms.seed, step, request.attempt,
+                request.round, client, sent, cohort.labels(rows, width), mask, codec, self.terms.seed, step,
+                request.attempt,
             ))  # fmt: skip
         return packed
+
+    def noised(
+        self, rows: Tensor, mask: Tensor, what: str, place: tuple[object, ...], scale: float = 1.0
+    ) -> Tensor:
+        """Clipped and noised token by token, as the terms say; in its own dtype.
+
+        Args:
+            rows: ``(B, S, h)`` of one client.
+            mask: ``(B, S)`` bool, on the host: the others do not travel.
+            what: Kind of the message, as `hosfl_client.privacy.Mechanism.tokens` takes it.
+            place: Kind of the request, round, attempt, step and client.
+            scale: How many times as large they are noised.
+        """
+        if self.privacy is None or self.privacy.of_tokens[what][0] is None:
+            return rows
+        mask, sent = mask.to(rows.device), rows.clone()
+        released = self.privacy.tokens((rows[mask].float() * scale).cpu().numpy(), what, place)
+        sent[mask] = (torch.from_numpy(released) / scale).to(rows)
+        return sent
 
     @property
     def shared(self) -> dict[str, nn.Parameter]:

@@ -27,6 +27,8 @@ class MixedEndpoint(SplitEndpoint):
     | ``mu, estimator, distribution, taps, checkpointing`` | of the kinds that have such a setting |
     """
 
+    noises = False  # its kinds answer in vectors of different length
+
     @override
     def make_client(self, half: nn.Module) -> SplitClient:
         """One half, and an engine over it for each kind; the first that moves it applies the updates for all."""

@@ -37,6 +37,8 @@ class PersonalEndpoint(SplitEndpoint):
     | the others | as of `SplitEndpoint` |
     """
 
+    noises = False  # what stays at a client moves by what was measured
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         mine = list(self.trained.items())[len(self.shared) :]

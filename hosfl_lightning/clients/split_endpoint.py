@@ -60,6 +60,7 @@ class SplitEndpoint(Endpoint):
 
     client: SplitClient
     _rule: ZerothOrder | None = None
+    noises = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -148,7 +149,7 @@ class SplitEndpoint(Endpoint):
         cohort = self.data(clients, requests[0].round)
         batch = self.fabric.to_device(cohort.batch)
         with self.fabric.autocast():
-            anchor = self.engine_of(clients[0]).forward(batch, cohort.rows)
+            anchor = self.engine_of(clients[0]).forward(batch, self.rows(cohort))
         if self.head is not None or self.answered_in(clients[0], requests[0].round) is not None:
             self.visits |= dict.fromkeys(clients, Visit(cohort, batch, anchor))
         return [*self.smashed(cohort, anchor.z, requests[0])]
@@ -158,13 +159,15 @@ class SplitEndpoint(Endpoint):
         visit, client = self.visits.get(request.client), request.client
         if visit is None or self.head is None:
             raise EndpointError(f"client {client} is sent a middle's output, and waits for none")
-        rows, width, _ = visit.cohort.parts()[client]
+        rows, width, num_terms = visit.cohort.parts()[client]
         mask, labels = visit.cohort.mask(rows, width), visit.cohort.labels(rows, width)
         given = self.fabric.to_device((request.unpack(mask), mask.long(), labels))
         with self.fabric.autocast():
             loss, multiplier, visit.heads[client] = self.head.answer(*given)
         if self.answered_in(client, request.round) is None:
             self.visits.pop(client)
+        place = request.kind, request.round, request.attempt, request.step, client
+        multiplier = self.noised(multiplier, mask, OutputMultiplier.kind, place, scale=max(num_terms, 1))
         told = float(loss) if self.terms.settings["report_loss"] else None
         return OutputMultiplier.pack(
             request.round, client, multiplier, mask, loss=told, codec=self.terms.codecs["multiplier"],
@@ -198,11 +201,8 @@ class SplitEndpoint(Endpoint):
                 engine.check_probe(batch, anchor.z, multiplier)
                 self.checks = False
             own = basis.first if isinstance(basis, Beside) else basis
-            if isinstance(own, ClientDirections):
-                values = self._one_by_one(engine, visit, multiplier, own)
-            else:
-                values = engine.answer(batch, anchor, multiplier, cohort.rows, own).cpu()
-        coefficients, parts = dict(zip(cohort.clients, values)), cohort.parts()
+            values = self._coefficients(engine, visit, multiplier, own).cpu()
+        coefficients, parts = self.released(cohort, values, first), cohort.parts()
         return [
             ProjectedGradients(
                 m.round, m.client, basis.of_clients([m.client]).describe(),
@@ -220,16 +220,49 @@ class SplitEndpoint(Endpoint):
             raise EndpointError(f"client {client} is sent a multiplier before the middle's output")
         return torch.cat([coefficients, visit.heads.get(client, torch.zeros(self.head.size))])
 
-    @staticmethod
-    def _one_by_one(engine: SplitClient, visit: Visit, multiplier: Tensor, basis: Basis) -> Tensor:
-        """``(K, P)`` along directions of their own: no probe is of two clients, so none can be one batch."""
-        cohort, values = visit.cohort, []
-        visit.anchor.release(multiplier, cohort.rows)
-        for number, (client, rows) in enumerate(zip(cohort.clients, cohort.rows)):
-            batch = {name: tensor[rows] for name, tensor in visit.batch.items()}
-            part, own = multiplier[rows], basis.of_clients([client])
-            values.append(engine.answer(batch, visit.anchor.part(number, rows), part, [slice(0, len(part))], own)[0])
-        return torch.stack(values).cpu()
+    def _coefficients(self, engine: SplitClient, visit: Visit, multiplier: Tensor, basis: Basis) -> Tensor:
+        """Of all in one batch; along directions of each client's own one by one, since no probe is of two of them."""
+        cohort, rows = visit.cohort, self.rows(visit.cohort)
+        if not isinstance(basis, ClientDirections):
+            return engine.answer(visit.batch, visit.anchor, multiplier, rows, basis)
+        visit.anchor.release(multiplier, rows)
+        values, end = list[Tensor](), 0
+        for client, examples in zip(cohort.clients, cohort.rows):
+            own = [one for one in rows if examples.start <= one.start < examples.stop]
+            begin, end = end, end + len(own)
+            batch = {name: tensor[examples] for name, tensor in visit.batch.items()}
+            anchor, inside = visit.anchor.part(slice(begin, end), examples), [_moved(one, examples.start) for one in own]
+            values.append(engine.answer(batch, anchor, multiplier[examples], inside, basis.of_clients([client])))
+        return torch.cat(values)
+
+    def rows(self, cohort: Cohort) -> list[slice]:
+        """Of what an engine gives one vector each: a client's examples, or every example by itself."""
+        if self.privacy is None or not self.privacy.by_example:
+            return cohort.rows
+        return [slice(i, i + 1) for i in range(cohort.num_examples)]
+
+    def released(self, cohort: Cohort, values: Tensor, request: Multiplier) -> dict[int, Tensor]:
+        r"""By client its coefficients: as measured, or clipped and noised.
+
+        λ is of the mean over the client's n loss terms, so that a term more in one example would change the vectors of
+        all others. An example's vector is made that of the mean over its own n_i: ``v_i · n / n_i``.
+
+        Args:
+            cohort: Whose they are.
+            values: A row for each of `rows`.
+            request: Of one of them.
+        """
+        privacy = self.privacy
+        if privacy is None or privacy.level is None:
+            return dict(zip(cohort.clients, values))
+        found, wide = {}, values.double()
+        for number, (client, (rows, _, terms)) in enumerate(cohort.parts().items()):
+            own = wide[number : number + 1]
+            if privacy.by_example:
+                counts = [self.model.count(one) for one in cohort.batch["labels"][rows].split(1)]
+                own = wide[rows] * torch.tensor([[terms / n if n else 0.0] for n in counts], dtype=torch.float64)
+            found[client] = torch.from_numpy(privacy.answer(own.numpy(), request.round, request.attempt, client))
+        return found
 
     def _coded(self, answer: ProjectedGradients) -> ProjectedGradients | CodedGradient:
         codec = self.terms.codecs["gradient"]
@@ -239,3 +272,7 @@ class SplitEndpoint(Endpoint):
             answer.round, answer.client, answer.basis, answer.coefficients, answer.num_terms, codec, self.terms.seed,
             answer.attempt,
         )  # fmt: skip
+
+
+def _moved(rows: slice, start: int) -> slice:
+    return slice(rows.start - start, rows.stop - start)

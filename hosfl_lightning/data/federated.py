@@ -165,10 +165,17 @@ class FederatedDataModule(L.LightningDataModule):
         examples = self.clients[client]
         if not examples:
             raise ValueError(f"client={client} holds no example, so it has no minibatch; those that do: holders")
-        size = min(self.batch_size, len(examples))
-        epoch, batch = divmod(round, len(examples) // size)
-        chosen = self._order(client, epoch)[batch * size : (batch + 1) * size]
-        return self.collate([examples[i] for i in chosen])
+        return self.collate([examples[i] for i in self.chosen(client, round)])
+
+    def chosen(self, client: int, round: int) -> list[int]:
+        """Which of its examples are in a client's minibatch of a round."""
+        size, batches = self._batches(client)
+        epoch, batch = divmod(round, batches)
+        return self._order(client, epoch)[batch * size : (batch + 1) * size]
+
+    def most_uses(self, client: int, rounds: int) -> int:
+        """In how many of so many rounds an example of the client is chosen at most: once an epoch."""
+        return -(-rounds // self._batches(client)[1])
 
     @override
     def val_dataloader(self) -> EVAL_DATALOADERS:
@@ -184,6 +191,12 @@ class FederatedDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> EVAL_DATALOADERS:
         """The test set, or the validation set where there is none."""
         return self._loader(self.test_set or self.validation_set, "test or validation")
+
+    def _batches(self, client: int) -> tuple[int, int]:
+        """Examples of a minibatch, and minibatches of an epoch."""
+        held = len(self.clients[client])
+        size = min(self.batch_size, held)
+        return size, held // size
 
     def _order(self, client: int, epoch: int) -> list[int]:
         """The client's order in an epoch; the last one is kept, as a cache and nothing more."""

@@ -18,6 +18,7 @@ from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.data.notice import say
 from hosfl_lightning.fleet import Fleet, Processes
+from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.rng import Domain, permutation
 from hosfl_lightning.run.hooks import fire
 from hosfl_lightning.run.rows import MetricRow
@@ -79,6 +80,8 @@ class TrainerFace:
     server: Server
     endpoint: Endpoint
     fleet: Fleet
+    #: Of the run, with the noise that is added.
+    privacy: Privacy | None
     #: Where the clients come in, if they are on other machines.
     serving: Serving | None = None
 

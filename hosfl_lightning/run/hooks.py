@@ -15,10 +15,12 @@ from hosfl_lightning.callbacks import (
     DimensionFreeAggregation,
     LagrangianUpdate,
     PeakMemoryMonitor,
+    PrivacyMonitor,
     RoundProgressBar,
 )
 from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.parts import PartError
+from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run.stock_callbacks import check_stock
 
 #: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
@@ -53,7 +55,9 @@ class HookError(TypeError):
     """A hook was overridden that the orchestrator never fires."""
 
 
-def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointing: bool) -> list[Callback]:
+def complete(
+    given: list[Callback], algorithm: Algorithm, bar: bool, checkpointing: bool, privacy: Privacy | None = None
+) -> list[Callback]:
     """The callbacks of a run: those given, and those that every run has.
 
     Args:
@@ -61,6 +65,7 @@ def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointi
         algorithm: What can be told of its rounds.
         bar: Add a progress bar where there is none.
         checkpointing: Add a ``ModelCheckpoint`` where there is none.
+        privacy: Of what the clients answer; its cost is counted.
 
     Raises:
         ValueError: Two of a kind, one that the method has no step for, or one that waits for epochs.
@@ -78,6 +83,8 @@ def complete(given: list[Callback], algorithm: Algorithm, bar: bool, checkpointi
             )
         check_stock(callback)
     wanted: list[type[Callback]] = [PeakMemoryMonitor, CommunicationMonitor]
+    if privacy is not None and privacy.of_answers:
+        wanted.append(PrivacyMonitor)
     for step in (LagrangianUpdate, DimensionFreeAggregation):
         if step.needs in algorithm.tells:
             wanted.append(step)

@@ -20,6 +20,7 @@ from hosfl_lightning.run.data_check import check_data, set_up
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.hooks import check_hooks
 from hosfl_lightning.run.nodes import meet
+from hosfl_lightning.run.privacy import resolve
 from hosfl_lightning.run.record import compare_model
 from hosfl_lightning.run.state import RunState
 
@@ -118,7 +119,9 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
     check_data(data, model, fn, None if trainer.serving is None else trainer.serving.validate)
     model.choose_among(data.told_apart_by)
     if fn is TrainerFn.FITTING:
-        trainer.settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
+        settings = trainer.settings
+        settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
+        trainer.privacy = resolve(settings.privacy, data, settings.max_rounds, trainer.serving is None)
     owners = [*data.clients, data.validation_set, data.test_set]
     check_padding(data.tokenizer, owners, model.client_half, model.pretrained)
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run.control import Control
+from hosfl_lightning.run.privacy import check_method
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.wire import Codecs
 
@@ -43,6 +45,7 @@ class RunSettings:
     replay_log: bool = True
     precision: str = "32-true"
     gradient_clip_val: float | None = None
+    privacy: Privacy | None = None
 
     def __post_init__(self) -> None:
         self._check_processes()
@@ -131,6 +134,8 @@ class RunSettings:
         if self.world_size > 1 and not algorithm.joint:
             name = "devices" if self.devices > 1 else "num_nodes"
             raise ValueError(f"trainer.{name}: the clients of {algorithm.name} run one after the other; set it to 1")
+        if self.privacy is not None:
+            check_method(self.privacy, algorithm, model, self.codec)
         algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.shared(model).values()])
 
     def sample_size(self, clients: int, empty: int = 0) -> int:
@@ -159,7 +164,9 @@ class RunSettings:
             raise ValueError(f"trainer.min_clients is {self.min_clients}, but a round has {sampled} clients; lower it")
         return sampled
 
-    def agreed(self, algorithm: Algorithm, clients: int, server_schedule: bool, sampled: int) -> dict[str, Any]:
+    def agreed(
+        self, algorithm: Algorithm, clients: int, server_schedule: bool, sampled: int, privacy: Privacy | None
+    ) -> dict[str, Any]:
         """What a resumed run must agree on with the run that made the checkpoint; plain values.
 
         Args:
@@ -167,6 +174,7 @@ class RunSettings:
             clients: Of the data.
             server_schedule: Whether the server's learning rate has one.
             sampled: Clients of a round.
+            privacy: With the noise that ε and the data make.
         """
         return {
             "algorithm": algorithm.name,
@@ -180,4 +188,5 @@ class RunSettings:
             "codec": asdict(self.codec),
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
+            **({"privacy": asdict(privacy)} if privacy is not None else {}),
         }

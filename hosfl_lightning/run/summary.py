@@ -12,6 +12,7 @@ from typing import Any
 
 from hosfl_lightning.callbacks import CommunicationMonitor, PeakMemoryMonitor
 from hosfl_lightning.files import plain, write_json
+from hosfl_lightning.run import privacy
 from hosfl_lightning.run.costs import client_costs
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.result import RunResult
@@ -67,6 +68,7 @@ def summarize(trainer: TrainerFace, result: RunResult, controls: dict[str, RunRe
         "bytes_down": communication.down_bytes,
         "seconds_per_round": median(result.seconds) if result.seconds else None,
         "codec": asdict(settings.codec),
+        **privacy.summarize(trainer.privacy, trainer.callbacks),
         "catch_up": dict(history.absentees.chosen) if history is not None and history.absentees is not None else {},
         "refused": {str(client): count for client, count in sorted(trainer.run.refused.items())},
         "seed": settings.seed,

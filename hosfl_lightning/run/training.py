@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 
+from hosfl_client.privacy import NoiseKey
 from hosfl_lightning.availability import Always
 from hosfl_lightning.clients.cohort import Minibatches
 from hosfl_lightning.data import FederatedDataModule
@@ -21,6 +22,7 @@ from hosfl_lightning.run.history import History
 from hosfl_lightning.run.identity import digest, starts
 from hosfl_lightning.run.loop import RoundLoop
 from hosfl_lightning.run.nodes import check_same
+from hosfl_lightning.run.privacy import notice
 from hosfl_lightning.run.record import compare, record_of
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.run.session import session
@@ -77,6 +79,8 @@ def train(
         try:
             if first_of_all and trainer.algorithm.client_holds == "half":
                 print(model.labels_notice, flush=True)
+            if first_of_all and trainer.privacy is not None:
+                print(notice(trainer.privacy, model.labels, trainer.serving is None), flush=True)
             trainer.call("on_fit_start")
             if first_of_all:
                 folder.write_labels(trainer.log_dir, model.label_names)
@@ -95,11 +99,15 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     own = trainer.serving is None or trainer.serving.validate != "clients"
     trainer.num_val_batches = [len(trainer.datamodule.val_dataloader()) if own else 1]
     terms: Any = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
+    if trainer.privacy is not None:
+        terms = replace(terms, privacy=trainer.privacy.terms())
     terms = decode(encode(terms), "terms")  # as a client elsewhere would have them
     if trainer.serving is not None:
         terms = replace(terms, precision=settings.precision, backbone=model.client_fingerprint())
     data = Minibatches(trainer.datamodule, model)
     trainer.endpoint = endpoint = method.endpoint(model, data, terms, trainer.fabric)
+    if endpoint.privacy is not None and trainer.serving is None:
+        endpoint.privacy.key = NoiseKey.of_seed(settings.seed)
     endpoint.checks = trainer.is_global_zero  # one process looks at μ, so that a warning comes once
     channel = Channel(serialize=settings.simulation == "per_client")
     joint = method.joint and settings.simulation == "batched"
@@ -112,7 +120,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     check_length(scheduler, settings.max_rounds, "model.init_args.lr_scheduler")
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.shared, endpoint.shared_rule)
-    agreed = settings.agreed(method, trainer.datamodule.num_clients, scheduler is not None, trainer.sample_size)
+    agreed = _agreed_of(trainer, scheduler is not None)
     trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
     trainer.server = Server(
         model, trainer.fabric, wrapped, scheduler, fleet=trainer.fleet, replica=replica,
@@ -157,8 +165,12 @@ def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
 
 
 def _agreed(trainer: TrainerFace) -> dict[str, Any]:
-    scheduled = trainer.server.scheduler is not None
-    return trainer.settings.agreed(trainer.algorithm, trainer.datamodule.num_clients, scheduled, trainer.sample_size)
+    return _agreed_of(trainer, trainer.server.scheduler is not None)
+
+
+def _agreed_of(trainer: TrainerFace, scheduled: bool) -> dict[str, Any]:
+    clients, sampled = trainer.datamodule.num_clients, trainer.sample_size
+    return trainer.settings.agreed(trainer.algorithm, clients, scheduled, sampled, trainer.privacy)
 
 
 def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, ClassVar
 
@@ -36,6 +36,7 @@ class Terms:
         precision: Of forwards, as Fabric names it.
         backbone: Fingerprint of what a client holds and does not train; empty: not compared.
         rules: The standard by which updates move θ_c; a client that keeps another would end with other bits.
+        privacy: How what it sends is clipped and noised, as `hosfl_client.privacy.Mechanism` takes it; empty: not.
     """
 
     kind: ClassVar[str] = "terms"
@@ -52,6 +53,7 @@ class Terms:
     precision: str = "32-true"
     backbone: str = ""
     rules: str = RULES
+    privacy: dict[str, Any] = field(default_factory=dict)
 
     def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
@@ -63,7 +65,7 @@ class Terms:
         )
         if type(self.keeps) is not bool:
             raise FieldError(f"terms: keeps must be true or false, got {self.keeps!r:.80}")
-        for name in ("settings", "rule", "basis", "codecs"):
+        for name in ("settings", "rule", "basis", "codecs", "privacy"):
             check_settings(self.kind, name, getattr(self, name))
         if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
             raise FieldError(f"terms: seed must be an integer of 64 bits, got {self.seed!r:.80}")
