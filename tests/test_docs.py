@@ -51,7 +51,12 @@ def keys_of(kind: type) -> set[str]:
 def logged(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """Keys of a run in rounds and of two runs of a plain Trainer, but for the module's own."""
     run = SmallRun(tmp_path_factory.mktemp("run"))
-    run.fit(callbacks.GradientAlignment(every_n_rounds=1), callbacks.Budget(), max_rounds=2, privacy=Privacy(clip=1.0, epsilon=8.0))
+    run.fit(
+        callbacks.GradientAlignment(every_n_rounds=1),
+        callbacks.Budget(),
+        max_rounds=2,
+        privacy=Privacy(clip=1.0, epsilon=8.0),
+    )
     keys = set((run.folder / "metrics.csv").read_text().splitlines()[0].split(","))
     for callback in (hybrid(), callbacks.ZerothOrderTraining()):
         keys |= set(fit(mlp(), callback, callbacks.PeakMemoryMonitor()).callback_metrics)

@@ -113,6 +113,7 @@ def rank(spec: dict[str, Any]) -> None:
 def server(spec: dict[str, Any]) -> None:
     from hosfl_client.limits import Limits
     from hosfl_lightning import Orchestrator, orchestrator
+    from hosfl_lightning.privacy import Privacy
     from hosfl_lightning.server import CatchUp
     from tests.fleet.test_pipe import CASES
     from tests.remote.deaths import DieAt, StopAt
@@ -125,6 +126,8 @@ def server(spec: dict[str, Any]) -> None:
     settings: dict[str, Any] = {
         "max_rounds": 3, "clients_per_round": 2, "val_check_interval": 2, "enable_progress_bar": False,
     }  # fmt: skip
+    if "privacy" in spec:
+        settings["privacy"] = Privacy(**spec["privacy"])
     if "policy" in spec:
         settings["catch_up"] = CatchUp(spec["policy"])
     algorithm = case.algorithm()
