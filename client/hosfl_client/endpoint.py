@@ -23,6 +23,7 @@ from hosfl_client.optimizer import Optimizer
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import rule_of
+from hosfl_client.secure.extra import participants
 from hosfl_client.terms import basis_of_terms, check_terms, kind_of
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
@@ -91,6 +92,7 @@ class Endpoint:
         self.probed = [name not in side for name in self.names]
         self.codecs = {name: terms.codecs[name] for name in ("smashed_data", "gradient")}
         self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
+        self.hidden = participants(lambda array: array) if terms.secure_aggregation else None
         self._check_basis()
 
     def _check_basis(self) -> None:
@@ -127,7 +129,10 @@ class Endpoint:
             case "step_request":
                 return [self._forward(request)]
             case "multiplier" if self.kind in ("forward_only", "local"):
-                return [self._answer(request)]
+                answer: Any = self._answer(request)
+                return [answer if self.hidden is None else self.hidden.keep(answer)]
+            case "secure_peers" | "secure_shares" | "unmask_request" if self.hidden is not None:
+                return [self.hidden.respond(request)]
             case "probe_request" if self.kind == "probed":
                 return [self._probe(request)]
         raise EndpointError(f"a client of the kind {self.kind} does not take a {request.kind}")
@@ -139,6 +144,8 @@ class Endpoint:
     def forget(self) -> None:
         """Drop whatever is held of a round."""
         self.visit = None
+        if self.hidden is not None:
+            self.hidden.forget()
 
     # ---- what all clients hold
 

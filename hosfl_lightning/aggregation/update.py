@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hosfl_lightning.aggregation.rules import AggregationRule, WeightedMean, aggregated
 from hosfl_lightning.aggregation.weights import weights
@@ -55,17 +56,33 @@ def combine(
         ValueError: No answer, none with a loss term, or a client whose coefficients are not finite: `screen` first.
     """
     answers = sorted(answers, key=lambda answer: answer.client)
-    w = weights([answer.num_terms for answer in answers])
-    return Update(
-        round=answers[0].round,
-        basis=answers[0].basis,
-        coefficients=aggregated(rule, torch.stack([answer.coefficients for answer in answers]), w),
-        rule=optimizer.prescription,
-        step=optimizer.steps + 1,
-        participants=[answer.client for answer in answers],
-        weights=w,
-        mu=mu,
-    )
+    clients, num_terms = [answer.client for answer in answers], [answer.num_terms for answer in answers]
+    mean = aggregated(rule, torch.stack([answer.coefficients for answer in answers]), weights(num_terms))
+    return update_of(answers[0].round, answers[0].basis, mean, clients, num_terms, optimizer, mu)
+
+
+def update_of(
+    round: int,
+    basis: dict[str, Any],
+    mean: Tensor,
+    clients: list[int],
+    num_terms: Sequence[int],
+    optimizer: Prescribed,
+    mu: float | None = None,
+) -> Update:
+    """The update record of what the answers gave.
+
+    Args:
+        round: The round.
+        basis: In what the coefficients are expressed, described.
+        mean: v̄, (P,) float32.
+        clients: Who took part, ascending.
+        num_terms: Their n_k; one of them is not 0.
+        optimizer: As in `combine`.
+        mu: As in `combine`.
+    """
+    w = weights(num_terms)
+    return Update(round, basis, mean, optimizer.prescription, optimizer.steps + 1, clients, w, mu)
 
 
 def recorded(frame: bytes, run_id: bytes) -> Update:

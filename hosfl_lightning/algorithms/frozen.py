@@ -15,7 +15,7 @@ from hosfl_lightning.wire import SmashedData
 class Frozen(SplitRound):
     """The same rounds with a client that does not move: what the server reaches alone."""
 
-    records = False
+    records = sums = False
     client_trains = False
 
     @override

@@ -91,6 +91,7 @@ class MixedHOSFL(SplitRound):
     """
 
     endpoint = MixedEndpoint
+    sums = False
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
 #: What only some methods send, or travels only when a client returns; the records it replays count as updates.
 RARE_KINDS = (
     "weights", "probed_data", "catch_up_request", "snapshot", "step_request", "probe_request", "round_end",
-    "acknowledgement",
+    "acknowledgement", "secure_keys", "secure_peers", "secure_shares", "masked_gradients", "unmask_request",
 )  # fmt: skip
 #: A gradient in few bits is counted as what it holds, as z and λ are in every codec.
 COUNTED_AS = {"coded_gradient": "projected_gradients"}

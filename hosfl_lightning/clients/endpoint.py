@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -28,6 +28,9 @@ from hosfl_lightning.wire import (
     Update,
     manifest,
 )
+
+if TYPE_CHECKING:
+    from hosfl_client.secure.participants import Participants
 
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
@@ -53,6 +56,8 @@ class Endpoint(ABC):
 
     #: By the name that `Terms.endpoint` gives.
     known: ClassVar[dict[str, type[Endpoint]]] = {}
+    #: Its part in secure sums; None: its answers travel in the open.
+    hidden: Participants | None = None
     #: Of the model: the client's ``half`` (a model with ``part="client"`` will do), or the ``whole`` of it.
     needs: ClassVar[Literal["half", "whole"]] = "half"
 

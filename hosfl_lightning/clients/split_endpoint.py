@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from typing_extensions import override
 
+from hosfl_client.secure.extra import participants
 from hosfl_lightning.clients.base import Anchor, SplitClient
 from hosfl_lightning.clients.cohort import Batch, Cohort
 from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
@@ -17,7 +19,16 @@ from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
 from hosfl_lightning.clients.local_gradient import LocalGradientClient
 from hosfl_lightning.optim import Basis, ZerothOrder
-from hosfl_lightning.wire import CodedGradient, Message, Multiplier, ProjectedGradients, StepRequest
+from hosfl_lightning.wire import (
+    CodedGradient,
+    Message,
+    Multiplier,
+    ProjectedGradients,
+    SecurePeers,
+    SecureShares,
+    StepRequest,
+    UnmaskRequest,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,8 @@ class Visit:
 class SplitEndpoint(Endpoint):
     r"""``StepRequest → SmashedData``, ``Multiplier → ProjectedGradients``, ``Update →``.
 
+    Of a secure sum ``Multiplier → SecureKeys``, and the answer is kept until it can be sent under masks.
+
     | setting | meaning |
     |---|---|
     | ``kind`` | ``forward_only``, ``local`` (a side adapter's exact gradient), ``first_order`` or ``frozen`` |
@@ -45,6 +58,8 @@ class SplitEndpoint(Endpoint):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.visits: dict[int, Visit] = {}
+        if self.terms.secure_aggregation:
+            self.hidden = participants(torch.from_numpy)
 
     @override
     def make_client(self, half: nn.Module) -> SplitClient:
@@ -76,12 +91,17 @@ class SplitEndpoint(Endpoint):
             case StepRequest():
                 return self.forward(requests)
             case Multiplier():
-                return self.answer(requests)
+                answers: list[Any] = self.answer(requests)
+                return answers if self.hidden is None else [*map(self.hidden.keep, answers)]
+            case SecurePeers() | SecureShares() | UnmaskRequest() if self.hidden is not None:
+                return [*map(self.hidden.respond, requests)]
         return super().respond(requests)
 
     @override
     def forget(self) -> None:
         self.visits.clear()
+        if self.hidden is not None:
+            self.hidden.forget()
 
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """Step 2: ``z_k = f_c(x_k; θ_c)``, kept until λ comes where one is to come."""

@@ -75,6 +75,7 @@ def _settings(trainer: TrainerFace) -> RunSettings:
         controls=[],
         codec=replace(settings.codec, gradient="fp32"),  # what rounding a gradient costs is the method's
         replay_log=False,
+        secure_aggregation=False,  # as are the sums to rounding, and these are of clients here
     )
 
 

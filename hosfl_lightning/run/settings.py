@@ -9,6 +9,7 @@ from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.availability import Always, Availability
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run.control import Control
+from hosfl_lightning.run.secure import check_sample, check_secure
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.wire import Codecs
 
@@ -43,6 +44,8 @@ class RunSettings:
     replay_log: bool = True
     precision: str = "32-true"
     gradient_clip_val: float | None = None
+    secure_aggregation: bool = False
+    secure_threshold: float = 2 / 3
 
     def __post_init__(self) -> None:
         self._check_processes()
@@ -117,6 +120,8 @@ class RunSettings:
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         algorithm.check(model)
+        if self.secure_aggregation:
+            check_secure(self, algorithm)
         own = [one.name for one in self.controls if isinstance(one, Control) and one.algorithm.personal]
         if own and not algorithm.personal:
             raise ValueError(
@@ -157,6 +162,8 @@ class RunSettings:
         sampled = self.clients_per_round if self.clients_per_round is not None else able
         if self.min_clients > sampled:
             raise ValueError(f"trainer.min_clients is {self.min_clients}, but a round has {sampled} clients; lower it")
+        if self.secure_aggregation:
+            check_sample(sampled)
         return sampled
 
     def agreed(self, algorithm: Algorithm, clients: int, server_schedule: bool, sampled: int) -> dict[str, Any]:
@@ -180,4 +187,5 @@ class RunSettings:
             "codec": asdict(self.codec),
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
+            **({"secure_aggregation": True} if self.secure_aggregation else {}),  # not in runs of before
         }

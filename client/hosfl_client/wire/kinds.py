@@ -23,6 +23,7 @@ The server begins, and asks for what does not follow from its last message; a me
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
              client k -> server   Acknowledgement      it has moved what is its own; in the place of step 4, without 5
+             either way           `wire.secure`        in the place of step 4, where the server is to know the sum alone
 
 Every message of a round says in which attempt of it it was sent, so that a late answer is known as one.
 
@@ -51,5 +52,10 @@ KINDS = (
     "bye",
     "held_out_request",
     "acknowledgement",
+    "secure_keys",
+    "secure_peers",
+    "secure_shares",
+    "masked_gradients",
+    "unmask_request",
 )
 """The number of a kind in a frame is its place here, from 1 on."""
