@@ -60,9 +60,7 @@ class Sum:
         told = {k: UnmaskRequest(0, k, self.total.survivors) for k in self.total.survivors if k not in lost}
         return {k: np.asarray(self.clients.respond(request).shares) for k, request in told.items()}
 
-    def run(
-        self, unshared: Iterable[int] = (), unmasked: Iterable[int] = (), unrevealed: Iterable[int] = ()
-    ) -> Array:
+    def run(self, unshared: Iterable[int] = (), unmasked: Iterable[int] = (), unrevealed: Iterable[int] = ()) -> Array:
         """All steps; (P,) uint64."""
         self.keys()
         self.share(unshared)

@@ -24,16 +24,21 @@ from hosfl_lightning.wire import (
     CodedGradient,
     HeldOutRequest,
     Hello,
+    MaskedGradients,
     Message,
     Multiplier,
     ProbedData,
     ProbeRequest,
     ProjectedGradients,
     RoundEnd,
+    SecureKeys,
+    SecurePeers,
+    SecureShares,
     SmashedData,
     Snapshot,
     StepRequest,
     Terms,
+    UnmaskRequest,
     Update,
     Weights,
     manifest,
@@ -82,6 +87,7 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
     if codec != "fp32":
         gradient = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed))
     basis = BASIS | {"µ": 1 / 3, "note": 'a "b" \\ \n é'}
+    rows = torch.arange(seed * 8, dtype=torch.uint8).reshape(seed, 8)
     held, codecs = manifest(trained if seed else {}), {"smashed_data": codec, "multiplier": "fp32"}
     return [
         first,
@@ -104,6 +110,11 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         Bye(first.round, "é" * seed, bool(seed % 2), not seed % 2),
         HeldOutRequest(first.round, first.client, 9 * seed, seed),
         Acknowledgement(first.round, first.client, seed, bool(seed % 2)),
+        SecureKeys(first.round, first.client, basis, rows.flatten(), 10 ** min(seed, 18), seed, "é" * seed),
+        SecurePeers(first.round, first.client, list(range(len(rows))), rows, seed, seed),
+        SecureShares(first.round, first.client, list(range(len(rows))), rows, seed),
+        MaskedGradients(first.round, first.client, rows.flatten(), seed),
+        UnmaskRequest(first.round, first.client, list(range(seed)), seed),
     ]  # fmt: skip
 
 

@@ -32,7 +32,8 @@ DATA = encode(REQUEST, RUN)
 KINDS = [
     "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
     "probed_data", "coded_gradient", "step_request", "probe_request", "round_end", "terms", "hello", "bye",
-    "held_out_request", "acknowledgement",
+    "held_out_request", "acknowledgement", "secure_keys", "secure_peers", "secure_shares", "masked_gradients",
+    "unmask_request",
 ]  # fmt: skip
 
 
@@ -73,7 +74,7 @@ BAD: list[tuple[bytes, type[WireError], str]] = [
     (_set(4, "<H", 2), VersionError, "version 2, this side speaks 1"),
     (_set(4, "<H", 256), VersionError, "256"),
     (_set(6, "<B", 0), KindError, "unknown kind of message: 0"),
-    (_set(6, "<B", 18), KindError, "unknown kind of message: 18"),
+    (_set(6, "<B", 200), KindError, "unknown kind of message: 200"),
     (_set(32, "<Q", 2**64 - 1), TooLargeError, "announces"),
     (_set(32, "<Q", 2**30), TooLargeError, "announces"),
     (_set(32, "<Q", 2**29), TruncatedError, "are missing"),
