@@ -15,7 +15,8 @@ from hosfl_client.secure.participants import Participants
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.aggregation import Median, NormClippedMean, TrimmedMean, combine
 from hosfl_lightning.algorithms import HOSL, ClientKind, Frozen, MixedHOSFL, SplitFedSGD, TooFewClientsError
-from hosfl_lightning.callbacks import PeakMemoryMonitor, RandomSigns
+from hosfl_lightning.callbacks import RandomSigns
+from hosfl_lightning.callbacks.rehearsal import WatchedFleet
 from hosfl_lightning.fleet import Fleet
 from hosfl_lightning.optim import SGD, Uncompressed
 from hosfl_lightning.run.checkpoint import CheckpointError
@@ -58,24 +59,32 @@ def test_the_updates_are_those_of_a_run_in_the_open(
     simulation: str, make_model: MakeModel, make_orchestrator: MakeOrchestrator, sent: list[tuple[Message, int]],
 ) -> None:  # fmt: skip
     """To fixed point; and no answer crosses but under masks."""
-    means, needs = [], []
+    means = []
     for secure in (False, True):
         sent.clear()
         trainer = make_orchestrator(max_rounds=1, simulation=simulation, secure_aggregation=secure)
         trainer.fit(make_model(), RandomTokens(LENGTHS))
         means.append(updates(trainer))
-        needs += [one.report for one in trainer.callbacks if isinstance(one, PeakMemoryMonitor)]
         assert secure is not any(isinstance(message, ProjectedGradients) for message, _ in sent)
     for one, two in zip(*means, strict=True):
         assert (one.participants, one.weights, one.mu, one.step) == (two.participants, two.weights, two.mu, two.step)
         torch.testing.assert_close(one.coefficients, two.coefficients, rtol=1e-6, atol=2e-7)
-    assert [{k: v for k, v in one.items() if "seconds" not in k} for one in needs[:1]] == [
-        {k: v for k, v in one.items() if "seconds" not in k} for one in needs[1:]
-    ], "what a client needs is measured to the update"
     masked = [message.masked for message, _ in sent if isinstance(message, MaskedGradients)]
     assert len(masked) == len(LENGTHS) and len({tuple(one.tolist()) for one in masked}) == len(masked)
     assert trainer.summary["bytes_per_client_round"]["masked_gradients"] > 0
     assert "projected_gradients" not in {message.kind for message, _ in sent}
+
+
+def test_what_a_client_needs_is_measured_to_the_update(
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One client makes no secure sum, so it rehearses in the open."""
+    heard, tell = list[str](), WatchedFleet.tell
+    monkeypatch.setattr(
+        WatchedFleet, "tell", lambda self, message, to: (heard.append(message.kind), tell(self, message, to))
+    )
+    make_orchestrator(max_rounds=1, secure_aggregation=True).fit(make_model(), RandomTokens(LENGTHS))
+    assert {*heard} == {"update"}
 
 
 def test_a_dense_gradient_is_summed_as_well(make_model: MakeModel, make_orchestrator: MakeOrchestrator) -> None:
