@@ -84,6 +84,8 @@ class Orchestrator(TrainerFace):
             a GradScaler is refused.
         gradient_clip_val: Largest 2-norm of the *server's* gradient; a client has scalars only.
         privacy: Clipping and noise on what a client sends; None: it leaves as it is.
+        secure_aggregation: The server learns the sum of the answers and no single one; needs the extra ``secure``.
+        secure_threshold: The share of a round's clients that open such a sum together, above 0.5.
         callbacks: Lightning callbacks.
         logger: True: a ``CSVLogger``; False: none; or Lightning loggers, with a ``CSVLogger`` before them if none is
             among them. Its folder is the run's.
@@ -117,6 +119,8 @@ class Orchestrator(TrainerFace):
         precision: str = "32-true",
         gradient_clip_val: float | None = None,
         privacy: Privacy | None = None,
+        secure_aggregation: bool = False,
+        secure_threshold: float = 2 / 3,
         callbacks: list[Callback] | Callback | None = None,
         logger: bool | Logger | list[Logger] | None = True,
         default_root_dir: str = "runs",
@@ -129,7 +133,8 @@ class Orchestrator(TrainerFace):
         self.settings = RunSettings(
             max_rounds, clients_per_round, simulation, list(controls or []), seed, val_check_interval,
             log_every_n_steps, devices, num_nodes, codec or Codecs(), availability or Always(), catch_up or CatchUp(),
-            min_clients, on_too_few, replay_log, precision, gradient_clip_val, privacy,
+            min_clients, on_too_few, replay_log, precision, gradient_clip_val, privacy, secure_aggregation,
+            secure_threshold,
         )  # fmt: skip
         self.default_root_dir = str(default_root_dir)
         self.row = MetricRow(self)
@@ -141,7 +146,9 @@ class Orchestrator(TrainerFace):
         self.loggers = folder.make_loggers(logger, self.default_root_dir)
         self._given = folder.given(logger)
         given = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-        self.callbacks = complete(list(given), self.algorithm, enable_progress_bar, enable_checkpointing, privacy)
+        self.callbacks = complete(
+            list(given), self.algorithm, enable_progress_bar, enable_checkpointing, privacy, secure_aggregation
+        )
         self.saving = Saving(self, partial(collect, self))
         self.summary: dict[str, Any] = {}
         self.predictions: list[Tensor] = []

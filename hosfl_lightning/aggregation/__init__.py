@@ -9,7 +9,7 @@ from hosfl_lightning.aggregation.rules import (
     aggregated,
 )
 from hosfl_lightning.aggregation.screening import LIMIT, screen
-from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine, prescribe, recorded
+from hosfl_lightning.aggregation.update import MEAN, UpdateError, apply_update, combine, prescribe, recorded, update_of
 from hosfl_lightning.aggregation.weights import weighted_mean, weights
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "prescribe",
     "recorded",
     "screen",
+    "update_of",
     "weighted_mean",
     "weights",
 ]

@@ -56,18 +56,33 @@ def combine(
         ValueError: No answer, none with a loss term, or a client whose coefficients are not finite: `screen` first.
     """
     answers = sorted(answers, key=lambda answer: answer.client)
-    w = weights([answer.num_terms for answer in answers])
-    basis, coefficients = summed(answers, w, rule)
-    return Update(
-        round=answers[0].round,
-        basis=basis,
-        coefficients=coefficients,
-        rule=optimizer.prescription,
-        step=optimizer.steps + 1,
-        participants=[answer.client for answer in answers],
-        weights=w,
-        mu=mu,
-    )
+    clients, num_terms = [answer.client for answer in answers], [answer.num_terms for answer in answers]
+    basis, coefficients = summed(answers, weights(num_terms), rule)
+    return update_of(answers[0].round, basis, coefficients, clients, num_terms, optimizer, mu)
+
+
+def update_of(
+    round: int,
+    basis: dict[str, Any],
+    mean: Tensor,
+    clients: list[int],
+    num_terms: Sequence[int],
+    optimizer: Prescribed,
+    mu: float | None = None,
+) -> Update:
+    """The update record of what the answers gave.
+
+    Args:
+        round: The round.
+        basis: In what the coefficients are expressed, described.
+        mean: v̄, (P,) float32.
+        clients: Who took part, ascending.
+        num_terms: Their n_k; one of them is not 0.
+        optimizer: As in `combine`.
+        mu: As in `combine`.
+    """
+    w = weights(num_terms)
+    return Update(round, basis, mean, optimizer.prescription, optimizer.steps + 1, clients, w, mu)
 
 
 def summed(

@@ -49,6 +49,8 @@ class Algorithm(ABC):
     joint: bool = True
     #: Whether `Codecs.gradient` applies to what a client sends.
     codes_gradient: bool = False
+    #: Whether an update is made of the sum of its clients' answers, all in one basis, as secure aggregation needs it.
+    sums: bool = False
     #: What a `RoundCallback` can be told of its rounds: ``multipliers``, ``answers``, ``update``.
     tells: frozenset[str] = frozenset()
     #: Whether a round makes an update record, which a client that was away replays.

@@ -19,7 +19,7 @@ class Frozen(SplitRound):
     the half that is frozen.
     """
 
-    records = False
+    records = sums = False
     client_trains = False
 
     @override

@@ -43,7 +43,7 @@ class PersonalRound(SplitRound):
             )
         self.personal = personal
         if personal:
-            self.endpoint, self.joint = PersonalEndpoint, False
+            self.endpoint, self.joint, self.sums = PersonalEndpoint, False, False
         if personal is True:
             if self.aggregation != MEAN:
                 raise ValueError(

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from typing_extensions import override
 
 from hosfl_client.wire.coded import ROW
-from hosfl_lightning.aggregation import Median, TrimmedMean, combine
+from hosfl_lightning.aggregation import Median, TrimmedMean, combine, update_of
 from hosfl_lightning.algorithms.base import Algorithm
 from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Beside, SharedDirections
-from hosfl_lightning.server import Call, Outcome, Server
+from hosfl_lightning.server import Call, Inbox, Outcome, Server
 from hosfl_lightning.wire import (
     Codecs,
     CodedGradient,
+    Multiplier,
     ProjectedGradients,
     SmashedData,
     StepRequest,
     Terms,
     UnlabelledData,
+    Update,
 )
 
 
@@ -36,8 +38,7 @@ class SplitRound(Algorithm):
     """
 
     endpoint = SplitEndpoint
-    codes_gradient = True
-    labels_may_stay = True
+    codes_gradient = sums = labels_may_stay = True
     tells = frozenset({"multipliers"})
 
     def __init__(self, *args: Any, report_loss: bool = True, **kwargs: Any) -> None:
@@ -49,11 +50,23 @@ class SplitRound(Algorithm):
         """Steps 2 to 6; both halves move at the very end, after the update is recorded."""
         inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData, UnlabelledData))
         loss, multipliers = server.backward(inbox)
-        answers = server.screen(fleet.ask(multipliers, ProjectedGradients, CodedGradient), inbox)
-        update = server.record(combine(answers, server.client_rule, self.aggregation, self.smoothing(server)))
+        update = server.record(self.update(server, fleet, multipliers, inbox))
         server.step()
         fleet.tell(update, call.online)
         return Outcome(loss, inbox.num_examples)
+
+    def update(self, server: Server, fleet: Fleet, multipliers: Mapping[int, Multiplier], inbox: Inbox) -> Update:
+        """Steps 4 and 5: the answers as one; in a secure sum that is all that the server sees of them."""
+        rule, mu = server.client_rule, self.smoothing(server)
+        if server.secure_threshold is None:
+            answers = server.screen(fleet.ask(multipliers, ProjectedGradients, CodedGradient), inbox)
+            return combine(answers, rule, self.aggregation, mu)
+        from hosfl_lightning.server.secure_sum import SecureSum  # whose libraries are an extra
+
+        secure = SecureSum(server, fleet)
+        num_terms, mean = secure.mean(multipliers, inbox)
+        heard = [*num_terms], [*num_terms.values()]
+        return update_of(server.call.round, secure.basis.describe(), mean, *heard, rule, mu)
 
     def requests(self, server: Server, call: Call) -> dict[int, StepRequest]:
         """What begins the round, by client."""

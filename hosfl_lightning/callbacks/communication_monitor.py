@@ -16,6 +16,7 @@ KINDS = ("smashed_data", "multiplier", "projected_gradients", "update")
 RARE_KINDS = (
     "weights", "probed_data", "catch_up_request", "snapshot", "step_request", "probe_request", "round_end",
     "acknowledgement", "unlabelled_data", "middle_output", "output_multiplier",
+    "acknowledgement", "secure_keys", "secure_peers", "secure_shares", "masked_gradients", "unmask_request",
 )  # fmt: skip
 #: A gradient in few bits is counted as what it holds, as z and λ are in every codec.
 COUNTED_AS = {"coded_gradient": "projected_gradients"}

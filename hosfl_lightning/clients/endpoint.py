@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.fabric import Fabric
@@ -31,6 +31,9 @@ from hosfl_lightning.wire import (
     manifest,
 )
 
+if TYPE_CHECKING:
+    from hosfl_client.secure.participants import Participants
+
 #: The minibatches of some clients at a local step, counted over all rounds.
 ClientData = Callable[[list[int], int], Cohort]
 
@@ -55,6 +58,8 @@ class Endpoint(ABC):
 
     #: By the name that `Terms.endpoint` gives.
     known: ClassVar[dict[str, type[Endpoint]]] = {}
+    #: Its part in secure sums; None: its answers travel in the open.
+    hidden: Participants | None = None
     #: Of the model: the client's ``half`` (a model with ``part="client"`` will do), or the ``whole`` of it.
     needs: ClassVar[Literal["half", "whole"]] = "half"
     #: Whether all that it sends can be noised: z by `smashed`, and one vector of coefficients.
@@ -231,9 +236,7 @@ class Endpoint(ABC):
             ))  # fmt: skip
         return packed
 
-    def noised(
-        self, rows: Tensor, mask: Tensor, what: str, place: tuple[object, ...], scale: float = 1.0
-    ) -> Tensor:
+    def noised(self, rows: Tensor, mask: Tensor, what: str, place: tuple[object, ...], scale: float = 1.0) -> Tensor:
         """Clipped and noised token by token, as the terms say; in its own dtype.
 
         Args:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from hosfl_client.secure.extra import participants
 from hosfl_lightning.aggregation import apply_update
 from hosfl_lightning.clients.base import Anchor, SplitClient
 from hosfl_lightning.clients.cohort import Batch, Cohort
@@ -28,7 +29,10 @@ from hosfl_lightning.wire import (
     Multiplier,
     OutputMultiplier,
     ProjectedGradients,
+    SecurePeers,
+    SecureShares,
     StepRequest,
+    UnmaskRequest,
     Update,
 )
 
@@ -48,6 +52,7 @@ class SplitEndpoint(Endpoint):
 
     Where the labels stay with it: ``StepRequest → UnlabelledData``, ``MiddleOutput → OutputMultiplier``, then the same;
     the exact gradient of a head that is trained follows on the half's coefficients.
+    Of a secure sum ``Multiplier → SecureKeys``, and the answer is kept until it can be sent under masks.
 
     | setting | meaning |
     |---|---|
@@ -65,6 +70,8 @@ class SplitEndpoint(Endpoint):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.visits: dict[int, Visit] = {}
+        if self.terms.secure_aggregation:
+            self.hidden = participants(torch.from_numpy)
 
     @staticmethod
     @override
@@ -136,12 +143,17 @@ class SplitEndpoint(Endpoint):
             case MiddleOutput():
                 return [self.output(request) for request in requests]
             case Multiplier():
-                return self.answer(requests)
+                answers: list[Any] = self.answer(requests)
+                return answers if self.hidden is None else [*map(self.hidden.keep, answers)]
+            case SecurePeers() | SecureShares() | UnmaskRequest() if self.hidden is not None:
+                return [*map(self.hidden.respond, requests)]
         return super().respond(requests)
 
     @override
     def forget(self) -> None:
         self.visits.clear()
+        if self.hidden is not None:
+            self.hidden.forget()
 
     def forward(self, requests: Sequence[StepRequest]) -> list[Message]:
         """Step 2: ``z_k = f_c(x_k; θ_c)``, kept until λ comes where one is to come."""
@@ -231,7 +243,10 @@ class SplitEndpoint(Endpoint):
             own = [one for one in rows if examples.start <= one.start < examples.stop]
             begin, end = end, end + len(own)
             batch = {name: tensor[examples] for name, tensor in visit.batch.items()}
-            anchor, inside = visit.anchor.part(slice(begin, end), examples), [_moved(one, examples.start) for one in own]
+            anchor, inside = (
+                visit.anchor.part(slice(begin, end), examples),
+                [_moved(one, examples.start) for one in own],
+            )
             values.append(engine.answer(batch, anchor, multiplier[examples], inside, basis.of_clients([client])))
         return torch.cat(values)
 

@@ -76,6 +76,7 @@ def _settings(trainer: TrainerFace) -> RunSettings:
         codec=replace(settings.codec, gradient="fp32"),  # what rounding a gradient costs is the method's
         replay_log=False,
         privacy=settings.privacy.of_control() if settings.privacy is not None else None,
+        secure_aggregation=False,  # as are the sums to rounding, and these are of clients here
     )
 
 

@@ -22,6 +22,7 @@ from hosfl_lightning.callbacks.round_callback import RoundCallback
 from hosfl_lightning.parts import PartError
 from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run.stock_callbacks import check_stock
+from hosfl_lightning.server.watching import alters_answers
 
 #: Fired by the orchestrator, in Trainer's order and with Trainer's arguments.
 FIRED = frozenset(
@@ -56,7 +57,12 @@ class HookError(TypeError):
 
 
 def complete(
-    given: list[Callback], algorithm: Algorithm, bar: bool, checkpointing: bool, privacy: Privacy | None = None
+    given: list[Callback],
+    algorithm: Algorithm,
+    bar: bool,
+    checkpointing: bool,
+    privacy: Privacy | None = None,
+    secure: bool = False,
 ) -> list[Callback]:
     """The callbacks of a run: those given, and those that every run has.
 
@@ -66,9 +72,11 @@ def complete(
         bar: Add a progress bar where there is none.
         checkpointing: Add a ``ModelCheckpoint`` where there is none.
         privacy: Of what the clients answer; its cost is counted.
+        secure: The server learns the sum of the answers alone.
 
     Raises:
-        ValueError: Two of a kind, one that the method has no step for, or one that waits for epochs.
+        ValueError: Two of a kind, one that the method has no step for, or is not told what it needs, or one that waits
+            for epochs.
     """
     for callback in given:
         if not isinstance(callback, Callback):
@@ -80,6 +88,11 @@ def complete(
         if needs is not None and needs not in algorithm.tells:
             raise ValueError(
                 f"trainer.callbacks: {algorithm.name} has no step for {type(callback).__name__}; remove it"
+            )
+        if secure and alters_answers(callback):
+            raise ValueError(
+                f"trainer.callbacks: {type(callback).__name__} is told single answers, and with "
+                "trainer.secure_aggregation the server sees their sum alone; remove it"
             )
         check_stock(callback)
     wanted: list[type[Callback]] = [PeakMemoryMonitor, CommunicationMonitor]

@@ -20,13 +20,13 @@ from hosfl_lightning.data.content import content, digest
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.run.checkpoint import CheckpointError
 from hosfl_lightning.run.settings import RunSettings
-from hosfl_lightning.server import RoundWatcher
+from hosfl_lightning.server.watching import alters_answers
 
 #: Arguments of the Orchestrator on which no bit of the rounds depends.
 MAY_CHANGE = (
     "max_rounds", "controls", "val_check_interval", "log_every_n_steps", "accelerator", "devices", "num_nodes",
-    "min_clients", "on_too_few", "replay_log", "callbacks", "logger", "default_root_dir", "enable_progress_bar",
-    "enable_checkpointing",
+    "min_clients", "on_too_few", "secure_threshold", "replay_log", "callbacks", "logger", "default_root_dir",
+    "enable_progress_bar", "enable_checkpointing",
 )  # fmt: skip
 #: Arguments of a model that say where it lies, how it is trained (recorded apart), or which part of it is here.
 NOT_OF_THE_MODEL = ("pretrained", "network", "weights", "optimizer", "lr_scheduler", "part", "client_holds")
@@ -60,7 +60,7 @@ def record_of(trainer: Any, agreed: Record, optimizer: torch.optim.Optimizer, sc
     record = of_settings(agreed, trainer.algorithm)
     record["trainer"] |= {
         "gradient_clip_val": trainer.settings.gradient_clip_val,
-        "callbacks": {type(one).__qualname__: _own(one) for one in trainer.callbacks if _alters_answers(one)},
+        "callbacks": {type(one).__qualname__: _own(one) for one in trainer.callbacks if alters_answers(one)},
     }
     record["trainer"]["algorithm"]["init_args"]["client_scheduler"] = schedule(trainer.algorithm.client_schedule)
     record["model"] = of_model(trainer.lightning_module)
@@ -204,10 +204,6 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Record:
         groups.append(held | {"lr": plain(group.get("initial_lr", group.get("lr")))})
     named = groups[0] if len(groups) == 1 else {"param_groups": {str(i): group for i, group in enumerate(groups)}}
     return {"class_path": type(optimizer).__qualname__, **named}
-
-
-def _alters_answers(callback: Any) -> bool:
-    return isinstance(callback, RoundWatcher) and type(callback).on_answers is not RoundWatcher.on_answers
 
 
 def _own(callback: Any) -> Record:

@@ -11,6 +11,7 @@ from hosfl_lightning.models import SplitModule
 from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run.control import Control
 from hosfl_lightning.run.privacy import check_method
+from hosfl_lightning.run.secure import check_sample, check_secure
 from hosfl_lightning.server import CatchUp
 from hosfl_lightning.wire import Codecs
 
@@ -46,6 +47,8 @@ class RunSettings:
     precision: str = "32-true"
     gradient_clip_val: float | None = None
     privacy: Privacy | None = None
+    secure_aggregation: bool = False
+    secure_threshold: float = 2 / 3
 
     def __post_init__(self) -> None:
         self._check_processes()
@@ -120,6 +123,8 @@ class RunSettings:
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )
         algorithm.check(model)
+        if self.secure_aggregation:
+            check_secure(self, algorithm)
         own = [one.name for one in self.controls if isinstance(one, Control) and one.algorithm.personal]
         if own and not algorithm.personal:
             raise ValueError(
@@ -162,6 +167,8 @@ class RunSettings:
         sampled = self.clients_per_round if self.clients_per_round is not None else able
         if self.min_clients > sampled:
             raise ValueError(f"trainer.min_clients is {self.min_clients}, but a round has {sampled} clients; lower it")
+        if self.secure_aggregation:
+            check_sample(sampled)
         return sampled
 
     def agreed(
@@ -189,4 +196,5 @@ class RunSettings:
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
             **({"privacy": asdict(privacy)} if privacy is not None else {}),
+            **({"secure_aggregation": True} if self.secure_aggregation else {}),  # not in runs of before
         }

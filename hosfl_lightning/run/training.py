@@ -101,6 +101,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     terms: Any = method.terms(model, settings.seed, settings.codec, trainer.datamodule.num_clients)
     if trainer.privacy is not None:
         terms = replace(terms, privacy=trainer.privacy.terms())
+    terms = replace(terms, secure_aggregation=settings.secure_aggregation)
     terms = decode(encode(terms), "terms")  # as a client elsewhere would have them
     if trainer.serving is not None:
         terms = replace(terms, precision=settings.precision, backbone=model.client_fingerprint())
@@ -129,6 +130,7 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
         terms=terms, joint=joint, min_clients=settings.min_clients, gradient_clip_val=settings.gradient_clip_val,
         seed=settings.seed, codec=settings.codec.multiplier,
         watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],
+        secure_threshold=settings.secure_threshold if settings.secure_aggregation else None,
     )  # fmt: skip
     method.setup(trainer.server)
     check_length(

@@ -30,6 +30,7 @@ from hosfl_lightning.wire import (
     CodedGradient,
     Multiplier,
     ProjectedGradients,
+    SecureKeys,
     SmashedData,
     Terms,
     UnlabelledData,
@@ -69,6 +70,7 @@ class Server:
         seed: Of the adapters' dropout masks and of the multipliers' stochastic rounding.
         codec: In what λ travels.
         watchers: Told what happens in a round.
+        secure_threshold: The share of a round's clients that open a secure sum; None: answers travel in the open.
 
     Attributes:
         call: The attempt of a round that is under way.
@@ -95,12 +97,13 @@ class Server:
         seed: int = 0,
         codec: str = "fp32",
         watchers: Sequence[RoundWatcher] = (),
+        secure_threshold: float | None = None,
     ) -> None:
         self.module, self.fabric, self.optimizer, self.scheduler = module, fabric, optimizer, scheduler
         self.fleet, self.replica, self.terms = fleet, replica, terms
         self.basis, self.publish, self.fire = basis, publish, fire
         self.joint, self.min_clients, self.gradient_clip_val = joint, min_clients, gradient_clip_val
-        self.seed, self.codec, self.watchers = seed, codec, watchers
+        self.seed, self.codec, self.watchers, self.secure_threshold = seed, codec, watchers, secure_threshold
 
     @property
     def client_rule(self) -> ZerothOrder:
@@ -159,7 +162,7 @@ class Server:
         Raises:
             TooFewClientsError: Too few are left.
         """
-        own = [answer for answer in map(uncoded, answers) if inbox is None or self._honest(answer, inbox)]
+        own = [answer for answer in map(uncoded, answers) if inbox is None or self.honest(answer, inbox)]
         for watcher in self.watchers:
             own = watcher.on_answers(own)
         gathered, one = self.fleet.gather(own), self.basis(self.call.round)
@@ -199,7 +202,7 @@ class Server:
             return smashed_objection(message, self.module.client_half)
         return self.module.objection(message)
 
-    def _honest(self, answer: ProjectedGradients, inbox: Inbox) -> bool:
+    def honest(self, answer: ProjectedGradients | SecureKeys, inbox: Inbox) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""
         counted = inbox.num_terms[answer.client]
         if answer.num_terms == counted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from hosfl_lightning.server.inbox import Inbox
 from hosfl_lightning.wire import Multiplier, ProjectedGradients, Update
@@ -23,3 +24,8 @@ class RoundWatcher:
 
     def before_step(self) -> None:
         """The server's half is about to move."""
+
+
+def alters_answers(callback: Any) -> bool:
+    """Whether it is told single answers, and may change them."""
+    return isinstance(callback, RoundWatcher) and type(callback).on_answers is not RoundWatcher.on_answers

@@ -21,6 +21,7 @@ from hosfl_client.wire.errors import (
 from hosfl_client.wire.joining import Bye, Hello
 from hosfl_client.wire.projected import ProjectedGradients, Update
 from hosfl_client.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
+from hosfl_client.wire.secure import MaskedGradients, SecureKeys, SecurePeers, SecureShares, UnmaskRequest
 from hosfl_client.wire.terms import RULES, Terms
 from hosfl_client.wire.weights import Weights
 from hosfl_client.wire.words import printable
@@ -58,6 +59,7 @@ __all__ = [
     "HeldOutRequest",
     "Hello",
     "KindError",
+    "MaskedGradients",
     "Message",
     "MiddleOutput",
     "Multiplier",
@@ -67,6 +69,9 @@ __all__ = [
     "ProbedData",
     "ProjectedGradients",
     "RoundEnd",
+    "SecureKeys",
+    "SecurePeers",
+    "SecureShares",
     "ShapeError",
     "SmashedData",
     "Snapshot",
@@ -75,6 +80,7 @@ __all__ = [
     "TooLargeError",
     "TruncatedError",
     "UnlabelledData",
+    "UnmaskRequest",
     "Update",
     "VersionError",
     "Weights",

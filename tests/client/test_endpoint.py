@@ -17,6 +17,8 @@ from hosfl_client.endpoint import Endpoint
 from hosfl_client.examples import DataSettings, read_examples
 from hosfl_client.minibatches import Minibatches
 from hosfl_client.refusals import EndpointError, TermsError
+from hosfl_client.secure.fixed_point import encode as encode_fixed
+from hosfl_client.secure.participants import Participants
 from hosfl_client.text import Text
 from hosfl_lightning import HOSFL, SplitCausalLM
 from hosfl_lightning.algorithms import Frozen
@@ -40,6 +42,7 @@ from hosfl_lightning.wire import (
 from tests.client.torch_half import TorchHalf
 from tests.fleet.pipe_client import adamw, model_of
 from tests.fleet.test_pipe import CASES, common
+from tests.secure.sums import Sum
 
 BOTH = Lora(client=LoraHalf(r=2, target_modules=["q_proj"]), server=LoraHalf(r=4, target_modules="all-linear"))
 STAY: dict[str, Any] = {"labels": "client", "head": 2}
@@ -286,3 +289,56 @@ def test_a_state_comes_back(pair: Any) -> None:
     assert (both.device.digest(), both.device.version) == (digest, 1)
     first = next(iter(both.half.parameters().values()))
     assert np.array_equal(first, theta)  # what the half reads
+
+
+def test_its_answer_and_that_of_a_client_in_pytorch_are_summed_under_masks(pair: Any, tiny_folder: Path) -> None:
+    """Bit for bit the sum of what each of the two would send in the open, and of a third."""
+    open_, both = pair("hosfl"), pair("hosfl")
+    secure = replace(both.terms, secure_aggregation=True)
+    both.device = both.another(secure_aggregation=True)
+    both.torch = TorchEndpoint.of(both.torch.model, both.torch.data, secure, both.torch.fabric)
+    both.torch.checks = False
+    plain, sides = {}, {1: both.torch, 2: both.device}
+    for one in (open_, both):
+        one.torch.handle([StepRequest(0, 1)])
+        one.device.handle([StepRequest(0, 2)])
+    multiplier = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    for k, side in ((1, open_.torch), (2, open_.device)):
+        [plain[k]] = asked(side, Multiplier.pack(0, k, multiplier, mask))
+    plain[3] = replace(plain[1], client=3, coefficients=torch.ones(3))
+    total = Sum(plain, clients=Both(sides, multiplier, mask)).run()
+    wanted = [encode_fixed(one.coefficients.numpy(), one.num_terms) for one in plain.values()]
+    assert np.array_equal(total, np.add.reduce(np.stack(wanted)))
+    assert not torch.equal(plain[1].coefficients, plain[3].coefficients)
+
+
+def asked(side: Any, request: Any) -> Any:
+    """The answers of either engine, in torch's tensors."""
+    if isinstance(side, TorchEndpoint):
+        return side.handle([decode(encode(request))])
+    return [decode(device.encode(one)) for one in side.handle([device.decode(encode(request))])]
+
+
+class Both(Participants):
+    """Two endpoints behind their messages, and a third client without one."""
+
+    def __init__(self, sides: dict[int, Any], multiplier: torch.Tensor, mask: torch.Tensor) -> None:
+        super().__init__(lambda array: array)
+        self.sides, self.multiplier, self.mask = sides, multiplier, mask
+
+    def keep(self, answer: Any) -> Any:
+        if answer.client not in self.sides:
+            return super().keep(answer)
+        request = Multiplier.pack(0, answer.client, self.multiplier, self.mask)
+        [keys] = asked(self.sides[answer.client], request)
+        assert keys.kind == "secure_keys" and keys.num_terms == answer.num_terms
+        return keys
+
+    def respond(self, request: Any) -> Any:
+        if request.client not in self.sides:
+            return super().respond(request)
+        tensors = {name: torch.from_numpy(np.array(value)) for name, value in vars(request).items()
+                   if isinstance(value, np.ndarray)}  # fmt: skip
+        [answer] = asked(self.sides[request.client], replace(request, **tensors))
+        return answer

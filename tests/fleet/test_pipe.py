@@ -159,6 +159,9 @@ CASES: dict[str, Case] = {
     "split learning": Case(lambda: SplitLearning(**common())),
     "splitfed sgd": Case(lambda: SplitFedSGD(**common())),
     "frozen": Case(lambda: Frozen(**common())),
+    "secure sum": Case(
+        lambda: HOSFL(probes=3, **common()), settings={"secure_aggregation": True, "clients_per_round": 3}
+    ),
 }  # fmt: skip
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
-
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 

@@ -12,6 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from hosfl_lightning.wire import decode
+from tests.remote.actors import lengths
 from tests.remote.conftest import Actor, Stage
 from tests.remote.deaths import STAGES
 
@@ -67,6 +69,21 @@ def test_a_client_is_killed(case: str, kind: str, when: str, stage: Any, undistu
     fallen(clients).start()
     finished(server, *clients)
     same(run, undisturbed)
+
+
+def test_a_client_that_is_killed_under_its_masks_has_lost_its_keys(stage: Any) -> None:
+    """The round's sum is of the others, and it is in the next; whoever it was that fell."""
+    run = stage("secure sum", names=["ann", "bob", "cid", "dan"])
+    die = {"round": 1, "kind": "secure_shares", "when": "before", "flag": str(run.folder / "died")}
+    server = run.server(settings={"clients_per_round": 4}, lengths=lengths(4)).start()
+    clients = [client.start() for client in run.clients(die=die)]
+    dead = clients.index(fallen(clients).start())
+    finished(server, *clients)
+    left = [k for k in range(4) if k != dead]
+    heard = [decode(frame, "update").participants for frame in run.left()["log"]]  # type: ignore[union-attr]
+    assert heard == [[0, 1, 2, 3], left, [0, 1, 2, 3]]
+    assert f"client {dead} is refused: it came back and answers with other bits than before" in server.said
+    holds_what_the_server_holds(run, run.names)
 
 
 @pytest.mark.parametrize(

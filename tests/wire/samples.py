@@ -24,6 +24,7 @@ from hosfl_lightning.wire import (
     CodedGradient,
     HeldOutRequest,
     Hello,
+    MaskedGradients,
     Message,
     MiddleOutput,
     Multiplier,
@@ -32,11 +33,15 @@ from hosfl_lightning.wire import (
     ProbeRequest,
     ProjectedGradients,
     RoundEnd,
+    SecureKeys,
+    SecurePeers,
+    SecureShares,
     SmashedData,
     Snapshot,
     StepRequest,
     Terms,
     UnlabelledData,
+    UnmaskRequest,
     Update,
     Weights,
     manifest,
@@ -85,6 +90,7 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
     if codec != "fp32":
         gradient = torch.randn(len(gradient), generator=torch.Generator().manual_seed(seed))
     basis = BASIS | {"µ": 1 / 3, "note": 'a "b" \\ \n é'}
+    rows = torch.arange(seed * 8, dtype=torch.uint8).reshape(seed, 8)
     held, codecs = manifest(trained if seed else {}), {"smashed_data": codec, "multiplier": "fp32"}
     return [
         first,
@@ -110,6 +116,11 @@ def messages(seed: int, codec: str = "fp32", dtype: torch.dtype = torch.float32)
         UnlabelledData(first.round, first.client, first.z, first.mask, len(first.z.values) // 2, seed, 9 * seed),
         MiddleOutput(first.round, first.client, first.z, seed, 9 * seed),
         OutputMultiplier(first.round, first.client, first.z, loss, seed, 9 * seed),
+        SecureKeys(first.round, first.client, basis, rows.flatten(), 10 ** min(seed, 18), seed, "é" * seed),
+        SecurePeers(first.round, first.client, list(range(len(rows))), rows, seed, seed),
+        SecureShares(first.round, first.client, list(range(len(rows))), rows, seed),
+        MaskedGradients(first.round, first.client, rows.flatten(), seed),
+        UnmaskRequest(first.round, first.client, list(range(seed)), seed),
     ]  # fmt: skip
 
 

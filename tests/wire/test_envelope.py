@@ -33,6 +33,8 @@ KINDS = [
     "smashed_data", "multiplier", "projected_gradients", "update", "catch_up_request", "snapshot", "weights",
     "probed_data", "coded_gradient", "step_request", "probe_request", "round_end", "terms", "hello", "bye",
     "held_out_request", "acknowledgement", "unlabelled_data", "middle_output", "output_multiplier",
+    "secure_keys", "secure_peers", "secure_shares", "masked_gradients",
+    "unmask_request",
 ]  # fmt: skip
 
 
@@ -73,7 +75,7 @@ BAD: list[tuple[bytes, type[WireError], str]] = [
     (_set(4, "<H", 1), VersionError, "version 1, this side speaks 2"),
     (_set(4, "<H", 256), VersionError, "256"),
     (_set(6, "<B", 0), KindError, "unknown kind of message: 0"),
-    (_set(6, "<B", 127), KindError, "unknown kind of message: 127"),
+    (_set(6, "<B", 200), KindError, "unknown kind of message: 200"),
     (_set(32, "<Q", 2**64 - 1), TooLargeError, "announces"),
     (_set(32, "<Q", 2**30), TooLargeError, "announces"),
     (_set(32, "<Q", 2**29), TruncatedError, "are missing"),

@@ -197,7 +197,7 @@ def test_a_damaged_frame_is_the_message_or_is_refused(request: pytest.FixtureReq
     tracemalloc.stop()
     print(*sorted(outcomes.items()), f"peak: {peak} bytes in Python, {meter.peak} in torch", sep="\n")
     assert peak + meter.peak < LIMIT
-    assert outcomes["decoded"] < outcomes.total() / 50  # some damage changes nothing
+    assert outcomes["decoded"] < outcomes.total() / 40  # some damage changes nothing
     assert outcomes["ChecksumError"] > outcomes.total() / 10
     kinds = {name.removesuffix(" (resealed)") for name in outcomes} - {"decoded"}
     assert len(kinds) == 12, sorted(kinds)

@@ -24,6 +24,7 @@ from hosfl_client.wire.joining import Bye, Hello
 from hosfl_client.wire.kinds import KINDS
 from hosfl_client.wire.projected import ProjectedGradients, Update
 from hosfl_client.wire.requests import HELD_OUT, HeldOutRequest, ProbeRequest, RoundEnd, StepRequest
+from hosfl_client.wire.secure import MaskedGradients, SecureKeys, SecurePeers, SecureShares, UnmaskRequest
 from hosfl_client.wire.terms import RULES, Terms, difference
 from hosfl_client.wire.weights import Weights
 from hosfl_client.wire.words import printable
@@ -50,16 +51,21 @@ __all__ = [
     "HeldOutRequest",
     "Hello",
     "KindError",
+    "MaskedGradients",
     "NonFiniteError",
     "ProbeRequest",
     "ProjectedGradients",
     "RoundEnd",
+    "SecureKeys",
+    "SecurePeers",
+    "SecureShares",
     "ShapeError",
     "Snapshot",
     "StepRequest",
     "Terms",
     "TooLargeError",
     "TruncatedError",
+    "UnmaskRequest",
     "Update",
     "VersionError",
     "Weights",

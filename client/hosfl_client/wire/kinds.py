@@ -23,6 +23,7 @@ The server begins, and asks for what does not follow from its last message; a me
              client k -> server   ProbedData           z_k of one probe, which the server evaluates
              client k -> server   CodedGradient        ProjectedGradients whose coefficients have few bits each
              client k -> server   Acknowledgement      it has moved what is its own; in the place of step 4, without 5
+             either way           `wire.secure`        in the place of step 4, where the server is to know the sum alone
 
 Where the labels stay with the clients (``model.init_args.labels: client``) steps 2 and 3 are
 
@@ -61,5 +62,10 @@ KINDS = (
     "unlabelled_data",
     "middle_output",
     "output_multiplier",
+    "secure_keys",
+    "secure_peers",
+    "secure_shares",
+    "masked_gradients",
+    "unmask_request",
 )
 """The number of a kind in a frame is its place here, from 1 on."""

@@ -37,6 +37,7 @@ class Terms:
         backbone: Fingerprint of what a client holds and does not train; empty: not compared.
         rules: The standard by which updates move θ_c; a client that keeps another would end with other bits.
         privacy: How what it sends is clipped and noised, as `hosfl_client.privacy.Mechanism` takes it; empty: not.
+        secure_aggregation: Whether answers to λ are summed under masks (`wire.secure`).
     """
 
     kind: ClassVar[str] = "terms"
@@ -54,6 +55,7 @@ class Terms:
     backbone: str = ""
     rules: str = RULES
     privacy: dict[str, Any] = field(default_factory=dict)
+    secure_aggregation: bool = False
 
     def check(self, arrays: Arrays) -> None:
         """Raises FieldError unless types are as stated above."""
@@ -63,8 +65,9 @@ class Terms:
         check_strings(
             self.kind, endpoint=self.endpoint, precision=self.precision, backbone=self.backbone, rules=self.rules
         )
-        if type(self.keeps) is not bool:
-            raise FieldError(f"terms: keeps must be true or false, got {self.keeps!r:.80}")
+        for name in ("keeps", "secure_aggregation"):
+            if type(getattr(self, name)) is not bool:
+                raise FieldError(f"terms: {name} must be true or false, got {getattr(self, name)!r:.80}")
         for name in ("settings", "rule", "basis", "codecs", "privacy"):
             check_settings(self.kind, name, getattr(self, name))
         if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
