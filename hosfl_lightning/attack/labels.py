@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,13 +55,56 @@ def _by_token(scene: Scene, crossings: Sequence[Crossing], name: str) -> list[Sc
         raise NotApplicableError("the model has no head whose rows are tokens")
     hits, truth = list[float](), list[int]()
     for one in crossings:
-        targets = torch.nn.functional.pad(one.truth["labels"][:, 1:], (0, 1), value=IGNORE)
+        targets = _targets(one)
         counted = targets != IGNORE
         guess = cosines(-one.multipliers[name][counted], head.weight.detach()).argmax(-1)
         hits += (guess == targets[counted]).float().tolist()
         truth += targets[counted].tolist()
     usual = commonest(_valid(scene.public()["labels"]))
-    return [Score.of("multiplier", "next tokens", hits, [float(usual == y) for y in truth], f"from {name}")]
+    trivial = [float(usual == y) for y in truth]
+    found = [Score.of("multiplier", "next tokens", hits, trivial, f"from {name}, nearest row of the head")]
+    own_head: Any = getattr(scene.model, "client_head", None)
+    if own_head is not None and name == "up multiplier" and all(one.middle is not None for one in crossings):
+        exact = list[float]()
+        for one in crossings:
+            assert one.middle is not None
+            targets, head_here = _targets(one), partial(own_head, attention_mask=one.mask)
+            guess = behind_head(head_here, one.middle, one.multipliers[name])
+            exact += (guess == targets)[targets != IGNORE].float().tolist()
+        found.append(Score.of("multiplier", "next tokens", exact, trivial, f"from {name}, z₂ and the public head"))
+    return found
+
+
+def behind_head(head: Callable[[Tensor], Tensor], z: Tensor, multiplier: Tensor, tried: int = 64) -> Tensor:
+    r"""``argmax_y cos(λ_t, ∂(−log softmax(head(z_t))_y)/∂z_t)``: the label itself, where the head is known.
+
+    Tried are the labels whose logit ``−λ_t`` raises most.
+
+    Args:
+        head: ``z₂ (B, S, h)`` to logits ``(B, S, V)``, each position by itself.
+        z: ``z₂``.
+        multiplier: ``λ₂ (B, S, h)``; its scale does not matter.
+        tried: Labels of each position at most.
+
+    Returns:
+        ``(B, S)``.
+    """
+    z = z.detach().requires_grad_()
+    with torch.enable_grad():
+        rises = torch.func.jvp(head, (z.detach(),), (-multiplier,))[1]
+        labels = rises.topk(min(tried, rises.shape[-1])).indices
+        logits = head(z).float()
+        likeness = list[Tensor]()
+        for one in labels.split(1, dim=-1):
+            loss = (logits.logsumexp(-1, keepdim=True) - logits.gather(-1, one)).sum()
+            (gradient,) = torch.autograd.grad(loss, [z], retain_graph=True)
+            likeness.append(torch.cosine_similarity(gradient.float(), multiplier, dim=-1))
+    return labels.gather(-1, torch.stack(likeness, -1).argmax(-1, keepdim=True))[..., 0]
+
+
+def _targets(one: Crossing) -> Tensor:
+    """The token that each position is to predict."""
+    return torch.nn.functional.pad(one.truth["labels"][:, 1:], (0, 1), value=IGNORE)
 
 
 def _by_cluster(scene: Scene, crossings: Sequence[Crossing], name: str) -> list[Score]:

@@ -12,14 +12,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hosfl_lightning.aggregation import recorded
 from hosfl_lightning.attack.halves import TextHalf, cosines
 from hosfl_lightning.attack.inputs import explained
-from hosfl_lightning.attack.inversion import IMAGE_RATE, STEPS, TEXT_RATE, minimise
+from hosfl_lightning.attack.inversion import IMAGE_RATE, TEXT_RATE, minimise
 from hosfl_lightning.attack.scene import Scene
 from hosfl_lightning.attack.score import NotApplicableError, Score, exact
 from hosfl_lightning.optim import basis_of
 from hosfl_lightning.split import ClientHalf
 
-#: Rounds of the log that are read at most, and starts of each inversion.
-ROUNDS, STARTS = 200, 4
+#: Rounds of the log that are read at most; starts of each inversion, and its steps.
+ROUNDS, STARTS, STEPS = 200, 3, 100
 
 
 def from_log(scene: Scene) -> list[Score]:

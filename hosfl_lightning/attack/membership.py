@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hosfl_lightning.attack.scene import Scene
-from hosfl_lightning.attack.score import NotApplicableError, Score, auc_score
+from hosfl_lightning.attack.score import NotApplicableError, Score, auc, auc_score
 from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.optim import Basis, basis_of
 from hosfl_lightning.run import checkpoint as checkpoints
@@ -21,24 +21,32 @@ from hosfl_lightning.wire import CodedGradient, ProjectedGradients
 def membership(scene: Scene) -> list[Score]:
     """Members are the examples of the kept minibatches; the others are held out.
 
-    By the loss (Yeom et al., arXiv 1709.01604) and the norm of the scalars, both of the model at the run's last
-    checkpoint; and by how alike an example's scalars are to those that a client sent in the run's first round.
+    By the loss (Yeom et al., arXiv 1709.01604) and by the norm of the scalars, both of the model at the run's last
+    checkpoint; and by how alike an example's scalars are to those that its client sent in the run's first round. Held-out
+    examples may be of another kind than the members, so the trivial guess is the same figure of the model at the start;
+    of the likeness, that to the scalars of another client.
     """
     dealt = list(scene.trained_on())
-    members = [one for _, _, batch in dealt for one in alone(batch)]
-    others = list(alone(scene.public()))
-    found = list[Score]()
+    sides = [one for _, _, batch in dealt for one in alone(batch)], list(alone(scene.public()))
+    before = dict(_by_figures(scene, *sides))
     with _trained(scene) as rounds:
-        note = f"model after {rounds} rounds"
-        with torch.no_grad():
-            losses = [[-float(_loss(scene, batch)) for batch in side] for side in (members, others)]
-        found.append(auc_score("membership", *losses, note=f"by loss, {note}"))
-        if scene.trained:
-            sizes = [p.numel() for p in scene.trained.values()]
-            basis = scene.algorithm.basis(0, 0, sizes)
-            norms = [[-float(_scalars(scene, batch, basis).norm()) for batch in side] for side in (members, others)]
-            found.append(auc_score("membership", *norms, note=f"by norm of scalars, {note}"))
-    return [*found, *_by_likeness(scene, dealt, others)]
+        after = dict(_by_figures(scene, *sides))
+    found = [
+        auc_score("membership", *values, auc(*before[name]), f"by {name}, model after {rounds} rounds")
+        for name, values in after.items()
+    ]
+    return [*found, *_by_likeness(scene, dealt, sides[1])]
+
+
+def _by_figures(scene: Scene, *sides: Sequence[Batch]) -> Iterator[tuple[str, tuple[list[float], list[float]]]]:
+    """What is smaller of a member, negated: of both sides."""
+    with torch.no_grad():
+        members, others = ([-float(_loss(scene, batch)) for batch in side] for side in sides)
+    yield "loss", (members, others)
+    if scene.trained:
+        basis = scene.algorithm.basis(0, 0, [p.numel() for p in scene.trained.values()])
+        members, others = ([-float(_scalars(scene, batch, basis).norm()) for batch in side] for side in sides)
+        yield "norm of scalars", (members, others)
 
 
 def _by_likeness(
@@ -53,15 +61,25 @@ def _by_likeness(
     sent = [(answers[client], batch) for round, client, batch in dealt if round == 0 and client in answers]
     if not sent or len(sent[0][0].coefficients) < 2:
         return
+    sizes, first = [p.numel() for p in scene.trained.values()], sent[0][0]
+    basis = basis_of(first.basis, scene.seed, 0, sizes)
     scene.put_client(0)
-    inside, outside = list[float](), list[float]()
-    sizes = [p.numel() for p in scene.trained.values()]
-    for answer, batch in sent:
-        basis = basis_of(answer.basis, scene.seed, 0, sizes)
-        for batches, found in ((list(alone(batch)), inside), (others[: len(batch["labels"])], outside)):
-            own = (_scalars(scene, one, basis) for one in batches)
-            found += [float(torch.cosine_similarity(v, answer.coefficients.to(v), dim=0)) for v in own]
-    yield auc_score("membership", inside, outside, f"by likeness to {len(answer.coefficients)} scalars of round 0")
+    known = [[_scalars(scene, one, basis) for one in alone(batch)] for _, batch in sent]
+    strange = [_scalars(scene, one, basis) for one in others]
+
+    def sides(shift: int) -> tuple[list[float], list[float]]:
+        vectors = [sent[(i + shift) % len(sent)][0].coefficients for i in range(len(sent))]
+        inside = [_likeness(one, v) for own, v in zip(known, vectors) for one in own]
+        return inside, [_likeness(one, vectors[i % len(sent)]) for i, one in enumerate(strange)]
+
+    trivial = auc(*sides(1)) if len(sent) > 1 else 0.5
+    yield auc_score(
+        "membership", *sides(0), trivial, f"by likeness to {len(first.coefficients)} scalars of round 0"
+    )
+
+
+def _likeness(one: Tensor, other: Tensor) -> float:
+    return float(torch.cosine_similarity(one, other.to(one), dim=0))
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def draw(title: str, scores: Sequence[Score], path: Path) -> None:
         axes.set_yticks(range(len(scores)), names, fontsize=8.5)
         axes.invert_yaxis()
         axes.set(xlim=(0, 1), xlabel="share recovered, or AUC (line: 95 % interval)", title=title)
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.savefig(path)
 
 

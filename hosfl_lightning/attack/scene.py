@@ -35,6 +35,7 @@ class Crossing:
         mask: ``(B, S)`` bool.
         labels: As they travelled, int64; None: they did not.
         multipliers: Gradients by z that crossed for it, ``(B, S, h)``, by the direction and name of their field.
+        middle: ``z₂ (B, S, h)``, where the server sent it; None: it has the head.
         truth: The recipe's batch: ``input_ids`` or ``pixel_values``, and ``labels``.
     """
 
@@ -45,6 +46,7 @@ class Crossing:
     mask: Tensor
     labels: Tensor | None
     multipliers: dict[str, Tensor]
+    middle: Tensor | None
     truth: dict[str, Tensor]
 
 
@@ -146,10 +148,12 @@ class Scene:
                     "there is no truth to score by; attack a run whose clients' data is the recipe's"
                 )
             labels = message.unpack_labels() if getattr(message, "labels", None) is not None else None
-            found = dict(self._multipliers([one for one in messages if self._place(one.message) == (client, step)],
-                                           mask, message.attempt))  # fmt: skip
-            yield Crossing(round, client, message.z.codec, self._rows(message.z, mask), mask.to(self.device), labels,
-                           found, truth)  # fmt: skip
+            about = [one for one in messages if self._place(one.message) == (client, step)]
+            about = [one for one in about if one.message.attempt == message.attempt]  # type: ignore[union-attr]
+            sent = {f"{one.direction} {name}": self._rows(coded, mask) for one in about
+                    for name, coded in _coded(one.message)}  # fmt: skip
+            z, middle = sent.pop("up z"), sent.pop("down z", None)
+            yield Crossing(round, client, message.z.codec, z, mask.to(self.device), labels, sent, middle, truth)
 
     def _batch(self, round: int, client: int, step: int = 0) -> dict[str, Tensor]:
         dealt = self.batches([client], round * self.algorithm.local_steps + step).batch
@@ -167,15 +171,13 @@ class Scene:
     def _place(message: Any) -> tuple[int, int]:
         return getattr(message, "client", -1), getattr(message, "step", 0)
 
-    def _multipliers(self, messages: list[Kept], mask: Tensor, attempt: int) -> Iterator[tuple[str, Tensor]]:
-        """Whatever is coded, has a row a token, and is no z."""
-        for direction, message in messages:
-            if getattr(message, "attempt", 0) != attempt:
-                continue
-            for field in fields(message):
-                coded = getattr(message, field.name)
-                if isinstance(coded, Coded) and field.name not in ("z", "coefficients"):
-                    yield f"{direction} {field.name}", self._rows(coded, mask)
-
     def _rows(self, coded: Coded, mask: Tensor) -> Tensor:
         return unpack_rows("attack", coded, mask).float().to(self.device)
+
+
+def _coded(message: Any) -> Iterator[tuple[str, Coded]]:
+    """What it holds with a row a token."""
+    for field in fields(message):
+        value = getattr(message, field.name)
+        if isinstance(value, Coded) and field.name != "coefficients":
+            yield field.name, value

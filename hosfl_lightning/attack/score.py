@@ -104,12 +104,14 @@ def auc(members: Sequence[float], others: Sequence[float]) -> float:
     return fmean((a > b) + 0.5 * (a == b) for a in members for b in others)
 
 
-def auc_score(attack: str, members: Sequence[float], others: Sequence[float], note: str = "") -> Score:
-    """AUC with a bootstrap over both sides; the trivial guess is ½."""
+def auc_score(
+    attack: str, members: Sequence[float], others: Sequence[float], trivial: float = 0.5, note: str = ""
+) -> Score:
+    """AUC with a bootstrap over both sides."""
     generator = random.Random(0)
 
     def again() -> float:
         return auc(generator.choices(members, k=len(members)), generator.choices(others, k=len(others)))
 
     cuts = quantiles((again() for _ in range(RESAMPLES // 5)), n=40)
-    return Score(attack, "AUC", auc(members, others), cuts[0], cuts[-1], 0.5, len(members) + len(others), note)
+    return Score(attack, "AUC", auc(members, others), cuts[0], cuts[-1], trivial, len(members) + len(others), note)
