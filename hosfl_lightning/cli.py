@@ -14,7 +14,10 @@ OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 COMPARISONS = ("compare", "report")
 COMMANDS = ("advise", *OF_A_RUN, "attack", *COMPARISONS, "certs", "join", "export-client")
 #: By the option that names a run, whose folder has its recipe.
-TAKES_A_RUN = {**dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"), "replay": "--run", "attack": "--run"}
+TAKES_A_RUN = {
+    **dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"),
+    **dict.fromkeys(("replay", "attack"), "--run"),
+}
 
 
 def main(args: list[str] | None = None) -> None:

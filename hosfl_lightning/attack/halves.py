@@ -33,10 +33,10 @@ class TextHalf:
     def __init__(self, half: Any) -> None:
         if not isinstance(half, ClientHalf):
             raise NotApplicableError("the client half takes no tokens")
-        self.half = half
+        self.half: ClientHalf = half
         self.backbone: Any = half.get_submodule(half.layer_path.backbone)
         self.exit: Any = half.get_submodule(f"{half.layer_path.path}.{half.cut}")
-        embed = self.backbone.get_input_embeddings()
+        embed: Any = self.backbone.get_input_embeddings()
         with torch.no_grad():
             self.table = embed(torch.arange(half.config.get_text_config().vocab_size, device=embed.weight.device))
 
@@ -81,7 +81,7 @@ def cosines(x: Tensor, table: Tensor) -> Tensor:
 
 def rows(cache: DynamicCache, chosen: Tensor) -> DynamicCache:
     """A cache of its own, with these rows of another one."""
-    other = DynamicCache()
-    for number, layer in enumerate(cache.layers):
+    other, layers = DynamicCache(), list[Any](cache.layers)
+    for number, layer in enumerate(layers):
         other.update(layer.keys[chosen], layer.values[chosen], number)
     return other

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from hosfl_lightning.attack.halves import TextHalf, cosines
@@ -44,7 +41,9 @@ def explained(images: Tensor, guesses: Tensor, mean: Tensor) -> list[float]:
 
 def _search(half: TextHalf, z: Tensor, mask: Tensor) -> list[list[int]]:
     if half.looks_ahead():
-        raise NotApplicableError("z depends on later tokens, so no prefix can be tried alone; inversion does not need it")
+        raise NotApplicableError(
+            "z depends on later tokens, so no prefix can be tried alone; inversion does not need it"
+        )
     return [search(half, *one) for one in zip(z, mask)]
 
 

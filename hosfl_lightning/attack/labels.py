@@ -126,8 +126,8 @@ def _by_cluster(scene: Scene, crossings: Sequence[Crossing], name: str) -> list[
     found = [Score.of("multiplier", "labels", _named(clusters, labels), fmean(chance), f"from {name}, by direction")]
     if classes == 2 and len(set(labels)) == 2:
         norms = rows.norm(dim=-1).tolist()
-        sides = [[n for n, y in zip(norms, labels) if y == side] for side in (0, 1)]
-        found.append(auc_score("multiplier", *sides, note=f"from {name}, labels by norm"))
+        ones, zeros = ([n for n, y in zip(norms, labels) if y == side] for side in (1, 0))
+        found.append(auc_score("multiplier", ones, zeros, note=f"from {name}, labels by norm"))
     return found
 
 

@@ -90,9 +90,7 @@ def _text(scene: Scene, batch: dict[str, Tensor], wanted: Tensor) -> tuple[str, 
     return "tokens", found
 
 
-def _matched(
-    scene: Scene, wanted: Tensor, start: Tensor, rate: float, half: Callable[[Tensor], Tensor]
-) -> Tensor:
+def _matched(scene: Scene, wanted: Tensor, start: Tensor, rate: float, half: Callable[[Tensor], Tensor]) -> Tensor:
     """``max_x,y cos(∂ℓ(x, y)/∂θ_c, wanted)``, labels soft: x."""
 
     def logits(x: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ def membership(scene: Scene) -> list[Score]:
     """Members are the examples of the kept minibatches; the others are held out.
 
     By the loss (Yeom et al., arXiv 1709.01604) and by the norm of the scalars, both of the model at the run's last
-    checkpoint; and by how alike an example's scalars are to those that its client sent in the run's first round. Held-out
-    examples may be of another kind than the members, so the trivial guess is the same figure of the model at the start;
-    of the likeness, that to the scalars of another client.
+    checkpoint; and by how alike an example's scalars are to those that its client sent in the run's first round.
+    Held-out examples may be of another kind than the members, so the trivial guess is the same figure of the model at
+    the start; of the likeness, that to the scalars of another client.
     """
     dealt = list(scene.trained_on())
     sides = [one for _, _, batch in dealt for one in alone(batch)], list(alone(scene.public()))
@@ -49,10 +49,8 @@ def _by_figures(scene: Scene, *sides: Sequence[Batch]) -> Iterator[tuple[str, tu
         yield "norm of scalars", (members, others)
 
 
-def _by_likeness(
-    scene: Scene, dealt: Sequence[tuple[int, int, Batch]], others: Sequence[Batch]
-) -> Iterator[Score]:
-    """``cos(V(x), v_k)`` of an example's scalars with client k's, in round 0, whose both halves are those of the start."""
+def _by_likeness(scene: Scene, dealt: Sequence[tuple[int, int, Batch]], others: Sequence[Batch]) -> Iterator[Score]:
+    """``cos(V(x), v_k)`` of an example's scalars with client k's in round 0, of which both halves are known."""
     answers: dict[int, ProjectedGradients] = {
         one.message.client: uncoded(one.message)
         for one in scene.rounds.get(0, [])
@@ -73,9 +71,7 @@ def _by_likeness(
         return inside, [_likeness(one, vectors[i % len(sent)]) for i, one in enumerate(strange)]
 
     trivial = auc(*sides(1)) if len(sent) > 1 else 0.5
-    yield auc_score(
-        "membership", *sides(0), trivial, f"by likeness to {len(first.coefficients)} scalars of round 0"
-    )
+    yield auc_score("membership", *sides(0), trivial, f"by likeness to {len(first.coefficients)} scalars of round 0")
 
 
 def _likeness(one: Tensor, other: Tensor) -> float:

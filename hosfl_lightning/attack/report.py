@@ -29,10 +29,10 @@ def print_report(title: str, scores: Sequence[Score], left_out: Mapping[str, str
     """One row a score, then in words what could not be tried."""
     console, table = Console(soft_wrap=True), Table(title=title, title_justify="left")
     for head in ("attack", "recovered", "share", "95 %", "trivial", "n", ""):
-        table.add_column(head, no_wrap=True, justify="right" if head in ("share", "95 %", "trivial", "n") else "left")
+        table.add_column(head, no_wrap=True, justify="left" if head in ("attack", "recovered", "") else "right")
     for one in scores:
-        table.add_row(one.attack, one.measure, _said(one, one.value), f"{_said(one, one.low)} .. {_said(one, one.high)}",
-                      _said(one, one.trivial), str(one.count), one.note)  # fmt: skip
+        value, low, high, trivial = (_said(one, part) for part in (one.value, one.low, one.high, one.trivial))
+        table.add_row(one.attack, one.measure, value, f"{low} .. {high}", trivial, str(one.count), one.note)
     console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
     for name, why in left_out.items():

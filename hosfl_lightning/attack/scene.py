@@ -113,7 +113,9 @@ class Scene:
         """Round, client and recipe's batch of whoever answered in a kept round; of as many examples as are sampled."""
         left = self.sampled
         for round, kept in self.rounds.items():
-            clients = {one.message.client: None for one in kept if one.direction == "up" and self._in_round(one.message)}
+            clients = {
+                one.message.client: None for one in kept if one.direction == "up" and self._in_round(one.message)
+            }
             for client in clients:
                 if left <= 0:
                     return
@@ -149,7 +151,7 @@ class Scene:
                 )
             labels = message.unpack_labels() if getattr(message, "labels", None) is not None else None
             about = [one for one in messages if self._place(one.message) == (client, step)]
-            about = [one for one in about if one.message.attempt == message.attempt]  # type: ignore[union-attr]
+            about = [one for one in about if one.message.attempt == message.attempt]
             sent = {f"{one.direction} {name}": self._rows(coded, mask) for one in about
                     for name, coded in _coded(one.message)}  # fmt: skip
             z, middle = sent.pop("up z"), sent.pop("down z", None)

@@ -52,7 +52,7 @@ class Score:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 %: percentiles of a bootstrap over examples; Wilson's where all are 0 or all are 1 and a bootstrap sees none."""
+    """95 %: a bootstrap's percentiles over examples; Wilson's where all are 0 or all are 1."""
     if set(values) in ({0.0}, {1.0}):
         return wilson(sum(values), len(values))
     generator = random.Random(0)

@@ -39,7 +39,7 @@ def search(half: TextHalf, z: Tensor, mask: Tensor, beam: int = 4) -> list[int]:
         if not mask[t]:
             half.step(torch.zeros(len(prefixes), dtype=torch.long, device=z.device), seen, cache)
             continue
-        distances = _distances(half, z[t], likely[t], seen, cache)  # (beam, V)
+        distances = _distances(half, z[t], likely[t], seen, cache, len(prefixes))  # (beam, V)
         totals = (scores[:, None] + distances).flatten()
         best, place = totals.min(0)
         values, places = totals.topk(min(beam, len(totals)), largest=False)
@@ -52,10 +52,11 @@ def search(half: TextHalf, z: Tensor, mask: Tensor, beam: int = 4) -> list[int]:
     return prefixes[int(scores.argmin())]
 
 
-def _distances(half: TextHalf, target: Tensor, likely: Tensor, seen: Tensor, cache: DynamicCache) -> Tensor:
+def _distances(
+    half: TextHalf, target: Tensor, likely: Tensor, seen: Tensor, cache: DynamicCache, prefixes: int
+) -> Tensor:
     """``‖target − z‖²`` of every token behind every prefix of the cache, fp64; inf where none was needed."""
     length = float(target.double().square().sum())
-    prefixes = cache.layers[0].keys.shape[0] if len(cache.layers) else 1
     found = target.new_full((prefixes, len(likely)), float("inf"), dtype=torch.float64)
     for prefix in range(prefixes):
         parent = torch.tensor(prefix, device=target.device)

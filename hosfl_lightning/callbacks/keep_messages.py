@@ -25,10 +25,10 @@ class KeptError(ValueError):
 
 
 class Kept(NamedTuple):
-    """A message that crossed: ``up`` to the server, or ``down`` from it."""
+    """A message that crossed, of any kind: ``up`` to the server, or ``down`` from it."""
 
     direction: str
-    message: Message
+    message: Any
 
 
 class KeepMessages(Callback):
@@ -36,7 +36,8 @@ class KeepMessages(Callback):
 
     Who reads these files reads what the server does: z, and labels where they travel. A file a round and process,
     ``round_000000.0.frames``, whole or not at all: of each message ``u8 0 (up) or 1 (down) | u64 length | frame``. A
-    round that would go over the limit is not kept, nor are those after it. The files are readable by their owner alone. What is counted and computed stays as it is.
+    round that would go over the limit is not kept, nor are those after it. The files are readable by their owner alone.
+    What is counted and computed stays as it is.
 
     Example::
 
@@ -84,7 +85,9 @@ class KeepMessages(Callback):
         if self._frames is None:
             return
         frames, self._frames = self._frames, [] if batch_idx + 1 < self.rounds else None
-        write_whole(self._folder / f"round_{batch_idx:06d}{self._ending}", lambda file: file.writelines(frames), mode=0o600)
+        write_whole(
+            self._folder / f"round_{batch_idx:06d}{self._ending}", lambda file: file.writelines(frames), mode=0o600
+        )
 
     def _take(self, message: Message, direction: str) -> None:
         if self._frames is None:
@@ -93,8 +96,8 @@ class KeepMessages(Callback):
         self._held += _PREFIX.size + len(frame)
         if self._held > self.max_bytes:
             self._frames = None
-            print(f"KeepMessages: round {message.round} goes over max_bytes={self.max_bytes:,}; it is not kept, nor are "
-                  "the rounds after it", flush=True)  # fmt: skip
+            print(f"KeepMessages: round {message.round} goes over max_bytes={self.max_bytes:,}; it and the rounds "
+                  "after it are not kept", flush=True)  # fmt: skip
             return
         self._frames.append(_PREFIX.pack(_DIRECTIONS.index(direction), len(frame)) + frame)
 
