@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class TextHalf:
         self.half: ClientHalf = half
         self.backbone: Any = half.get_submodule(half.layer_path.backbone)
         self.exit: Any = half.get_submodule(f"{half.layer_path.path}.{half.cut}")
-        embed: Any = self.backbone.get_input_embeddings()
+        embed = cast(Any, self.backbone).get_input_embeddings()
         with torch.no_grad():
             self.table = embed(torch.arange(half.config.get_text_config().vocab_size, device=embed.weight.device))
 

@@ -23,6 +23,7 @@ def test_a_bootstrap_holds_the_mean_and_narrows() -> None:
 def test_measures_of_tokens() -> None:
     truth, shifted = [1, 2, 3, 4], [9, 1, 2, 3]
     assert (exact(truth, shifted), rouge_l(truth, shifted), rouge_l(truth, truth)) == (0.0, 0.75, 1.0)
+    assert rouge_l([1, 2], [1, 2, 9]) == 0.8
     told = tokens("search", [truth], [truth], usual=3)
     assert [(one.value, one.trivial) for one in told] == [(1.0, 0.25), (1.0, 0.25)]
 

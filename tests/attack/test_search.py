@@ -32,7 +32,8 @@ def sent(half: TextHalf, ids: Tensor, mask: Tensor, codec: str = "fp32") -> Tens
 class TestSearch:
     # Sliding windows shorter than the text, learned positions, rotary ones.
     @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "mistral"])
-    def test_finds_every_token(self, family: str) -> None:
+    def test_finds_every_token(self, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hosfl_lightning.attack.search.CHUNK", 2)  # it goes on where none of these is the one
         half, mask = half_of(family), torch.ones_like(IDS, dtype=torch.bool)
         z = sent(half, IDS, mask)
         assert [search(half, *one) for one in zip(z, mask)] == IDS.tolist()
@@ -57,6 +58,13 @@ class TestSearch:
         z[0] = 0.55 * half.alone[6] + 0.45 * half.alone[int(IDS[0, 0])]
         assert search(half, z, mask, beam=1)[0] == 6
         assert search(half, z, mask) == IDS[0].tolist()
+
+    def test_distances_are_summed(self) -> None:
+        """The second z is a little nearer to what follows on another first token, the first one clearly not."""
+        half, mask = half_of("llama"), torch.ones(2, 2, dtype=torch.bool)
+        own, other = sent(half, torch.tensor([[5, 41], [6, 41]]), mask)
+        z = torch.stack([0.55 * own[0] + 0.45 * other[0], 0.48 * own[1] + 0.52 * other[1]])
+        assert search(half, z, mask[0]) == [5, 41]
 
     def test_of_a_cache_the_rows_are_copies(self) -> None:
         half = half_of("llama")
