@@ -12,9 +12,12 @@ from hosfl_lightning.rendering import fail, nearest, process
 OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: Of several runs, so that they take no recipe of one.
 COMPARISONS = ("compare", "report")
-COMMANDS = ("advise", *OF_A_RUN, *COMPARISONS, "certs", "join", "export-client")
+COMMANDS = ("advise", *OF_A_RUN, "attack", *COMPARISONS, "certs", "join", "export-client")
 #: By the option that names a run, whose folder has its recipe.
-TAKES_A_RUN = {**dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"), "replay": "--run"}
+TAKES_A_RUN = {
+    **dict.fromkeys(("fit", "validate", "test", "predict", "export"), "--ckpt_path"),
+    **dict.fromkeys(("replay", "attack"), "--run"),
+}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -60,6 +63,10 @@ def _run(args: list[str]) -> None:
             from hosfl_lightning.advise.command import main as advise
 
             advise(args)
+        elif args[:1] == ["attack"]:
+            from hosfl_lightning.attack.command import main as attack
+
+            attack(_with_recipe(args))
         elif args[:1] == ["join"]:
             from hosfl_lightning.client_command import main as join
 

@@ -30,11 +30,12 @@ from hosfl_lightning.run.hooks import HookError
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: As they stand before a key in a parser's message.
-PREFIXES = (*SUBCOMMANDS, "advise")
+PREFIXES = (*SUBCOMMANDS, "advise", "attack")
 DESCRIPTION = (
     "Fine-tune a split model without backprop on the clients. Clients on other machines: hosfl serve here, hosfl join "
     "--help there, with certificates of hosfl certs --help. Which client to train: hosfl advise --help. Several "
-    "methods at equal conditions: hosfl compare --help; the same tables from runs that are there: hosfl report --help."
+    "methods at equal conditions: hosfl compare --help; the same tables from runs that are there: hosfl report --help. "
+    "What a server learns of its clients' data: hosfl attack --help."
 )
 #: The keys of a recipe.
 RECIPE = ("seed_everything", "trainer", "model", "data")

@@ -23,7 +23,7 @@ CLIENT = Path(hosfl_client.__file__).parent
 #: From the command line down to the generator. Parts in one line do not import each other.
 LAYERS = [
     ["cli"],
-    ["advise", "compare", "client_command", "device"],
+    ["advise", "attack", "compare", "client_command", "device"],
     ["recipe"],
     ["orchestrator"],
     ["run"],

@@ -6,6 +6,7 @@ from hosfl_lightning.callbacks.dimension_free_aggregation import DimensionFreeAg
 from hosfl_lightning.callbacks.drop_in.hybrid_order import HybridOrder
 from hosfl_lightning.callbacks.drop_in.zeroth_order_training import ZerothOrderTraining
 from hosfl_lightning.callbacks.gradient_alignment import GradientAlignment
+from hosfl_lightning.callbacks.keep_messages import KeepMessages
 from hosfl_lightning.callbacks.lagrangian_update import LagrangianUpdate
 from hosfl_lightning.callbacks.peak_memory_monitor import PeakMemoryMonitor
 from hosfl_lightning.callbacks.privacy_monitor import PrivacyMonitor
@@ -19,6 +20,7 @@ __all__ = [
     "DimensionFreeAggregation",
     "GradientAlignment",
     "HybridOrder",
+    "KeepMessages",
     "LagrangianUpdate",
     "PeakMemoryMonitor",
     "PrivacyMonitor",

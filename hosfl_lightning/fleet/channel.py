@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,12 +34,14 @@ class Channel:
     Attributes:
         run_id: Of the envelopes, 16 bytes; set when a run begins.
         ledger: What this process has sent since the round began.
+        taps: Told of every message that is counted, and its direction.
     """
 
     def __init__(self, serialize: bool) -> None:
         self.serialize = serialize
         self.run_id = bytes(16)
         self.ledger: list[Sent] = []
+        self.taps: list[Callable[[Message, str], None]] = []
 
     def up(self, message: M) -> M:
         """From one client to the server.
@@ -53,8 +56,10 @@ class Channel:
         return self._send(message, "down", receivers)
 
     def count(self, message: Message, direction: str, length: int, receivers: int = 1) -> None:
-        """Put a message of ``length`` bytes into the ledger."""
+        """Put a message of ``length`` bytes into the ledger, and show it to the taps."""
         self.ledger.append(Sent(message.kind, direction, length, receivers, getattr(message, "client", None)))
+        for tap in self.taps:
+            tap(message, direction)
 
     def clear(self) -> None:
         """Forget the ledger: a new round begins."""
