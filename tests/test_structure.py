@@ -48,8 +48,8 @@ LONGEST, BOUNDS = 350, {"orchestrator.py": 330}
 
 #: What needs numpy and nothing else; `wire` not even that.
 NUMPY = [
-    "arrays", "basis", "basis_of", "beside", "bfloat16", "client_directions", "codec", "codecs", "gelu", "head", "messages",
-    "optimizer", "padding", "privacy", "rng", "rules",
+    "arrays", "basis", "basis_of", "beside", "bfloat16", "client_directions", "codec", "codecs", "gelu", "head",
+    "messages", "optimizer", "padding", "privacy", "rng", "rules",
 ]  # fmt: skip
 HEAVY = {"torch", "hosfl_lightning", "lightning", "transformers", "grpc", "onnxruntime", "tokenizers"}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,27 +29,11 @@ from hosfl_client.rules import rule_of
 from hosfl_client.secure.extra import participants
 from hosfl_client.terms import basis_of_terms, check_terms, kind_of, names_of
 from hosfl_client.u_shape import MiddleOutput, OutputMultiplier, UnlabelledData
+from hosfl_client.visit import Visit
 from hosfl_client.wire import HeldOutRequest, ProbeRequest, ProjectedGradients, StepRequest, Terms
 
 #: Of a probe: ``θ + μu``, ``θ − μu``.
 SIDES = (1, -1)
-
-
-@dataclass
-class Visit:
-    """What is held of a round while it waits.
-
-    Attributes:
-        batch: Its minibatch.
-        mask: Valid positions ``(B, S)``.
-        z: As it was sent, where the answer needs it; dropped when λ has come.
-        head: The gradient of a head that is trained, once z₂ has come.
-    """
-
-    batch: Minibatch
-    mask: Array
-    z: Array | None = None
-    head: Array | None = None
 
 
 class Endpoint:

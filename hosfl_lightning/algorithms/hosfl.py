@@ -101,6 +101,7 @@ class HOSFL(SharedScalars, PersonalRound):
             raise ValueError(f"{where}: one of {', '.join(get_args(Directions))}")
         if self.directions == "shared":
             return
+        self.sums = False
         if self.aggregation != MEAN:
             raise ValueError(f"{where}: no two coefficients are of one direction, so {type(self.aggregation).__name__} "
                              "has nothing to compare; leave aggregation out, or set directions: shared")  # fmt: skip

@@ -243,10 +243,8 @@ class SplitEndpoint(Endpoint):
             own = [one for one in rows if examples.start <= one.start < examples.stop]
             begin, end = end, end + len(own)
             batch = {name: tensor[examples] for name, tensor in visit.batch.items()}
-            anchor, inside = (
-                visit.anchor.part(slice(begin, end), examples),
-                [_moved(one, examples.start) for one in own],
-            )
+            anchor = visit.anchor.part(slice(begin, end), examples)
+            inside = [slice(one.start - examples.start, one.stop - examples.start) for one in own]
             values.append(engine.answer(batch, anchor, multiplier[examples], inside, basis.of_clients([client])))
         return torch.cat(values)
 
@@ -287,7 +285,3 @@ class SplitEndpoint(Endpoint):
             answer.round, answer.client, answer.basis, answer.coefficients, answer.num_terms, codec, self.terms.seed,
             answer.attempt,
         )  # fmt: skip
-
-
-def _moved(rows: slice, start: int) -> slice:
-    return slice(rows.start - start, rows.stop - start)

@@ -31,8 +31,8 @@ def check_secure(settings: Any, algorithm: Algorithm) -> None:
         raise ValueError(f"{what}with personal: {algorithm.personal} a client moves what is its own by its own "
                          "answer, and that is not tried with sums; leave one of the two out")  # fmt: skip
     if not algorithm.sums:
-        raise ValueError(f"{what}what the clients of {algorithm.name} send is not summed in one basis; take HOSFL or "
-                         "SplitFedSGD, or leave it out")  # fmt: skip
+        raise ValueError(f"{what}what the clients of {algorithm.name} send is not summed in one basis; take HOSFL "
+                         "with directions: shared, or SplitFedSGD, or leave it out")  # fmt: skip
     if not isinstance(algorithm.aggregation, WeightedMean):
         raise ValueError(f"{what}{type(algorithm.aggregation).__name__} needs every client's own answer, and "
                          "the server sees their sum alone; take WeightedMean, or leave it out")  # fmt: skip
