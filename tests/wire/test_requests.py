@@ -37,7 +37,7 @@ END = RoundEnd(5, [0, 2, 7], 3)
 MANIFEST: list[list[Any]] = [["a.weight", [2, 3], "float32"], ["b", [], "bfloat16"]]
 TERMS = Terms(
     5, 2, "SplitEndpoint", SETTINGS, 2**64 - 1, MANIFEST, RULE, BASIS, {"smashed_data": "int8", "gradient": "ternary"},
-    False, "bf16-mixed", "ab12", "hosfl-rules/2", True,
+    False, "bf16-mixed", "ab12", "hosfl-rules/2", {"level": "example", "clip": 0.5}, True,
 )  # fmt: skip
 HELLO = Hello(5, "ann", "0.1", "00ff", ["SplitEndpoint"])
 BYE = Bye(5, "over", False, True)
