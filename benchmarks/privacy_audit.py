@@ -33,7 +33,7 @@ ROWS = [("example", 0.7), ("example", 1.0), ("example", 2.0), ("client", 2.0), (
 
 def endpoint_of(privacy: Privacy | None, algorithm: Algorithm, folder: str) -> Any:
     """Of a run of one round, whose clients hold 180 digits each and use 8 a round."""
-    network = lambda: ConvNet(channels=1, widths=[8, 16, 32], num_labels=10, image_size=8)  # noqa: E731
+    network = lambda: ConvNet(channels=1, widths=(8, 16, 32), num_labels=10, image_size=8)  # noqa: E731
     model = SplitImageClassifier(cut=2, num_labels=10, image_size=8, channels=1, network=network)
     trainer = Orchestrator(
         algorithm, max_rounds=1, privacy=privacy, default_root_dir=folder, logger=False, enable_progress_bar=False,
@@ -70,7 +70,7 @@ def main() -> None:
             lines.append(f"| {level} | {sigma} | {privacy.spent(1):.2f} | {' | '.join(found)} |")
         costs = []
         for name, method in (("HOSFL, 8 probes", HOSFL(8)), ("SplitFedSGD", SplitFedSGD())):
-            levels = [None, *(Privacy(one, 1.0, 1.0) for one in ("client", "example"))]  # type: ignore[arg-type]
+            levels = [None, *(Privacy(one, 1.0, 1.0) for one in ("client", "example"))]
             times = [milliseconds(endpoint_of(one, method, folder)) for one in levels]
             costs.append(f"| {name} | {' | '.join(f'{one:.1f}' for one in times)} |")
     print("| level | σ | ε stated, one answer | found | noise / 2 | noise / 4 |\n|---|---|---|---|---|---|")
