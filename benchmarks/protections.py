@@ -1,0 +1,105 @@
+"""What keeps data from the server, what it costs in learning, and what attacks still find: one table to choose from.
+
+    python -m benchmarks.protections --data DATA --out docs/results/protections
+
+DATA holds ``stories260k``, ``tinyshakespeare``, ``minilm_l6``, ``mr_polarity``. Three tasks (norms on digits by eight
+probes, a side adapter on Shakespeare and on film reviews), each with a frozen and a first-order client beside it and
+with the client as it is; then one protection after the other, with the learning rates that were chosen without any.
+After each run `hosfl attack` tries the messages of its first round. What is finished is not run again:
+``protections.json`` holds every run. ``--quick`` is two rounds of four rows: it shows the table, not the answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.protection_page import page
+from benchmarks.protection_rows import ALL, EVERY, QUICK, Row
+from hosfl_lightning.attack.command import AttackCommand, Attacker
+from hosfl_lightning.files import write_json, write_whole
+from hosfl_lightning.recipe import command
+from hosfl_lightning.run.identity import hardware
+
+SEEDS = [0, 1, 2]
+#: That each attack takes.
+EXAMPLES = 8
+
+
+def run(row: Row, seed: int, quick: bool, folder: Path, places: dict[str, str]) -> dict[str, Any]:
+    """One run and the attacks on it."""
+    began, path = time.process_time(), folder / "recipe.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(row.recipe(seed, quick, folder, places)))
+    trainer: Any = command(["fit", f"--config={path}"]).trainer
+    out = folder / "attack"
+    attacks = f"--attacks=[{','.join(ALL[row.task].attacks)}]"
+    command(["attack", f"--config={path}", f"--run={trainer.log_dir}", attacks, f"--out={out}",
+             f"--examples={EXAMPLES}"], AttackCommand, Attacker)  # fmt: skip
+    told, summary = json.loads((out / "attack.json").read_text()), trainer.summary
+    crossed = (summary["bytes_up"] + summary["bytes_down"]) / (trainer.global_step * trainer.datamodule.num_clients)
+    return {
+        "row": row.name, "seed": seed, "rounds": trainer.global_step, "before": summary["val_loss_first"],
+        "after": summary["val_loss_last"], "privacy": summary.get("privacy"), "bytes": round(crossed),
+        "scores": told["scores"], "left_out": told["left_out"], "cpu_seconds": round(time.process_time() - began, 1),
+    }  # fmt: skip
+
+
+def write(found: dict[str, Any], out: Path, words: str) -> None:
+    """``protections.json`` and ``table.md``, in the order of the rows."""
+    order = {row.name: place for place, row in enumerate(EVERY)}
+    found |= {
+        "command": words, "date": datetime.date.today().isoformat(), "machine": hardware(torch.device("cpu")),
+        "runs": sorted(found["runs"], key=lambda one: (order[one["row"]], one["seed"])),
+    }  # fmt: skip
+    write_json(out / "protections.json", found, indent=1)
+    write_whole(out / "table.md", lambda file: file.write(page(found).encode()))
+
+
+def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the table")
+    parser.add_argument("--tasks", nargs="+", choices=list(ALL), default=list(ALL))
+    parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; --quick: 0")
+    parser.add_argument("--quick", action="store_true", help="two rounds of four rows, in seconds")
+    own = parser.parse_args(args)
+    own.rows = QUICK if own.quick else [row for row in EVERY if row.task in own.tasks]
+    own.seeds = own.seeds or (SEEDS[:1] if own.quick else SEEDS)
+    own.out = own.out / "quick" if own.quick else own.out
+    return own
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Seed after seed; the table grows with each run."""
+    own = arguments(args)
+    own.out.mkdir(parents=True, exist_ok=True)
+    path = own.out / "protections.json"
+    found = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    words = "python -m benchmarks.protections --data DATA --out OUT" + (" --quick" if own.quick else "")
+    done = {(one["row"], one["seed"]) for one in found["runs"]}
+    data = own.data.resolve()
+    places = {"data": str(data), "minilm": str(data / "minilm_l6")}
+    with tempfile.TemporaryDirectory() as name:
+        for seed, row in ((seed, row) for seed in own.seeds for row in own.rows if (row.name, seed) not in done):
+            print(f"{row.name}, seed {seed}", flush=True)
+            folder = Path(name) / str(seed) / str(own.rows.index(row))
+            found["runs"].append(run(row, seed, own.quick, folder, places))
+            write(found, own.out, words)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+    main()
