@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from hosfl_lightning.algorithms import Algorithm
 from hosfl_lightning.availability import Always, Availability
+from hosfl_lightning.clients.head import of_head
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.privacy import Privacy
 from hosfl_lightning.run.control import Control
@@ -118,7 +119,7 @@ class RunSettings:
         Raises:
             ValueError: Names the setting and the fix.
         """
-        if algorithm.records and not self.replay_log and not isinstance(self.availability, Always):
+        if (algorithm.records or of_head(model)) and not self.replay_log and not isinstance(self.availability, Always):
             raise ValueError(
                 "trainer.availability: a client that was away replays the log; set trainer.replay_log: true"
             )

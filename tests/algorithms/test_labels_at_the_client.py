@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric import Fabric
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, SplitSequenceClassifier
-from hosfl_lightning.algorithms import HOSL, Algorithm, FedAvg, Frozen, MixedHOSFL, SplitFedSGD
+from hosfl_lightning.algorithms import HOSL, Algorithm, FedAvg, Frozen, MixedHOSFL, SplitFedSGD, TooFewClientsError
 from hosfl_lightning.algorithms.mixed import ClientKind
+from hosfl_lightning.clients import Endpoint, EndpointError, SplitEndpoint, TermsError
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.optim import SGD, Uncompressed
 from hosfl_lightning.split import Lora, LoraHalf, Side
 from hosfl_lightning.wire import (
     Codecs,
+    HeldOutRequest,
     Message,
     MiddleOutput,
     Multiplier,
@@ -83,7 +87,7 @@ def test_the_rounds_are_those_of_the_two_way_split(name: str, fit: Make) -> None
     """Loss, λ and both halves, of clients of unequal length and one without a loss term; batched and one by one."""
     algorithm, model = METHODS[name]
     loss, halves, said = fit(algorithm, "server", model)
-    for simulation in ("batched", "per_client"):
+    for simulation in ("batched",) if name in ("central", "jvp") else ("batched", "per_client"):
         mine, own, messages = fit(algorithm, "client", model, simulation=simulation)
         torch.testing.assert_close(mine, loss, rtol=1e-5, atol=1e-6)
         close(own, halves)
@@ -107,13 +111,19 @@ def test_nothing_that_travels_holds_ids_or_labels(fit: Make, data: RandomTokens)
         "update": {field.name for field in fields(Update)},
     }  # fmt: skip
     assert {m.kind: {field.name for field in fields(m)} for m, _ in sent} == allowed
+    assert tell_ids(sent) == set()
+    *_, sent = fit(METHODS["forward"][0], "server", simulation="per_client")
+    assert tell_ids(sent) == {"smashed_data"}  # so that they would be found
+
+
+def tell_ids(sent: Sent) -> set[str]:
+    """The kinds of messages in whose bytes a client's ids are, in any width."""
     texts = RandomTokens(LENGTHS)
     texts.setup("fit")
-    rows = [example.input_ids for client in texts.clients[:2] for example in client]
-    for frame in [encode(message) for message, _ in sent]:
-        for row in rows:
-            for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32):
-                assert torch.tensor(row[:4]).to(dtype).view(torch.uint8).numpy().tobytes() not in frame
+    widths = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32)
+    ids = [torch.tensor(example.input_ids[1:5]) for client in texts.clients[:2] for example in client]
+    patterns = [row.to(dtype).view(torch.uint8).numpy().tobytes() for row in ids for dtype in widths]
+    return {m.kind for m, _ in sent for frame in [encode(m)] if any(pattern in frame for pattern in patterns)}
 
 
 def test_a_loss_that_is_withheld_is_nowhere(fit: Make) -> None:
@@ -143,9 +153,8 @@ def test_padding_does_not_travel(fit: Make) -> None:
 class TestWhoDropsOut:
     """After z₂: the round is that of the others."""
 
-    def script(self, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
-        from hosfl_lightning.clients import SplitEndpoint
-
+    def answers(self, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], Any]) -> None:
+        """Of client 1."""
         output = SplitEndpoint.output
 
         def changed(self: Any, request: Any) -> Any:
@@ -154,21 +163,23 @@ class TestWhoDropsOut:
 
         monkeypatch.setattr(SplitEndpoint, "output", changed)
 
-    @pytest.mark.parametrize("simulation", ["batched", "per_client"])
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            (lambda m: replace(m, loss=None), "it keeps its loss to itself"),
             (lambda m: replace(m, multiplier=replace(m.multiplier, values=m.multiplier.values[1:])), "rows of 32"),
             (lambda m: replace(m, multiplier=replace(m.multiplier, values=m.multiplier.values * 1e20)), "beyond ±1e"),
         ],
     )
-    def test_is_named_and_the_weights_are_of_the_others(
-        self, change: Any, reason: str, simulation: str, fit: Make, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        algorithm = METHODS["first order"][0]
-        self.script(monkeypatch, change)
+    def test_is_named(self, change: Any, reason: str, fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answers(monkeypatch, change)
         with pytest.warns(UserWarning, match=f"client 1 is refused: .*{reason}"):
+            fit(METHODS["frozen"][0], "client", max_rounds=1)
+
+    @pytest.mark.parametrize("simulation", ["batched", "per_client"])
+    def test_has_no_part_in_the_weights(self, simulation: str, fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+        algorithm = METHODS["first order"][0]
+        self.answers(monkeypatch, lambda answer: replace(answer, loss=None))
+        with pytest.warns(UserWarning, match="client 1 is refused: it keeps its loss to itself"):
             loss, halves, sent = fit(algorithm, "client", simulation=simulation)
         assert {m.client for m in of(sent, Multiplier)} == {0, 2}
         monkeypatch.undo()
@@ -176,6 +187,22 @@ class TestWhoDropsOut:
         alone, others, _ = fit(algorithm, "client", simulation=simulation)
         torch.testing.assert_close(loss, alone)
         close(halves, others)
+
+
+def test_labels_that_are_sent_all_the_same_are_refused(fit: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    smashed = Endpoint.smashed
+
+    def telling(self: Any, *args: Any) -> Any:
+        model, self.model = self.model, SimpleNamespace(labels="server")
+        try:
+            return smashed(self, *args)
+        finally:
+            self.model = model
+
+    monkeypatch.setattr(Endpoint, "smashed", telling)
+    words = "it sent its labels, and the run's are at the client"
+    with pytest.warns(UserWarning, match=words), pytest.raises(TooFewClientsError):
+        fit(METHODS["frozen"][0], "client")
 
 
 # ---- a head that is trained
@@ -281,3 +308,25 @@ def test_a_loss_that_the_server_has_cannot_be_withheld(
 ) -> None:
     with pytest.raises(ValueError, match=r"report_loss: false keeps nothing back.*labels: client"):
         make_orchestrator(HOSFL(report_loss=False)).fit(make_model(), data)
+
+
+def test_held_out_labels_are_not_sent(make_model: Make, make_orchestrator: Make, data: RandomTokens) -> None:
+    """Nobody asks for them, and a client that is asked does not send them."""
+    model = make_model(labels="client")
+    with pytest.raises(ValueError, match=r"--validate: the clients keep their labels.*take server"):
+        make_orchestrator(logger=False).serve(model, data, clients="none.yaml", insecure=True, validate="clients")
+    endpoint = of_terms(model, model)
+    endpoint.held_out = lambda clients, number: pytest.fail("it is asked for")
+    with pytest.raises(EndpointError, match="keeps its labels"):
+        endpoint.hold_out(HeldOutRequest(0, 1, 0))
+
+
+def test_a_client_whose_model_keeps_labels_elsewhere_takes_no_part(make_model: Make) -> None:
+    with pytest.raises(TermsError, match=r"labels at the client, this model at the server; set .*labels: client"):
+        of_terms(make_model(labels="client"), make_model())
+
+
+def of_terms(theirs: Any, mine: Any) -> Any:
+    """A client with one model in a run of another."""
+    terms = HOSFL().terms(theirs, 0, Codecs(), 3)
+    return Endpoint.of(mine, lambda *_: pytest.fail("no batch"), terms, Fabric(accelerator="cpu", devices=1))
