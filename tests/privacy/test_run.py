@@ -100,8 +100,13 @@ def test_answers_are_the_clipped_mean_of_examples_and_the_clients_own_noise(tmp_
         assert np.std(noise) == pytest.approx(0.5 / shape[0], rel=0.25)
 
 
-def test_of_a_batch_every_client_has_its_own_noise(done: Orchestrator) -> None:
+@pytest.mark.parametrize("level", ["example", "client"])
+def test_of_a_batch_every_client_has_its_own_noise(
+    level: str, done: Orchestrator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batched and one by one: the same values to a step of the grid, the same noise."""
+    settings = {**done.endpoint.terms.privacy, "level": level}
+    monkeypatch.setattr(done.endpoint, "privacy", Mechanism(settings, NoiseKey.of_seed(0)))
     sent, together = asked(done.endpoint, [0, 1, 2], round=7)
     for client in range(3):
         [z], [apart] = asked(done.endpoint, [client], round=7)
