@@ -117,7 +117,7 @@ BAD: list[tuple[Message, str, Any, str]] = [
     (BYE, "reason", None, "a string"),
     *((HELD_OUT, "step", value, "an integer >= 0") for value in (-1, True, None)),
     *((TERMS, name, value, "a string") for name in ("precision", "backbone") for value in (None, 3)),
-    *((TERMS, "keeps", value, "true or false") for value in (None, 1, "yes")),
+    *((TERMS, name, value, "true or false") for name in ("keeps", "secure_aggregation") for value in (None, 1, "yes")),
     *((TERMS, "endpoint", value, "a string") for value in (None, 3, ["SplitEndpoint"])),
     *((TERMS, name, value, "a dict") for name in PLAIN for value in NO_DICT),
     *((TERMS, name, {"a": [[1]]}, "a plain") for name in PLAIN),
