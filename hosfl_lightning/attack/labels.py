@@ -75,7 +75,7 @@ def _by_token(scene: Scene, crossings: Sequence[Crossing], name: str) -> list[Sc
     return found
 
 
-def behind_head(head: Callable[[Tensor], Tensor], z: Tensor, multiplier: Tensor, tried: int = 64) -> Tensor:
+def behind_head(head: Callable[[Tensor], Tensor], z: Tensor, multiplier: Tensor, tried: int = 512) -> Tensor:
     r"""``argmax_y cos(λ_t, ∂(−log softmax(head(z_t))_y)/∂z_t)``: the label itself, where the head is known.
 
     Tried are the labels whose logit ``−λ_t`` raises most.
