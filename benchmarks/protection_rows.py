@@ -78,18 +78,19 @@ SHAKESPEARE, POLARITY = "shakespeare", "mr_polarity"
 ALL = {
     "digits": Task(
         "vision/digits_hosfl_norm.yaml", {"model.init_args.cut": 3, "trainer.max_rounds": 100}, {},
-        rated(backprop(), 0.01, 0.01), clip=1.0, token_clip=1.0, multiplier_clip=None,
+        rated(backprop(), 0.01, 0.01), clip=1.5, token_clip=4.0, multiplier_clip=None,
         attacks=("labels", "inversion", "multiplier"), found="pixels explained",
     ),
     SHAKESPEARE: Task(
-        TASKS[SHAKESPEARE].recipe, side(SHAKESPEARE, 3), adapter(SHAKESPEARE) | rated(known("Uncompressed"), 0.01, 0.005),
-        lora("all-linear") | rated(backprop(), 0.006, 0.005), clip=1.0, token_clip=1.0, multiplier_clip=1.0,
+        TASKS[SHAKESPEARE].recipe, side(SHAKESPEARE, 3),
+        adapter(SHAKESPEARE) | rated(known("Uncompressed"), 0.01, 0.005),
+        lora("all-linear") | rated(backprop(), 0.006, 0.005), clip=1.3, token_clip=7.0, multiplier_clip=1.3,
         attacks=("labels", "search", "multiplier"), found="tokens",
     ),
     POLARITY: Task(
         TASKS[POLARITY].recipe, side(POLARITY, 5, **{"data.init_args.partition": "iid"}),
         adapter(POLARITY) | rated(known("Uncompressed"), 0.001, 0.0007),
-        lora("all-linear") | rated(backprop(), 0.0015, 0.0007), clip=1.0, token_clip=1.0, multiplier_clip=1.0,
+        lora("all-linear") | rated(backprop(), 0.0015, 0.0007), clip=0.15, token_clip=11.0, multiplier_clip=0.05,
         attacks=("labels", "nearest", "inversion", "multiplier"), found="tokens",
     ),
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """What keeps data from the server, what it costs in learning, and what attacks still find: one table to choose from.
 
-    python -m benchmarks.protections --data DATA --out docs/results/protections
+    python -m benchmarks.protections --data DATA --minilm MODEL --out docs/results/protections
 
-DATA holds ``stories260k``, ``tinyshakespeare``, ``minilm_l6``, ``mr_polarity``. Three tasks (norms on digits by eight
+DATA holds ``stories260k``, ``tinyshakespeare``, ``mr_polarity``; MODEL is all-MiniLM-L6-v2. Three tasks (norms on digits by eight
 probes, a side adapter on Shakespeare and on film reviews), each with a frozen and a first-order client beside it and
 with the client as it is; then one protection after the other, with the learning rates that were chosen without any.
 After each run `hosfl attack` tries the messages of its first round. What is finished is not run again:
@@ -70,11 +70,14 @@ def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2, for mr_polarity")
     parser.add_argument("--out", type=Path, required=True, help="folder of the table")
     parser.add_argument("--tasks", nargs="+", choices=list(ALL), default=list(ALL))
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 1 2; --quick: 0")
     parser.add_argument("--quick", action="store_true", help="two rounds of four rows, in seconds")
     own = parser.parse_args(args)
+    if own.minilm is None and not own.quick and "mr_polarity" in own.tasks:
+        parser.error("--minilm: mr_polarity needs it; give the model's folder, or leave the task out by --tasks")
     own.rows = QUICK if own.quick else [row for row in EVERY if row.task in own.tasks]
     own.seeds = own.seeds or (SEEDS[:1] if own.quick else SEEDS)
     own.out = own.out / "quick" if own.quick else own.out
@@ -87,10 +90,9 @@ def main(args: Sequence[str] | None = None) -> None:
     own.out.mkdir(parents=True, exist_ok=True)
     path = own.out / "protections.json"
     found = json.loads(path.read_text()) if path.is_file() else {"runs": []}
-    words = "python -m benchmarks.protections --data DATA --out OUT" + (" --quick" if own.quick else "")
+    words = "python -m benchmarks.protections --data DATA --minilm MODEL --out OUT" + (" --quick" if own.quick else "")
     done = {(one["row"], one["seed"]) for one in found["runs"]}
-    data = own.data.resolve()
-    places = {"data": str(data), "minilm": str(data / "minilm_l6")}
+    places = {"data": str(own.data.resolve()), "minilm": str(own.minilm and own.minilm.resolve())}
     with tempfile.TemporaryDirectory() as name:
         for seed, row in ((seed, row) for seed in own.seeds for row in own.rows if (row.name, seed) not in done):
             print(f"{row.name}, seed {seed}", flush=True)
