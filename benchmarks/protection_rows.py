@@ -149,18 +149,18 @@ def rows(name: str) -> list[Row]:
 
     if task.multiplier_clip is not None:
         found["labels stay"] = {LABELS: "client"}
-        noise = {"multiplier": tokens(task.multiplier_clip, 1.0)}
-        found["labels stay, noise 1 on λ₂"] = {LABELS: "client", "trainer.privacy": noise}
+        noise = {"multiplier": tokens(task.multiplier_clip, 0.1)}
+        found["labels stay, noise 0.1 on λ₂"] = {LABELS: "client", "trainer.privacy": noise}
     for codec in ("int8", "int4"):
         found[f"z in {codec}"] = {CODEC: codec}
-    for multiplier in (0.1, 0.5):
+    for multiplier in (0.03, 0.1):
         found[f"noise {multiplier:g} on z"] = {"trainer.privacy": {"smashed_data": tokens(task.token_clip, multiplier)}}
     for epsilon in (8, 3, 1):
         answers = {"level": "example", "clip": task.clip, "epsilon": float(epsilon), "delta": task.delta}
         found[f"ε = {epsilon} on answers"] = {"trainer.privacy": answers}
     if task.multiplier_clip is not None:
-        both = {"smashed_data": tokens(task.token_clip, 0.5), "multiplier": tokens(task.multiplier_clip, 1.0)}
-        found["labels stay, noise on z (0.5) and λ₂ (1)"] = {LABELS: "client", "trainer.privacy": both}
+        both = {"smashed_data": tokens(task.token_clip, 0.1), "multiplier": tokens(task.multiplier_clip, 0.1)}
+        found["labels stay, noise 0.1 on z and λ₂"] = {LABELS: "client", "trainer.privacy": both}
     return [Row(name, protection, overrides) for protection, overrides in found.items()]
 
 
