@@ -183,7 +183,6 @@ def _start_head(model: PreTrainedModel, name: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed + 2 * SERVER_SEED)
         layer.reset_lora_parameters(ADAPTER, init_lora_weights=True)
-    layer.train(layer.get_base_layer().training)
 
 
 def _head_target(model: PreTrainedModel) -> str:

@@ -129,7 +129,7 @@ def build_client(
     if placement is not None:
         placement.attach(model)
     choose(half.eval(), client_parameters, lora, side)
-    return half, None if loss is None else head_of(ends.eval(), structure, loss)
+    return half, None if loss is None else head_of(ends, structure, loss)
 
 
 def load_server_half(

@@ -52,7 +52,8 @@ class Middle(Half):
 class ClientHead(ServerHalf):
     """What comes after the layers: final norm and head, as the model has them, and their loss in closed form.
 
-    Called with z₂ and the mask it gives the whole model's logits. Neither loss nor gradients make a graph.
+    Called with z₂ and the mask it gives the whole model's logits, without dropout. Neither loss nor gradients make a
+    graph.
 
     Args:
         model: a whole that is pruned to what runs after the layers.
@@ -65,7 +66,7 @@ class ClientHead(ServerHalf):
 
     def __init__(self, model: PreTrainedModel, structure: Structure, loss: Loss) -> None:
         super().__init__(model, structure, structure.layers.num_layers)
-        self.closed = closed_form(self, loss)
+        self.closed = closed_form(self.eval(), loss)
         self._trained = tuple(name for name, p in self.named_parameters() if p.requires_grad)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 import warnings
@@ -21,10 +22,11 @@ from hosfl_lightning.data.prompt import LabelWords
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.halves import HEAD
 from hosfl_lightning.split import Lora, LoraHalf, Side, SplitError
+from hosfl_lightning.split.adapters import dropouts
 from tests.models.test_part import ALL, assert_same_client, batch
 from tests.recipe_runs import tiny_pretrained
 from tests.split.test_build import tensors_read
-from tests.split.tiny_models import tiny_causal_lm
+from tests.split.tiny_models import tiny_causal_lm, tiny_classifier
 
 CLASSIFIERS = ("bert", "roberta", "distilbert")
 LORA = {"lora": Lora(ALL, LoraHalf(r=3, dropout=0.1, target_modules="all-linear"))}
@@ -37,7 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("distilbert", {"lora": Lora(None, ALL), "side": Side(client=4)}),
     ("llama", {"lora": None}),
     ("gpt2", {"lora": Lora(ALL, ALL, head=3)}),
-    ("llama", {"lora": Lora(None, ALL, head=2), "side": Side(client=4), "client_parameters": "norm"}),
+    ("llama", {"lora": Lora(None, LORA["lora"].server, head=2), "side": Side(client=4), "client_parameters": "norm"}),
     ("bert", {"lora": None, "side": Side(client=4)}),
 ]
 
@@ -52,8 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def build(folder: Path, labels: str = "client", **kwargs: Any) -> SplitModule:
     settings: dict[str, Any] = {"pretrained": str(folder), "cut": 2, "seed": 5, "labels": labels} | kwargs
     if folder.name in CLASSIFIERS:
-        return SplitSequenceClassifier(**{"num_labels": 3, **settings}).eval()
-    return SplitCausalLM(**settings).eval()
+        return SplitSequenceClassifier(**{"num_labels": 3, **settings})
+    return SplitCausalLM(**settings)
 
 
 def labelled(model: SplitModule) -> dict[str, Tensor]:
@@ -83,6 +85,7 @@ def test_the_three_parts_are_the_model_with_two(
     }  # fmt: skip
     assert list(three.client_parameters)[: len(two.client_parameters)] == list(two.client_parameters)
     move(three), move(two)
+    assert not dropouts(three.client_head)
     given = labelled(three)
     mask, labels = given["attention_mask"], given["labels"]
     z = two.client_half(given["input_ids"], mask).detach().requires_grad_()
@@ -132,8 +135,9 @@ def test_a_client_alone_has_both_ends_and_nothing_between(
     assert all(torch.equal(*pair) for pair in zip(one.gradients, other.gradients))
 
 
-def test_a_fresh_head_of_another_size_is_that_of_the_whole(folder: Callable[[str], Path]) -> None:
-    both, alone = (build(folder("bert"), part=part, num_labels=5, **LORA) for part in ("both", "client"))
+def test_a_fresh_head_of_another_size_is_that_of_the_whole(tmp_path: Path) -> None:
+    tiny_classifier("bert").save_pretrained(tmp_path / "bert")
+    both, alone = (build(tmp_path / "bert", part=part, num_labels=5, **LORA) for part in ("both", "client"))
     name = "classifier.modules_to_save.default.weight"
     assert both.client_head.trained[name].shape == (5, 32)
     assert torch.equal(alone.client_head.trained[name], both.client_head.trained[name])
@@ -145,6 +149,8 @@ def test_exported_is_trained(family: str, folder: Callable[[str], Path], tmp_pat
     model = build(folder(family), lora=Lora(ALL, ALL, head=head), client_parameters="norm")
     move(model)
     model.export(str(tmp_path / "out"))
+    saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"]
+    assert not any(HEAD in name for name in saved)
     classes = {"num_labels": 3} if family == "bert" else {}
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     with warnings.catch_warnings():
