@@ -2,9 +2,9 @@
 
     python -m benchmarks.protections --data DATA --minilm MODEL --out docs/results/protections
 
-DATA holds ``stories260k``, ``tinyshakespeare``, ``mr_polarity``; MODEL is all-MiniLM-L6-v2. Three tasks (norms on digits by eight
-probes, a side adapter on Shakespeare and on film reviews), each with a frozen and a first-order client beside it and
-with the client as it is; then one protection after the other, with the learning rates that were chosen without any.
+DATA holds ``stories260k``, ``tinyshakespeare``, ``mr_polarity``; MODEL is all-MiniLM-L6-v2. Three tasks (norms on
+digits by eight probes, a side adapter on Shakespeare and on film reviews), each with a frozen and a first-order client
+beside it and with the client as it is; then one protection after the other, at learning rates chosen without any.
 After each run `hosfl attack` tries the messages of its first round. What is finished is not run again:
 ``protections.json`` holds every run. ``--quick`` is two rounds of four rows: it shows the table, not the answer.
 """

@@ -200,7 +200,7 @@ def test_every_overlay_on_the_quickstart(overlay: Path, tmp_path: Path) -> None:
     assert run.summary["rounds"] == 2
     assert math.isfinite(run.summary["val_loss_last"])
     base = next(load(ROOT / word) for before, word in pairwise(words) if before == "--config")
-    beside = run.recipe["trainer"].get("controls", base["trainer"]["controls"])
+    beside = run.recipe.get("trainer", {}).get("controls", base["trainer"]["controls"])
     assert list(run.summary["controls"]) == names_of(beside)
 
 

@@ -13,8 +13,10 @@ from lightning.fabric import Fabric
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, SplitSequenceClassifier
+from hosfl_lightning.advise.command import Advisor
 from hosfl_lightning.algorithms import HOSL, Algorithm, FedAvg, Frozen, MixedHOSFL, SplitFedSGD, TooFewClientsError
 from hosfl_lightning.algorithms.mixed import ClientKind
+from hosfl_lightning.availability import Trace
 from hosfl_lightning.clients import Endpoint, EndpointError, SplitEndpoint, TermsError
 from hosfl_lightning.data.tokenization import Example
 from hosfl_lightning.optim import SGD, Uncompressed
@@ -308,6 +310,19 @@ def test_a_loss_that_the_server_has_cannot_be_withheld(
 ) -> None:
     with pytest.raises(ValueError, match=r"report_loss: false keeps nothing back.*labels: client"):
         make_orchestrator(HOSFL(report_loss=False)).fit(make_model(), data)
+
+
+def test_advice_needs_the_loss_at_the_server(make_model: Make, data: RandomTokens) -> None:
+    with pytest.raises(ValueError, match=r"set model.init_args.labels: server"):
+        Advisor(HOSFL(), max_rounds=4, logger=False).advise(make_model(labels="client"), data)
+
+
+def test_what_was_away_cannot_come_back_without_a_log(make_orchestrator: Make, encoder: str) -> None:
+    """Not even beside a frozen half: its head moves."""
+    model = SplitSequenceClassifier(encoder, cut=2, num_labels=2, labels="client")
+    trainer = make_orchestrator(Frozen(), replay_log=False, availability=Trace([[0]]))
+    with pytest.raises(ValueError, match=r"set trainer.replay_log: true"):
+        trainer.fit(model, Texts([[9, 12, 7]]))
 
 
 def test_held_out_labels_are_not_sent(make_model: Make, make_orchestrator: Make, data: RandomTokens) -> None:

@@ -109,7 +109,8 @@ def test_a_basis_is_known_by_its_description() -> None:
         assert (type(again), again.size, again.describe()) == (type(basis), basis.size, basis.describe())
     for wrong in ({}, {"kind": "sphere"}, {"kind": "dense", "probes": 1}, {"kind": "coordinates", "count": 0},
                   {"kind": "shared_directions", "probes": True, "distribution": "gauss16"},
-                  {"kind": "shared_directions", "probes": 2, "distribution": "normal"}):  # fmt: skip
+                  {"kind": "shared_directions", "probes": 2, "distribution": "normal"},
+                  {"kind": "dense", "beside": len(SIZES)}, {"kind": "dense", "beside": True}):  # fmt: skip
         with pytest.raises(ValueError):  # noqa: PT011  # each names its own setting
             basis_of(wrong, 7, 3, SIZES)
 
