@@ -1,6 +1,6 @@
 """What is left of the attacks on z, by cut, codec and noise: text and images.
 
-    python -m benchmarks.attacks --data DATA --out docs/results/attacks     # ten minutes of one CPU
+    python -m benchmarks.attacks --data DATA --out docs/results/attacks     # four minutes of one CPU
 
 DATA holds ``tinyshakespeare/input.txt``. Text: ``tiny_lm`` with LoRA as it begins, cut behind 1 to 4 of its 6 layers;
 two pieces of 16 bytes a seed. Images: scikit-learn's digits through the network of `recipes/vision/digits_hosfl.yaml`
@@ -150,8 +150,8 @@ def line(
     cell: Cell, attack: str, measure: str, values: Sequence[float], trivial: float, loss: float | None = None
 ) -> dict[str, Any]:
     """One entry of ``attacks.json``."""
-    return {**cell._asdict(), "attack": attack, "measure": measure, "values": list(values), "trivial": trivial,
-            "loss": loss}  # fmt: skip
+    told = {"attack": attack, "measure": measure, "values": [round(value, 4) for value in values]}
+    return {**cell._asdict(), **told, "trivial": round(trivial, 4), "loss": loss if loss is None else round(loss, 4)}
 
 
 def chosen(found: Sequence[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -216,7 +216,7 @@ def mean_loss(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """By noise: a line a cut, solid as computed, dotted in int4; grey is the trivial guess."""
+    """By noise: a line a cut, solid as computed with its interval, dotted in int4; grey is the trivial guess."""
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(9.2, 4.0), dpi=130, layout="constrained")
         FigureCanvasAgg(figure)
@@ -242,11 +242,12 @@ def _curve(axes: Any, found: Sequence[dict[str, Any]], cut: int, codec: str, sty
     for place, noise in enumerate(NOISES):
         values = [v for one in chosen(found, cut=cut, codec=codec, noise=noise) for v in one["values"]]
         if values:
-            points.append((place, fmean(values), *interval(values)))
+            points.append((place + 0.06 * (cut - 2.5), fmean(values), *interval(values)))
     if points:
         x, mean, low, high = zip(*points)
         axes.plot(x, mean, style, marker="o", markersize=4, color=COLOURS[cut - 1], label=f"cut {cut}, {codec}")
-        axes.fill_between(x, low, high, color=COLOURS[cut - 1], alpha=0.1, linewidth=0)
+        if codec == "fp32":
+            axes.vlines(x, low, high, color=COLOURS[cut - 1], linewidth=1, alpha=0.6)
 
 
 def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:

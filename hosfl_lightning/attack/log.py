@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,11 +40,12 @@ def from_log(scene: Scene) -> list[Score]:
     scene.put_client(-1)
     estimate, real = _estimate(scene), _gradient(scene, batch)
     other = torch.randn(estimate.shape, generator=torch.Generator().manual_seed(0)).to(estimate)
-    told, chance = (abs(float(torch.cosine_similarity(one, real, dim=0))) for one in (estimate, other))
+    told = abs(float(torch.cosine_similarity(estimate, real, dim=0)))
+    chance = math.sqrt(2 / (math.pi * len(real)))  # the mean of a random direction
     attack = _text if isinstance(scene.model.client_half, ClientHalf) else _images
     measure, found = attack(scene, batch, estimate)
     _, trivial = attack(scene, batch, other)
-    note = f"{min(scene.log.rounds, ROUNDS)} rounds; |cos(ĝ, g)| is {told:.3f}, of a random direction {chance:.3f}"
+    note = f"{min(scene.log.rounds, ROUNDS)} rounds; |cos(ĝ, g)| is {told:.3f}, by chance {chance:.3f}"
     return [Score.of("log", measure, found, trivial, note)]
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from hosfl_lightning.callbacks import KeepMessages
 from hosfl_lightning.callbacks.keep_messages import FOLDER, KeptError, kept_rounds
-from hosfl_lightning.wire import Message, encode
+from hosfl_lightning.files import write_whole
+from hosfl_lightning.fleet import Channel
+from hosfl_lightning.wire import Message, StepRequest, encode
 from tests.random_tokens import RandomTokens
 
 
@@ -44,6 +47,18 @@ def test_stops_at_a_limit_with_a_word(
     files[0].write_bytes(files[0].read_bytes()[:-1])
     with pytest.raises(KeptError, match="there is no message of this run"):
         list(kept_rounds(Path(trainer.log_dir)))
+
+
+def test_a_run_that_goes_on_keeps_what_is_before_it(tmp_path: Path) -> None:
+    for number in (0, 1, 2):
+        write_whole(tmp_path / FOLDER / f"round_{number:06d}.0.frames", lambda file: file.write(b"x" * 60))
+    channel, keeper = Channel(serialize=False), KeepMessages(rounds=3, max_bytes=220)
+    trainer = SimpleNamespace(log_dir=tmp_path, global_rank=0, global_step=1, fleet=SimpleNamespace(channel=channel))
+    keeper.on_train_start(trainer, None)
+    assert [file.name for file in (tmp_path / FOLDER).iterdir()] == ["round_000000.0.frames"]
+    channel.down(StepRequest(1, 0))  # with the round before it beyond the limit
+    keeper.on_train_batch_end(trainer, None, None, None, 1)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 1
 
 
 def test_without_messages_says_how_to_keep_them(tmp_path: Path) -> None:
