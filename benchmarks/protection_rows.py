@@ -29,6 +29,7 @@ class Task:
         clip: Of an example's vector: the median length of those of the first rounds.
         token_clip: Of z: the median length of a token's.
         multiplier_clip: Of λ₂, each token's or example's own: likewise; None: labels do not stay here.
+        noises: On z, in clips.
         attacks: That are tried.
         found: The one whose share of inputs stands in the table.
         delta: Below 1/N.
@@ -41,6 +42,7 @@ class Task:
     clip: float
     token_clip: float
     multiplier_clip: float | None
+    noises: tuple[float, float]
     attacks: tuple[str, ...]
     found: str
     delta: float = 5e-4
@@ -79,19 +81,19 @@ ALL = {
     "digits": Task(
         "vision/digits_hosfl_norm.yaml", {"model.init_args.cut": 3, "trainer.max_rounds": 100}, {},
         rated(backprop(), 0.01, 0.01), clip=1.5, token_clip=4.0, multiplier_clip=None,
-        attacks=("labels", "inversion", "multiplier"), found="pixels explained",
+        noises=(0.03, 0.1), attacks=("labels", "inversion", "multiplier"), found="pixels explained",
     ),
     SHAKESPEARE: Task(
         TASKS[SHAKESPEARE].recipe, side(SHAKESPEARE, 3),
         adapter(SHAKESPEARE) | rated(known("Uncompressed"), 0.01, 0.005),
         lora("all-linear") | rated(backprop(), 0.006, 0.005), clip=1.3, token_clip=7.0, multiplier_clip=1.3,
-        attacks=("labels", "search", "multiplier"), found="tokens",
+        noises=(0.1, 0.4), attacks=("labels", "search", "multiplier"), found="tokens",
     ),
     POLARITY: Task(
         TASKS[POLARITY].recipe, side(POLARITY, 5, **{"data.init_args.partition": "iid"}),
         adapter(POLARITY) | rated(known("Uncompressed"), 0.001, 0.0007),
         lora("all-linear") | rated(backprop(), 0.0015, 0.0007), clip=0.15, token_clip=11.0, multiplier_clip=0.05,
-        attacks=("labels", "nearest", "inversion", "multiplier"), found="tokens",
+        noises=(0.1, 0.4), attacks=("labels", "nearest", "inversion", "multiplier"), found="tokens",
     ),
 }  # fmt: skip
 
@@ -149,18 +151,19 @@ def rows(name: str) -> list[Row]:
 
     if task.multiplier_clip is not None:
         found["labels stay"] = {LABELS: "client"}
-        noise = {"multiplier": tokens(task.multiplier_clip, 0.1)}
-        found["labels stay, noise 0.1 on λ₂"] = {LABELS: "client", "trainer.privacy": noise}
+        noise = {"multiplier": tokens(task.multiplier_clip, 0.2)}
+        found["labels stay, noise 0.2 on λ₂"] = {LABELS: "client", "trainer.privacy": noise}
     for codec in ("int8", "int4"):
         found[f"z in {codec}"] = {CODEC: codec}
-    for multiplier in (0.03, 0.1):
+    for multiplier in task.noises:
         found[f"noise {multiplier:g} on z"] = {"trainer.privacy": {"smashed_data": tokens(task.token_clip, multiplier)}}
     for epsilon in (8, 3, 1):
         answers = {"level": "example", "clip": task.clip, "epsilon": float(epsilon), "delta": task.delta}
         found[f"ε = {epsilon} on answers"] = {"trainer.privacy": answers}
     if task.multiplier_clip is not None:
-        both = {"smashed_data": tokens(task.token_clip, 0.1), "multiplier": tokens(task.multiplier_clip, 0.1)}
-        found["labels stay, noise 0.1 on z and λ₂"] = {LABELS: "client", "trainer.privacy": both}
+        most = task.noises[1]
+        both = {"smashed_data": tokens(task.token_clip, most), "multiplier": tokens(task.multiplier_clip, 0.2)}
+        found[f"labels stay, noise {most:g} on z, 0.2 on λ₂"] = {LABELS: "client", "trainer.privacy": both}
     return [Row(name, protection, overrides) for protection, overrides in found.items()]
 
 

@@ -33,7 +33,7 @@ from hosfl_lightning.run.identity import hardware
 
 SEEDS = [0, 1, 2]
 #: That each attack takes.
-EXAMPLES = 8
+EXAMPLES = 4
 
 
 def run(row: Row, seed: int, quick: bool, folder: Path, places: dict[str, str]) -> dict[str, Any]:
