@@ -43,8 +43,8 @@ def _by_figures(scene: Scene, *sides: Sequence[Batch]) -> Iterator[tuple[str, tu
     with torch.no_grad():
         members, others = ([-float(_loss(scene, batch)) for batch in side] for side in sides)
     yield "loss", (members, others)
-    if scene.trained:
-        basis = scene.algorithm.basis(0, 0, [p.numel() for p in scene.trained.values()])
+    basis = scene.algorithm.basis(scene.seed, 0, [p.numel() for p in scene.trained.values()]) if scene.trained else None
+    if basis is not None:  # else the method has no scalars
         members, others = ([-float(_scalars(scene, batch, basis).norm()) for batch in side] for side in sides)
         yield "norm of scalars", (members, others)
 
