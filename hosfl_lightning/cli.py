@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from hosfl_lightning.rendering import fail, nearest, process
+from hosfl_lightning.usage import usage
 
 #: Of one run, with a recipe.
 OF_A_RUN = ("fit", "serve", "validate", "test", "predict", "export", "replay")
@@ -26,6 +27,9 @@ def main(args: list[str] | None = None) -> None:
     Ends with exit code 2 and one line for what the user can mend; ``HOSFL_TRACEBACK=1`` shows where it came from.
     """
     args = sys.argv[1:] if args is None else args
+    if args and args[0] in ("-h", "--help"):
+        print(usage())
+        return
     # As python -m does, for parts of one's own; last, so that they hide nothing.
     sys.path += [here for here in [os.getcwd()] if here not in sys.path]
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value

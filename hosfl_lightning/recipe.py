@@ -27,16 +27,11 @@ from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.rendering import fail, nearest, readable
 from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.hooks import HookError
+from hosfl_lightning.usage import ABOUT
 
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: As they stand before a key in a parser's message.
 PREFIXES = (*SUBCOMMANDS, "advise", "attack")
-DESCRIPTION = (
-    "Fine-tune a split model without backprop on the clients. Clients on other machines: hosfl serve here, hosfl join "
-    "--help there, with certificates of hosfl certs --help. Which client to train: hosfl advise --help. Several "
-    "methods at equal conditions: hosfl compare --help; the same tables from runs that are there: hosfl report --help. "
-    "What a server learns of its clients' data: hosfl attack --help."
-)
 #: The keys of a recipe.
 RECIPE = ("seed_everything", "trainer", "model", "data")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
@@ -269,7 +264,7 @@ def command(
         auto_configure_optimizers=False,
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
-        parser_kwargs={"prog": "hosfl", "description": DESCRIPTION},
+        parser_kwargs={"prog": "hosfl", "description": ABOUT},
         seed_everything_default=False,
         args=args,
     )

@@ -39,7 +39,7 @@ LAYERS = [
     ["optim"],
     ["wire", "loggers"],
     ["data", "availability", "link"],
-    ["privacy", "rng", "files", "networks", "moved", "parts", "rendering", "arguments", "gguf"],
+    ["privacy", "rng", "files", "networks", "moved", "parts", "rendering", "arguments", "gguf", "usage"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 #: Lines of a file at most; of those that once grew, fewer.
