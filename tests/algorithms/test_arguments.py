@@ -19,7 +19,9 @@ ARGUMENTS = {
     "FedAvg": ALL | LOCAL,
     "Frozen": ALL | {"report_loss"},
     "HERONSFL": ALL | HEAD | {"local_steps", "probes", "mu", "scalars"},
-    "HOSFL": ALL | PROBES | {"estimator", "first_order_optimizer", "compression", "taps", "personal", "report_loss"},
+    "HOSFL": ALL
+    | PROBES
+    | {"estimator", "first_order_optimizer", "compression", "taps", "personal", "report_loss", "directions"},
     "HOSL": ALL | PROBES,
     "MUSplitFed": ALL | PROBES | {"server_steps", "global_lr", "server_optimizer"},
     "MixedHOSFL": ALL | {"report_loss", "clients", "mu", "estimator", "distribution", "checkpointing"},

@@ -46,7 +46,9 @@ def test_it_logs_norm_and_term_of_all_clients(clients: SplitEndpoint, joint: boo
     requests = [StepRequest(0, client) for client in range(2)]
     groups = [requests] if joint else [[request] for request in requests]
     inbox = Inbox.of(
-        [z for group in groups for z in sent(clients, group)], clients.model.count, None if joint else [0, 1]
+        [z for group in groups for z in sent(clients, group)],
+        lambda message: clients.model.count(message.unpack_labels()),  # type: ignore[union-attr]
+        None if joint else [0, 1],
     )
     multipliers: dict[int, Multiplier] = {}
     squares, terms = 0.0, 0.0
