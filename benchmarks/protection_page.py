@@ -29,17 +29,23 @@ def table(task: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     losses = {name: {one["seed"]: one["after"] for one in some} for name, some in by_row.items()}
     what = ALL[task].found
     lines = [
-        f"| protection | loss | gap closed | KiB a client-round | {what} found | labels found | by chance |",
+        f"| protection | loss | loss, z as sent | gap closed | {what} found | labels found | by chance |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, some in by_row.items():
         labels, chance = best(some, ("labels", "next tokens", "label groups")), best(some, (what,))[1]
         cells = [
-            name, spread(losses[name].values()), closed(losses[name], losses), f"{some[0]['bytes'] / 1024:,.0f}",
+            name, spread(losses[name].values()), sent(some), closed(losses[name], losses),
             share(best(some, (what,))[0]), share(labels[0]), f"{share([chance])}, {share([labels[1]])}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def sent(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Where z is noised, the loss on it; elsewhere the loss is of what is sent."""
+    known = [one["as_sent"] for one in runs if one["as_sent"] is not None]
+    return spread(known) if known else NONE
 
 
 def best(runs: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> tuple[list[float], float]:

@@ -111,6 +111,11 @@ class Row:
         """In the table's file."""
         return f"{self.task}/{self.protection}"
 
+    @property
+    def noises_z(self) -> bool:
+        """Whether what is trained on is other z than what is validated on."""
+        return "smashed_data" in self.overrides.get("trainer.privacy", {})
+
     def recipe(self, seed: int, quick: bool, folder: Path, places: dict[str, str]) -> dict[str, Any]:
         """The task's recipe with this protection; its run goes into ``folder``."""
         task = ALL[self.task]

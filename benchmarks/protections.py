@@ -30,6 +30,7 @@ from hosfl_lightning.attack.command import AttackCommand, Attacker
 from hosfl_lightning.files import write_json, write_whole
 from hosfl_lightning.recipe import command
 from hosfl_lightning.run.identity import hardware
+from hosfl_lightning.split import run as split_run
 
 SEEDS = [0, 1, 2]
 #: That each attack takes.
@@ -50,9 +51,23 @@ def run(row: Row, seed: int, quick: bool, folder: Path, places: dict[str, str]) 
     crossed = (summary["bytes_up"] + summary["bytes_down"]) / (trainer.global_step * trainer.datamodule.num_clients)
     return {
         "row": row.name, "seed": seed, "rounds": trainer.global_step, "before": summary["val_loss_first"],
-        "after": summary["val_loss_last"], "privacy": summary.get("privacy"), "bytes": round(crossed),
+        "after": summary["val_loss_last"], "as_sent": as_sent(trainer) if row.noises_z else None, "privacy": summary.get("privacy"), "bytes": round(crossed),
         "scores": told["scores"], "left_out": told["left_out"], "cpu_seconds": round(time.process_time() - began, 1),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def as_sent(trainer: Any) -> float:
+    """Validation loss on z as the clients send it, clipped and noised; ``after`` is on z as it is."""
+    model, endpoint, total, terms = trainer.lightning_module, trainer.endpoint, 0.0, 0
+    for number, batch in enumerate(trainer.datamodule.val_dataloader()):
+        batch = model.prepare(batch)
+        mask = batch["attention_mask"]
+        z = endpoint.noised(split_run(model.client_half, batch), mask.bool(), "smashed_data", ("held out", number))
+        count = model.count(batch["labels"])
+        total += count * float(model.loss(model.above(z, mask), batch["labels"]))
+        terms += count
+    return total / terms
 
 
 def write(found: dict[str, Any], out: Path, words: str) -> None:
