@@ -51,7 +51,8 @@ def run(row: Row, seed: int, quick: bool, folder: Path, places: dict[str, str]) 
     crossed = (summary["bytes_up"] + summary["bytes_down"]) / (trainer.global_step * trainer.datamodule.num_clients)
     return {
         "row": row.name, "seed": seed, "rounds": trainer.global_step, "before": summary["val_loss_first"],
-        "after": summary["val_loss_last"], "as_sent": as_sent(trainer) if row.noises_z else None, "privacy": summary.get("privacy"), "bytes": round(crossed),
+        "after": summary["val_loss_last"], "as_sent": as_sent(trainer) if row.noises_z else None,
+        "privacy": summary.get("privacy"), "bytes": round(crossed),
         "scores": told["scores"], "left_out": told["left_out"], "cpu_seconds": round(time.process_time() - began, 1),
     }  # fmt: skip
 
