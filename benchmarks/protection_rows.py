@@ -93,7 +93,7 @@ ALL = {
         TASKS[POLARITY].recipe, side(POLARITY, 5, **{"data.init_args.partition": "iid", "trainer.max_rounds": 50}),
         adapter(POLARITY) | rated(known("Uncompressed"), 0.001, 0.0007),
         lora("all-linear") | rated(backprop(), 0.0015, 0.0007), clip=0.15, token_clip=11.0, multiplier_clip=0.05,
-        noises=(0.1, 0.4), attacks=("labels", "nearest", "inversion", "multiplier"), found="tokens",
+        noises=(0.1, 0.4), attacks=("labels", "nearest", "multiplier"), found="tokens",
     ),
 }  # fmt: skip
 
