@@ -17,9 +17,7 @@ from hosfl_lightning.wire import Codecs
 
 NOISE = Privacy(clip=1.0, noise_multiplier=2.0)
 AT_THE_SERVER: Any = SimpleNamespace(labels="server")
-FROZEN, TRAINED = (
-    SimpleNamespace(labels="client", client_head=SimpleNamespace(trained=of)) for of in ({}, {"w": 1})
-)  # type: tuple[Any, Any]
+FROZEN, TRAINED = (SimpleNamespace(labels="client", client_head=SimpleNamespace(trained=of)) for of in ({}, {"w": 1}))  # type: tuple[Any, Any]
 TOKENS = Privacy(smashed_data=TokenNoise(2.0, 0.5))
 
 
