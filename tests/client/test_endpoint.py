@@ -55,11 +55,15 @@ METHODS: dict[str, Any] = {
     "labels stay, own directions": (lambda: HOSFL(3, directions="client", **common()), STAY, Codecs()),
     "labels stay, frozen": (lambda: Frozen(**common()), STAY, Codecs("bf16", "fp16")),
     "labels stay, head alone": (lambda: HOSFL(2, **common()), {**STAY, "alone": True}, Codecs()),
+    "own projections": (
+        lambda: HOSFL(probes=5, estimator="local", directions="client", taps="keep", **common()), {"both": True},
+        Codecs(),
+    ),
     "projections": (lambda: HOSFL(probes=4, estimator="local", **common()), {"side": True}, Codecs("bf16", "fp16")),
 }  # fmt: skip
 DEVICES = [
-    "hosfl", "hosfl central", "own directions", "side adapter", "coordinates", "side and LoRA", "projections", "hosl",
-    "zosfl", "frozen", "mixed", "mixed, side",
+    "hosfl", "hosfl central", "own directions", "side adapter", "coordinates", "side and LoRA", "projections",
+    "own projections", "hosl", "zosfl", "frozen", "mixed", "mixed, side",
 ]  # fmt: skip
 
 

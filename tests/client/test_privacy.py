@@ -30,7 +30,7 @@ class Silence(NoiseKey):
 def private(name: str, pretrained: str, folder: Path, level: Any = "example", sigma: float = 1e-3) -> Pair:
     (folder / "mine.txt").write_text("the quick brown fox jumps over the lazy dog; " * 6)
     both = Pair(name, pretrained, folder)
-    clip = {"hosfl": 0.02, "side and LoRA": 0.02, "side adapter": 0.01}[name]
+    clip = {"side adapter": 0.01}.get(name, 0.02)
     noise = Privacy(level, clip, sigma, delta=1e-3, smashed_data=TokenNoise(0.5, sigma))
     both.terms = replace(both.terms, privacy=noise.terms())
     old: Any = both.torch
@@ -53,7 +53,8 @@ def answered(both: Pair, key: NoiseKey) -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "level"), [
-    ("hosfl", "example"), ("side and LoRA", "example"), ("side adapter", "example"), ("side adapter", "client"),
+    ("hosfl", "example"), ("own directions", "example"), ("own projections", "example"),
+    ("side and LoRA", "example"), ("side adapter", "example"), ("side adapter", "client"),
 ])  # fmt: skip
 def test_a_device_clips_and_noises_as_torch_does(name: str, level: Any, tiny_folder: Path, tmp_path: Path) -> None:
     both = private(name, str(tiny_folder), tmp_path, level)

@@ -102,7 +102,7 @@ def test_a_dense_gradient_is_summed_as_well(make_model: MakeModel, make_orchestr
 def test_the_gradient_of_a_head_is_summed_beside_scalars(
     make_model: MakeModel, make_orchestrator: MakeOrchestrator, sent: list[tuple[Message, int]]
 ) -> None:
-    """Labels at the client, one of whom has no loss term: not even the sum's weights tell of more."""
+    """Labels at the client; one client has no loss term, and is in the sum with weight 0."""
     found = []
     for secure in (False, True):
         sent.clear()
