@@ -264,8 +264,8 @@ class Endpoint:
         """Coefficients ``(1, P)`` fp64, or of every example by itself, ``(B, P)``."""
         coded: Coded = request.multiplier
         by_example = self.privacy is not None and self.privacy.by_example
-        first = first_of(basis)
-        values = np.zeros((len(visit.mask) if by_example else 1, first.size), np.float64)
+        first, size = first_of(basis), basis.size - self.head_size  # nothing of a half that trains nothing
+        values = np.zeros((len(visit.mask) if by_example else 1, size), np.float64)
         if self.kind != "frozen" and any(self.probed):
             lagrangian = LagrangianTerm(coded, visit.mask)
             term = lagrangian.each if by_example else lagrangian

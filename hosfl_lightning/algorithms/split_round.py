@@ -99,7 +99,7 @@ class SplitRound(Algorithm):
         basis = self.basis_with_head(module, seed, 0, self.parameters(module))
         if codecs.gradient != "fp32" and isinstance(basis, Beside) and isinstance(basis.first, SharedDirections):
             raise ValueError(
-                f"trainer.codec.gradient={codecs.gradient}: the {basis.first.size} scalars of a client would share a "
+                f"trainer.codec.gradient={codecs.gradient}: the {basis.first.probes} scalars of a client would share a "
                 "scale with the gradient of its head; leave it out"
             )
         return replace(terms, settings={**terms.settings, "labels": "client", "report_loss": self.report_loss})
@@ -116,8 +116,8 @@ class SplitRound(Algorithm):
                 f"{type(self.aggregation).__name__} makes most of the update zero; take int4, or NormClippedMean"
             )
         basis = self.basis(0, 0, sizes)
-        if basis is not None and basis.size < ROW:
+        if basis is not None and (sent := basis.of_clients([0]).size) < ROW:
             raise ValueError(
-                f"trainer.codec.gradient: the {basis.size} numbers that a client sends are not fewer bytes in ternary, "
+                f"trainer.codec.gradient: the {sent} numbers that a client sends are not fewer bytes in ternary, "
                 f"which is for {ROW} and more of a gradient that it knows; leave it out"
             )

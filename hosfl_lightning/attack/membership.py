@@ -45,7 +45,8 @@ def _by_figures(scene: Scene, *sides: Sequence[Batch]) -> Iterator[tuple[str, tu
     yield "loss", (members, others)
     basis = scene.algorithm.basis(scene.seed, 0, [p.numel() for p in scene.trained.values()]) if scene.trained else None
     if basis is not None:  # else the method has no scalars
-        members, others = ([-float(_scalars(scene, batch, basis).norm()) for batch in side] for side in sides)
+        own = basis.of_clients([0])  # one client's are as good as another's
+        members, others = ([-float(_scalars(scene, batch, own)[0].norm()) for batch in side] for side in sides)
         yield "norm of scalars", (members, others)
 
 
@@ -59,23 +60,22 @@ def _by_likeness(scene: Scene, dealt: Sequence[tuple[int, int, Batch]], others: 
     sent = [(answers[client], batch) for round, client, batch in dealt if round == 0 and client in answers]
     if not sent or len(sent[0][0].coefficients) < 2:
         return
-    sizes, first = [p.numel() for p in scene.trained.values()], sent[0][0]
-    basis = basis_of(first.basis, scene.seed, 0, sizes)
     scene.put_client(0)
-    known = [[_scalars(scene, one, basis) for one in alone(batch)] for _, batch in sent]
-    strange = [_scalars(scene, one, basis) for one in others]
-
-    def sides(shift: int) -> tuple[list[float], list[float]]:
-        vectors = [sent[(i + shift) % len(sent)][0].coefficients for i in range(len(sent))]
-        inside = [_likeness(one, v) for own, v in zip(known, vectors) for one in own]
-        return inside, [_likeness(one, vectors[i % len(sent)]) for i, one in enumerate(strange)]
-
-    trivial = auc(*sides(1)) if len(sent) > 1 else 0.5
-    yield auc_score("membership", *sides(0), trivial, f"by likeness to {len(first.coefficients)} scalars of round 0")
+    pairs = [(sent[i][0], sent[(i + 1) % len(sent)][0]) for i in range(len(sent))]  # its client's, and another's
+    known = [_likeness(scene, one, pair) for pair, (_, batch) in zip(pairs, sent) for one in alone(batch)]
+    strange = [_likeness(scene, one, pairs[i % len(sent)]) for i, one in enumerate(others)]
+    (members, by_another), (outside, of_another) = zip(*known), zip(*strange)
+    trivial = auc(by_another, of_another) if len(sent) > 1 else 0.5
+    note = f"by likeness to {len(sent[0][0].coefficients)} scalars of round 0"
+    yield auc_score("membership", members, outside, trivial, note)
 
 
-def _likeness(one: Tensor, other: Tensor) -> float:
-    return float(torch.cosine_similarity(one, other.to(one), dim=0))
+def _likeness(scene: Scene, example: Batch, answers: Sequence[ProjectedGradients]) -> list[float]:
+    """With each of the answers, each in its own basis."""
+    sizes = [p.numel() for p in scene.trained.values()]
+    scalars = _scalars(scene, example, *(basis_of(one.basis, scene.seed, 0, sizes) for one in answers))
+    found = zip(scalars, answers)
+    return [float(torch.cosine_similarity(mine, one.coefficients.to(mine), dim=0)) for mine, one in found]
 
 
 @contextmanager
@@ -105,8 +105,9 @@ def _loss(scene: Scene, batch: Batch) -> Tensor:
         return model.loss(model.logits(prepared), prepared["labels"])
 
 
-def _scalars(scene: Scene, batch: Batch, basis: Basis) -> Tensor:
-    """``⟨∂ℓ/∂θ_c, u_p⟩``, by backprop: the attacker may."""
+def _scalars(scene: Scene, batch: Batch, *bases: Basis) -> list[Tensor]:
+    """``⟨∂ℓ/∂θ_c, u_p⟩`` in each basis, by backprop: the attacker may."""
     with torch.enable_grad():
         gradient = torch.autograd.grad(_loss(scene, batch), list(scene.trained.values()), allow_unused=True)
-    return basis.project([torch.zeros_like(p) if g is None else g for p, g in zip(scene.trained.values(), gradient)])
+    known = [torch.zeros_like(p) if g is None else g for p, g in zip(scene.trained.values(), gradient)]
+    return [basis.project(known) for basis in bases]

@@ -31,8 +31,8 @@ class TokenNoise:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        _check_positive("smashed_data.clip", self.clip)
-        _check_positive("smashed_data.noise_multiplier", self.noise_multiplier)
+        for name in ("clip", "noise_multiplier"):
+            _check_positive(f"smashed_data.{name}, or multiplier.{name},", getattr(self, name))
 
     def epsilon(self, delta: float) -> float:
         """Of one release of one token, whatever other token might stand there."""

@@ -41,7 +41,7 @@ def check_method(privacy: Privacy, algorithm: Algorithm, model: SplitModule, cod
     if model.labels == "client" and model.client_head.trained:
         raise ValueError(
             "trainer.privacy.clip: a head that is trained at the client travels as its gradient, which is not noised; "
-            "leave clip out, or freeze the head (of a causal LM, model.init_args.lora.head: null)"
+            "leave clip out, or freeze the head (of a causal LM, model.init_args.lora.head: 0)"
         )
     if model.labels == "client" and getattr(algorithm, "report_loss", False):
         raise ValueError(
@@ -83,15 +83,20 @@ def resolve(privacy: Privacy | None, data: FederatedDataModule, max_rounds: int,
     return privacy.resolved(max(uses))
 
 
-def notice(privacy: Privacy, labels: str, simulated: bool) -> str:
+def notice(privacy: Privacy, algorithm: Algorithm, model: SplitModule, simulated: bool) -> str:
     """What is hidden, and what is not; a line."""
+    at_server = model.labels == "server"
     what = {"example": "one example's part in a client's answers", "client": "a client's answers"}[privacy.level]
     hidden = [f"{what} (C={privacy.clip:g}, σ={privacy.noise_multiplier:.4g})"] if privacy.of_answers else []
     hidden += ["each token's smashed data"] if privacy.smashed_data else []
     hidden += ["each token's λ₂"] if privacy.multiplier else []
     bare = [] if privacy.smashed_data else ["smashed data"]
-    bare += ["labels"] if labels == "server" else [] if privacy.multiplier else ["λ₂, which tells them"]
-    left = f"; {' and '.join(bare)} travel as they are" if bare else ""
+    bare += ["answers to λ"] if algorithm.client_trains and not privacy.of_answers else []
+    telling = [] if at_server or privacy.multiplier else ["λ₂"]
+    telling += ["losses"] if not at_server and getattr(algorithm, "report_loss", False) else []
+    telling += ["the gradient of the head"] if not at_server and model.client_head.trained else []
+    bare += ["labels"] if at_server else telling
+    left = f"; {' and '.join(bare)} travel as they are{', and tell of the labels' if telling else ''}" if bare else ""
     key = "; simulated clients draw it from the run's seed, so whoever knows that can take it away" if simulated else ""
     return f"Noise hides {' and '.join(hidden)}{left}{key}."
 

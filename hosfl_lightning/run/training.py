@@ -80,7 +80,7 @@ def train(
             if first_of_all and trainer.algorithm.client_holds == "half":
                 print(model.labels_notice, flush=True)
             if first_of_all and trainer.privacy is not None:
-                print(notice(trainer.privacy, model.labels, trainer.serving is None), flush=True)
+                print(notice(trainer.privacy, trainer.algorithm, model, trainer.serving is None), flush=True)
             trainer.call("on_fit_start")
             if first_of_all:
                 folder.write_labels(trainer.log_dir, model.label_names)
@@ -182,6 +182,8 @@ def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:
     # Where all of θ_c is personal the record is of who counted, in no coefficients.
     basis = Dense([]) if trainer.algorithm.personal is True else trainer.server.basis(0)
     always = isinstance(settings.availability, Always)
+    if basis is not None:
+        basis.of_clients(range(trainer.sample_size))  # refuses more directions of their own than a round may have
     if resumed is not None and not settings.replay_log and log.exists():
         raise checkpoints.CheckpointError(
             f"ckpt_path: the run wrote {log}, which would lack the rounds to come; set trainer.replay_log: true"

@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hosfl_client import client_directions
 from hosfl_lightning import HOSFL
 from hosfl_lightning.advise.simulated import ByBackprop
 from hosfl_lightning.aggregation import Median
 from hosfl_lightning.availability import Trace
 from hosfl_lightning.optim import AdamW, ClientDirections, RandomProjections, SharedDirections, basis_of
-from hosfl_lightning.wire import ProjectedGradients, Update
+from hosfl_lightning.run.checkpoint import CheckpointError
+from hosfl_lightning.wire import Codecs, ProjectedGradients, Update
 from tests.algorithms.plain_probes import MU, moved, step
 from tests.algorithms.two_layers import Crossing, Points, TwoLayers, adamw, last_update, orchestrator
 
@@ -95,6 +97,35 @@ def test_who_was_away_replays_and_the_log_rebuilds(tmp_path: Path) -> None:
     trainer.replay(TwoLayers(adamw()), None, trainer.log_dir, str(tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "replay.json").read_text())
     assert (report["equal_to"], report["differs_from"]) == (["last.ckpt"], [])
+
+
+def test_a_run_that_goes_on_ends_where_it_would_have(tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"logger": True, "enable_checkpointing": True}
+    whole, part = (fit(tmp_path / name, max_rounds=n, **kept) for name, n in (("whole", 4), ("part", 2)))
+    on = orchestrator(method(), tmp_path / "part", max_rounds=4, **kept)
+    on.fit(TwoLayers(adamw()), Points(), ckpt_path=part.log_dir)
+    assert all(torch.equal(a, b) for a, b in zip(weights(on), weights(whole), strict=True))
+    shared = orchestrator(HOSFL(PROBES, MU, client_optimizer=RULE), tmp_path / "part", max_rounds=5, **kept)
+    with pytest.raises(CheckpointError, match="directions"):
+        shared.fit(TwoLayers(adamw()), Points(), ckpt_path=part.log_dir)
+
+
+@pytest.mark.parametrize("replay_log", [True, False])
+def test_too_many_directions_are_refused_before_the_run(
+    replay_log: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_directions, "ALL_DIRECTIONS", 8)
+    crossing = Crossing()
+    with pytest.raises(ValueError, match="3 clients with 3 directions of their own are more than 8"):
+        fit(tmp_path, logger=True, replay_log=replay_log, callbacks=[crossing])
+    assert not crossing.down
+
+
+def test_ternary_is_for_many_coefficients_of_a_client() -> None:
+    ternary = Codecs(gradient="ternary")
+    HOSFL(128, directions="client").check_codecs(ternary, [1000])
+    with pytest.raises(ValueError, match="the 64 numbers that a client sends"):
+        HOSFL(64, directions="client").check_codecs(ternary, [1000])
 
 
 def test_alike_clients_estimate_better_together() -> None:

@@ -247,6 +247,9 @@ def classify(encoder: str, make_orchestrator: Make, sent: Sent) -> Make:
 NO_LORA = {"lora": Lora(client=None, server=LoraHalf(r=2, target_modules=["q_proj"]))}
 HEADS: dict[str, tuple[Algorithm, dict[str, Any], dict[str, Any]]] = {
     "forward": (HOSFL(2, 0.5, **RULE), {}, {"kind": "shared_directions", "probes": 2, "distribution": "rademacher"}),
+    "own directions": (HOSFL(2, 0.5, directions="client", **RULE), {}, {
+        "kind": "client_directions", "probes": 2, "clients": [0, 1], "distribution": "rademacher",
+    }),
     "local": (HOSFL(estimator="local", compression=Uncompressed(), **RULE), SIDE, {"kind": "dense"}),
     "first order": (SplitFedSGD(**RULE), {}, {"kind": "dense"}),
 }  # fmt: skip
@@ -281,8 +284,9 @@ def test_a_gradient_in_few_bits_carries_the_heads(classify: Make) -> None:
     _, exact, _ = classify(HEADS["local"][0], "client", HEADS["local"][1])
     assert {m.kind for m, _ in sent} >= {"coded_gradient"} and not of(sent, ProjectedGradients)
     close(own, exact, 1e-2)
-    with pytest.raises(ValueError, match=r"trainer.codec.gradient=int8: the 2 scalars .* leave it out"):
-        classify(HEADS["forward"][0], "client", codec=Codecs(gradient="int8"))
+    for name in ("forward", "own directions"):
+        with pytest.raises(ValueError, match=r"trainer.codec.gradient=int8: the 2 scalars .* leave it out"):
+            classify(HEADS[name][0], "client", codec=Codecs(gradient="int8"))
 
 
 # ---- what does not go together

@@ -52,13 +52,18 @@ METHODS: dict[str, Any] = {
     "labels stay, side": (
         lambda: HOSFL(estimator="local", compression=Uncompressed(), **common()), {**STAY, "side": True}, Codecs()
     ),
+    "labels stay, own directions": (lambda: HOSFL(3, directions="client", **common()), STAY, Codecs()),
     "labels stay, frozen": (lambda: Frozen(**common()), STAY, Codecs("bf16", "fp16")),
     "labels stay, head alone": (lambda: HOSFL(2, **common()), {**STAY, "alone": True}, Codecs()),
+    "own projections": (
+        lambda: HOSFL(probes=5, estimator="local", directions="client", taps="keep", **common()), {"both": True},
+        Codecs(),
+    ),
     "projections": (lambda: HOSFL(probes=4, estimator="local", **common()), {"side": True}, Codecs("bf16", "fp16")),
 }  # fmt: skip
 DEVICES = [
-    "hosfl", "hosfl central", "own directions", "side adapter", "coordinates", "side and LoRA", "projections", "hosl",
-    "zosfl", "frozen", "mixed", "mixed, side",
+    "hosfl", "hosfl central", "own directions", "side adapter", "coordinates", "side and LoRA", "projections",
+    "own projections", "hosl", "zosfl", "frozen", "mixed", "mixed, side",
 ]  # fmt: skip
 
 
@@ -192,13 +197,13 @@ def test_it_keeps_its_labels_as_a_client_in_pytorch_does(name: str, pair: Any) -
         close(mine.unpack(mask), theirs.unpack(mask), 0.2 if codecs["multiplier"] == "int4" else 2e-3)
         multiplier = torch.randn(z.shape, generator=drawn)
         theirs, mine = both.ask(Multiplier.pack(round, 2, multiplier, mask, codecs["multiplier"], 7, attempt=round))
-        assert mine.basis == theirs.basis == both.terms.basis
+        assert mine.basis == theirs.basis and mine.coefficients.shape == theirs.coefficients.shape
         head = 2 * (32 + 260)
         if len(theirs.coefficients) > head:
             close(mine.coefficients[:-head], theirs.coefficients[:-head], 2e-3)
         close(mine.coefficients[-head:], theirs.coefficients[-head:], 1e-4)
         assert theirs.coefficients[-head:].any()
-        both.move(round, theirs.coefficients, both.terms.basis)
+        both.move(round, theirs.coefficients, theirs.basis)
         assert both.device.version == both.torch.version == round + 1
         assert both.device.digest() == both.torch.digest()
 

@@ -17,6 +17,7 @@ from hosfl_lightning.wire import Codecs
 
 NOISE = Privacy(clip=1.0, noise_multiplier=2.0)
 AT_THE_SERVER: Any = SimpleNamespace(labels="server")
+FROZEN, TRAINED = (SimpleNamespace(labels="client", client_head=SimpleNamespace(trained=of)) for of in ({}, {"w": 1}))  # type: tuple[Any, Any]
 TOKENS = Privacy(smashed_data=TokenNoise(2.0, 0.5))
 
 
@@ -38,7 +39,7 @@ def test_settings_that_say_nothing_are_refused(given: dict[str, Any], reason: st
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, -1.0)])
 def test_tokens_need_a_clip_and_noise(values: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"trainer.privacy.smashed_data\.\w+ must be > 0"):
+    with pytest.raises(ValueError, match=r"privacy.smashed_data\.(\w+), or multiplier\.\1, must be > 0"):
         TokenNoise(*values)
 
 
@@ -97,24 +98,31 @@ def test_a_token_may_be_exchanged_for_any_other() -> None:
 
 def test_a_line_says_what_is_hidden_and_what_is_not() -> None:
     both = Privacy(clip=1.0, noise_multiplier=2.0, smashed_data=TokenNoise(1.0, 1.0))
-    noise = notice(NOISE, "server", True)
+    noise = notice(NOISE, HOSFL(), AT_THE_SERVER, True)
     assert "smashed data and labels travel as they are" in noise and "run's seed" in noise
-    told = notice(both, "server", False)
+    told = notice(both, HOSFL(), AT_THE_SERVER, False)
     assert "; labels travel as they are." in told and "each token's" in told
-    assert notice(TOKENS, "server", False).startswith("Noise hides each token's smashed data;")
-    assert "; smashed data and λ₂, which tells them travel as they are." in notice(NOISE, "client", False)
-    everything = Privacy(smashed_data=TokenNoise(1.0, 1.0), multiplier=TokenNoise(1.0, 1.0))
-    assert notice(everything, "client", False) == "Noise hides each token's smashed data and each token's λ₂."
+    tokens = notice(TOKENS, HOSFL(), AT_THE_SERVER, False)
+    assert tokens == "Noise hides each token's smashed data; answers to λ and labels travel as they are."
+
+
+def test_a_line_says_what_tells_of_labels_that_stay() -> None:
+    silent, tokens = HOSFL(report_loss=False), TokenNoise(1.0, 1.0)
+    everything = Privacy(clip=1.0, noise_multiplier=2.0, smashed_data=tokens, multiplier=tokens)
+    assert notice(everything, silent, FROZEN, False).endswith("smashed data and each token's λ₂.")
+    assert "; smashed data and λ₂ travel as they are, and tell of the labels." in notice(NOISE, silent, FROZEN, False)
+    both = Privacy(smashed_data=tokens, multiplier=tokens)
+    left = "; losses and the gradient of the head travel as they are, and tell of the labels."
+    assert left in notice(both, Frozen(), TRAINED, False)
 
 
 def test_where_the_labels_stay() -> None:
     """λ₂ is noised where there is one; what else would leave bare is refused."""
-    frozen, trained = (SimpleNamespace(labels="client", client_head=SimpleNamespace(trained=t)) for t in ({}, {"w": 1}))
     of_multiplier = Privacy(multiplier=TokenNoise(1.0, 1.0))
-    check_method(of_multiplier, HOSFL(), frozen, Codecs())  # type: ignore[arg-type]
-    check_method(NOISE, HOSFL(report_loss=False), frozen, Codecs())  # type: ignore[arg-type]
+    check_method(of_multiplier, HOSFL(), FROZEN, Codecs())
+    check_method(NOISE, HOSFL(report_loss=False), FROZEN, Codecs())
     refused = [(of_multiplier, AT_THE_SERVER, "set model.init_args.labels: client"),
-               (NOISE, frozen, "report_loss: false"), (NOISE, trained, "freeze the head")]  # fmt: skip
+               (NOISE, FROZEN, "report_loss: false"), (NOISE, TRAINED, "freeze the head")]  # fmt: skip
     for privacy, model, said in refused:
         with pytest.raises(ValueError, match=said):
-            check_method(privacy, HOSFL(), model, Codecs())  # type: ignore[arg-type]
+            check_method(privacy, HOSFL(), model, Codecs())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,25 @@ def test_a_dense_gradient_is_summed_as_well(make_model: MakeModel, make_orchestr
     torch.testing.assert_close(*means, rtol=1e-6, atol=2.0**-25)
 
 
+def test_the_gradient_of_a_head_is_summed_beside_scalars(
+    make_model: MakeModel, make_orchestrator: MakeOrchestrator, sent: list[tuple[Message, int]]
+) -> None:
+    """Labels at the client; one client has no loss term, and is in the sum with weight 0."""
+    found = []
+    for secure in (False, True):
+        sent.clear()
+        trainer = make_orchestrator(max_rounds=2, secure_aggregation=secure)
+        model = make_model(labels="client", lora=replace(make_model().lora, head=1))
+        trainer.fit(model, RandomTokens([*LENGTHS, [1, 1]]))
+        found.append(updates(trainer))
+        assert secure is not any(isinstance(message, ProjectedGradients) for message, _ in sent)
+    for one, two in zip(*found, strict=True):
+        assert one.basis == two.basis and one.basis["beside"] == 2 and one.weights == two.weights
+        assert one.weights[-1] == 0 and len(one.weights) == 5
+        torch.testing.assert_close(one.coefficients, two.coefficients, rtol=1e-4, atol=1e-6)
+    assert found[1][1].coefficients[2:].any()
+
+
 @pytest.mark.parametrize(
     ("lost", "participants"),
     [(("secure_keys", 1), [0, 2, 3]), (("secure_shares", 1), [0, 2, 3]), (("masked_gradients", 1), [0, 2, 3]),
@@ -162,6 +182,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "clipped": (lambda: SplitFedSGD(aggregation=NormClippedMean()), {}, "NormClippedMean needs"),
     "personal": (lambda: HOSFL(personal=True), {}, "with personal: True a client moves what is its own"),
     "hosl": (HOSL, {}, "what the clients of HOSL send is not summed in one basis"),
+    "own directions": (lambda: HOSFL(directions="client"), {}, "take HOSFL with directions: shared"),
     "frozen": (Frozen, {}, "what the clients of Frozen send"),
     "mixed": (lambda: MixedHOSFL([ClientKind("first_order", share=1)]), {}, "what the clients of MixedHOSFL send"),
     "codec": (HOSFL, {"codec": Codecs(gradient="int8")}, "travel in fixed point, not in int8"),
