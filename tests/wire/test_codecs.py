@@ -258,7 +258,7 @@ def test_a_bf16_tensor_is_never_widened() -> None:
 
 
 def test_an_unknown_codec_is_refused_by_name() -> None:
-    with pytest.raises(FieldError, match="codec must be one of fp32, bf16, fp16, int8, int4, ternary.*got 'int2'"):
+    with pytest.raises(FieldError, match=r"codec must be one of fp32, bf16, fp16, int8, int4, ternary.*got 'int2'"):
         Coded.of(torch.ones(1, 1), "int2", STREAM, 0)
     with pytest.raises(FieldError, match="int64"):
         Coded.of(torch.ones(1, 1).long(), "int8", STREAM, 0)

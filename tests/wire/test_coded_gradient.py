@@ -187,7 +187,7 @@ def test_what_is_no_vector_of_fp32_is_not_packed() -> None:
         _packed(torch.ones(2, 128), "int4")
     with pytest.raises(DtypeError, match=r"coded_gradient: coefficients must be torch\.float32, got torch\.float64"):
         _packed(torch.ones(3).double(), "int4")
-    with pytest.raises(FieldError, match="codec must be one of fp32, bf16, fp16, int8, int4, ternary.*got 'int2'"):
+    with pytest.raises(FieldError, match=r"codec must be one of fp32, bf16, fp16, int8, int4, ternary.*got 'int2'"):
         _packed(torch.ones(3), "int2")
 
 
