@@ -27,6 +27,7 @@ def table(task: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in runs:
         by_row.setdefault(one["row"].partition("/")[2], []).append(one)
     losses = {name: {one["seed"]: one["after"] for one in some} for name, some in by_row.items()}
+    on_sent = {name: {one["seed"]: one["as_sent"] or one["after"] for one in some} for name, some in by_row.items()}
     what = ALL[task].found
     lines = [
         f"| protection | loss | loss, z as sent | gap closed | {what} found | labels found | by chance |",
@@ -35,7 +36,7 @@ def table(task: str, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     for name, some in by_row.items():
         labels, chance = best(some, ("labels", "next tokens", "label groups")), best(some, (what,))[1]
         cells = [
-            name, spread(losses[name].values()), sent(some), closed(losses[name], losses),
+            name, spread(losses[name].values()), sent(some), closed(on_sent[name], losses),
             share(best(some, (what,))[0]), share(labels[0]), f"{share([chance])}, {share([labels[1]])}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -79,4 +80,6 @@ def spread(values: Iterable[float]) -> str:
 def closed(own: Mapping[int, float], losses: Mapping[str, Mapping[int, float]]) -> str:
     """``(frozen − this) / (frozen − first order)`` on the means over seeds, both without protection."""
     found, _ = gap_closed(own, losses.get(FROZEN, {}), losses.get(FIRST_ORDER, {}))
+    if found is not None and found["high"] is not None and found["high"] < 0:
+        return "behind frozen"
     return NONE if found is None else "{value:.0%} [{low:.0%}, {high:.0%}]".format(**found).replace("%", " %")
