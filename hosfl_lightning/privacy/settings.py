@@ -31,8 +31,8 @@ class TokenNoise:
     noise_multiplier: float
 
     def __post_init__(self) -> None:
-        _check_positive("smashed_data.clip", self.clip)
-        _check_positive("smashed_data.noise_multiplier", self.noise_multiplier)
+        _check_positive("smashed_data.clip or multiplier.clip", self.clip)
+        _check_positive("smashed_data.noise_multiplier or multiplier.noise_multiplier", self.noise_multiplier)
 
     def epsilon(self, delta: float) -> float:
         """Of one release of one token, whatever other token might stand there."""

@@ -38,7 +38,7 @@ def test_settings_that_say_nothing_are_refused(given: dict[str, Any], reason: st
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (1.0, -1.0)])
 def test_tokens_need_a_clip_and_noise(values: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"trainer.privacy.smashed_data\.\w+ must be > 0"):
+    with pytest.raises(ValueError, match=r"privacy.smashed_data\.(\w+) or multiplier\.\1 must be > 0"):
         TokenNoise(*values)
 
 
