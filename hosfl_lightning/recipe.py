@@ -207,7 +207,7 @@ class HOSFLCommand(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.enable_progress_bar:
             given = config.model.get("init_args", {})
-            say(f"loading {given.get('pretrained', config.model.class_path)}")
+            say(f"loading {given.get('pretrained') or config.model.class_path}")
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Any:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from safetensors.torch import load_file
 
 from hosfl_lightning import cli
+from hosfl_lightning.recipe import HOSFLCommand
 from tests.recipe_runs import ROOT, Finished, command_line, hosfl, load, small
 
 TEXT = ROOT / "recipes" / "stories260k" / "shakespeare_hosfl_lora.yaml"
@@ -322,3 +324,12 @@ def test_a_run_says_what_it_is_at_before_its_first_round(tmp_path: Path, capsys:
     assert not set(lines) & {*capsys.readouterr().out.splitlines()}
     hosfl(*command, "--trainer.enable_progress_bar=true")
     assert [line for line in capsys.readouterr().out.splitlines() if line in lines] == lines
+
+
+def test_a_network_of_ones_own_is_named_by_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    made = HOSFLCommand.__new__(HOSFLCommand)
+    made.subcommand = "fit"
+    model = Namespace(class_path="mine.Model", init_args=Namespace(pretrained=None))
+    made.config = Namespace(fit=Namespace(trainer=Namespace(enable_progress_bar=True), model=model))
+    made.before_instantiate_classes()
+    assert "loading mine.Model" in "".join(capsys.readouterr())
