@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import tempfile
@@ -31,13 +30,13 @@ from safetensors.numpy import load_file
 from benchmarks.device_fleet import DeviceFleet, Devices
 from benchmarks.device_quality_page import page
 from benchmarks.device_quality_rows import QUICK, ROWS, Row
+from benchmarks.rows import load, write
 from hosfl_client.codecs import Coded
 from hosfl_client.half import OnnxHalf
 from hosfl_client.known_gradient import known_gradient
 from hosfl_lightning.device.command import main as export
-from hosfl_lightning.files import write_json, write_whole
 from hosfl_lightning.recipe import HOSFLCommand, command
-from hosfl_lightning.run.identity import hardware, starts
+from hosfl_lightning.run.identity import starts
 
 SEEDS = [0, 1, 2]
 
@@ -140,25 +139,6 @@ def gradient(half: Path, recorded: Path) -> np.ndarray[Any, Any]:
     return np.concatenate([one.reshape(-1) for one in found]).astype(np.float64)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What was found before; nothing, where there is no file."""
-    if not path.is_file():
-        return {"halves": {}, "runs": []}
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
-
-
-def write(found: dict[str, Any], out: Path, command: str) -> None:
-    """``device_quality.json`` and ``table.md``, in the order of the rows."""
-    order = {row.name: place for place, row in enumerate(ROWS)}
-    found |= {
-        "command": command, "date": datetime.date.today().isoformat(), "machine": hardware(torch.device("cpu")),
-        "runs": sorted(found["runs"], key=lambda one: (order[one["row"]], one["seed"])),
-    }  # fmt: skip
-    write_json(out / "device_quality.json", found, indent=1)
-    write_whole(out / "table.md", lambda file: file.write(page(found).encode()))
-
-
 def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     names = [row.name for row in ROWS]
@@ -178,7 +158,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Seed after seed; the table grows with each run."""
     own = arguments(args)
     own.out.mkdir(parents=True, exist_ok=True)
-    found = load(own.out / "device_quality.json")
+    path = own.out / "device_quality.json"
+    found = {"halves": {}} | load(path)
     words = "python -m benchmarks.device_quality --out OUT" + (" --quick" if own.quick else "")
     done = {(one["row"], one["seed"]) for one in found["runs"]}
     with tempfile.TemporaryDirectory() as name:
@@ -190,7 +171,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 found["halves"][row.name] = halves.figures(row, seed)
             found["runs"].append(run(row, seed, own.quick, half, folder / f"run_{seed}" / row.name))
             print(json.dumps({**found["runs"][-1], "scalars": None}), flush=True)
-            write(found, own.out, words)
+            write(found, path, words, [row.name for row in ROWS], page)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ After each run `hosfl attack` tries the messages of its first round. What is fin
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -26,10 +25,9 @@ import yaml
 
 from benchmarks.protection_page import page
 from benchmarks.protection_rows import ALL, EVERY, QUICK, Row
+from benchmarks.rows import load, write
 from hosfl_lightning.attack.command import AttackCommand, Attacker
-from hosfl_lightning.files import write_json, write_whole
 from hosfl_lightning.recipe import command
-from hosfl_lightning.run.identity import hardware
 from hosfl_lightning.split import run as split_run
 
 SEEDS = [0, 1, 2]
@@ -71,17 +69,6 @@ def as_sent(trainer: Any) -> float:
     return total / terms
 
 
-def write(found: dict[str, Any], out: Path, words: str) -> None:
-    """``protections.json`` and ``table.md``, in the order of the rows."""
-    order = {row.name: place for place, row in enumerate(EVERY)}
-    found |= {
-        "command": words, "date": datetime.date.today().isoformat(), "machine": hardware(torch.device("cpu")),
-        "runs": sorted(found["runs"], key=lambda one: (order[one["row"]], one["seed"])),
-    }  # fmt: skip
-    write_json(out / "protections.json", found, indent=1)
-    write_whole(out / "table.md", lambda file: file.write(page(found).encode()))
-
-
 def arguments(args: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -105,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> None:
     own = arguments(args)
     own.out.mkdir(parents=True, exist_ok=True)
     path = own.out / "protections.json"
-    found = json.loads(path.read_text()) if path.is_file() else {"runs": []}
+    found = load(path)
     words = "python -m benchmarks.protections --data DATA --minilm MODEL --out OUT" + (" --quick" if own.quick else "")
     done = {(one["row"], one["seed"]) for one in found["runs"]}
     places = {"data": str(own.data.resolve()), "minilm": str(own.minilm and own.minilm.resolve())}
@@ -114,7 +101,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(f"{row.name}, seed {seed}", flush=True)
             folder = Path(name) / str(seed) / str(own.rows.index(row))
             found["runs"].append(run(row, seed, own.quick, folder, places))
-            write(found, own.out, words)
+            write(found, path, words, [row.name for row in EVERY], page)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def of_half(model: Any) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.client_parameters.items() if name not in head}
 
 
-class ClientHead:
+class HeadClient:
     r"""``ℓ_k(f_h(z₂; θ_h), y_k)``, its ``λ₂ = ∂ℓ_k/∂z₂``, and ``∂ℓ_k/∂θ_h`` where the head is trained; in closed form.
 
     Args:

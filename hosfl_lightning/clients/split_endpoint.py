@@ -19,7 +19,7 @@ from hosfl_lightning.clients.endpoint import Endpoint, EndpointError
 from hosfl_lightning.clients.first_order import FirstOrderClient
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.clients.frozen import FrozenClient
-from hosfl_lightning.clients.head import ClientHead, of_head
+from hosfl_lightning.clients.head import HeadClient, of_head
 from hosfl_lightning.clients.local_gradient import LocalGradientClient
 from hosfl_lightning.optim import Basis, Beside, ClientDirections, ZerothOrder
 from hosfl_lightning.wire import (
@@ -88,9 +88,9 @@ class SplitEndpoint(Endpoint):
         return client
 
     @cached_property
-    def head(self) -> ClientHead | None:
+    def head(self) -> HeadClient | None:
         """Where labels and loss stay here."""
-        return ClientHead(self.model.client_head) if self.model.labels == "client" else None
+        return HeadClient(self.model.client_head) if self.model.labels == "client" else None
 
     @property
     @override

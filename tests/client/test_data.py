@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +164,6 @@ def test_what_the_process_apart_refuses_is_said_by_this_one(tmp_path: Path) -> N
         read_apart(tmp_path / "mine.txt", DataSettings("blocks"), tmp_path / "tokenizer.json")
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no PYTHONSAFEPATH")
 def test_nothing_of_the_folder_it_is_started_in_is_imported(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
