@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 T = TypeVar("T")
@@ -43,3 +43,29 @@ class SameRandomness:
             finally:
                 for buffer, value in saved:
                     buffer.copy_(value)
+
+
+class Evaluations:
+    """``f`` of one step, which leaves its trace once, however often it is evaluated.
+
+    The first call is an ordinary one: it advances the random state, moves norm statistics, and logs. Every other one
+    starts from the state of the first and leaves nothing.
+
+    Args:
+        same: Made before the first call.
+        first: ``f``.
+        again: The same without what it reports; default: ``first``.
+    """
+
+    def __init__(
+        self, same: SameRandomness, first: Callable[[], Tensor], again: Callable[[], Tensor] | None = None
+    ) -> None:
+        self.same, self.first, self.again = same, first, again or first
+        self.begun = False
+
+    def __call__(self) -> Tensor:
+        """``f`` at the parameters as they are now."""
+        if self.begun:
+            return self.same(self.again)
+        self.begun = True
+        return self.first()
