@@ -4,9 +4,11 @@
 
 An OPT-shaped random-init model (hidden 256, 8 layers, 4 heads, ffn 1024, vocab 8192, tied), fp32, SGD. MeZO's step is
 Algorithm 1 of the paper (arXiv 2305.17333), its three functions written in place and in as few passes as PyTorch has.
-A batch of ours runs from the Trainer's ``on_train_batch_start`` to its ``on_train_batch_end``, hooks, ``self.log`` and
-optimizer loop included, the data loader not; then MeZO steps a twin on that batch. Figures are medians of the paired
-ratios; peaks are those of ``memory.MemoryMeter``, parameters included.
+In a batch of the Trainer ours is measured, then MeZO steps a twin on that batch. "Step" is what the callback does: the
+module's ``training_step`` at both sides, with its ``self.log``, the update, and what the callback logs. "Batch" is all
+from ``on_train_batch_start`` to ``on_train_batch_end``: Trainer's own loop, closures and hooks come in, the data loader
+does not. Seconds are the processor's, ratios the medians of pairs; peaks are those of ``memory.MemoryMeter`` over a
+batch, parameters included.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -36,6 +38,20 @@ from hosfl_lightning.split import Lora, LoraHalf, add_lora
 
 MU, LR, VOCABULARY = 1e-3, 1e-6, 8192
 SHAPES = {"8x128": (8, 128), "2x512": (2, 512)}
+
+
+class Row(NamedTuple):
+    """Of the table."""
+
+    full: bool
+    shape: str
+    estimator: str
+
+    def __str__(self) -> str:
+        return f"{'full' if self.full else 'LoRA'}, {self.estimator}, {self.shape}"
+
+
+ROWS = [Row(*one) for one in product((True, False), SHAPES, ("central", "forward"))]
 QUIET: dict[str, Any] = {
     "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False, "inference_mode": False, "max_epochs": 1,
@@ -102,35 +118,57 @@ class MeZO:
             self.perturb(seed, -LR * gradient / self.probes)
 
 
+class Measured(ZerothOrderTraining):
+    """Adds up what its own parts take of a batch."""
+
+    alone = 0.0
+
+    def _training_step(self, *args: Any) -> Any:
+        with Seconds() as seconds:
+            output = super()._training_step(*args)
+        self.alone = seconds.value
+        return output
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        with Seconds() as seconds:
+            super().on_before_optimizer_step(*args)
+        self.alone += seconds.value
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        with Seconds() as seconds:
+            super().on_train_batch_end(*args)
+        self.alone += seconds.value
+
+
 class Beside(Callback):
     """Measures each batch of the Trainer, then MeZO's step on the same batch. Last of the callbacks."""
 
-    def __init__(self, measure: Callable[[], Any], other: MeZO) -> None:
-        self.measure, self.other = measure, other
-        self.pairs: list[tuple[float, float]] = []
+    def __init__(self, measure: Callable[[], Any], ours: Measured, other: MeZO) -> None:
+        self.measure, self.ours, self.other = measure, ours, other
+        self.found: list[tuple[float, float, float]] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.ours = self.measure()
-        self.ours.__enter__()
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.whole = self.measure()
+        self.whole.__enter__()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, _: Any, batch: Any, *__: Any
     ) -> None:
-        self.ours.__exit__(None, None, None)
+        self.whole.__exit__(None, None, None)
         with (theirs := self.measure()):
             self.other.step(batch)
-        self.pairs.append((self.ours.value, theirs.value))
+        self.found.append((self.ours.alone, self.whole.value, theirs.value))
 
 
 class Seconds:
-    """Wall time."""
+    """Of the processor: other work on the machine counts little."""
 
     def __enter__(self) -> Seconds:
-        self.began = time.perf_counter()
+        self.began = time.process_time()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.value = time.perf_counter() - self.began
+        self.value = time.process_time() - self.began
 
 
 class Bytes:
@@ -158,46 +196,41 @@ def unsaid() -> Iterator[None]:
         yield
 
 
-def pairs(measure: Callable[[], Any], full: bool, estimator: str, shape: str, probes: int, batches: int) -> list[Any]:
-    """(ours, MeZO's) of all batches but the first, which checks that training_step repeats itself."""
-    module, twin = Language(full), Language(full)
-    ids = torch.randint(0, VOCABULARY, SHAPES[shape], generator=torch.Generator().manual_seed(0))
-    beside = Beside(measure, MeZO(twin.model, probes))
+def batches(measure: Callable[[], Any], row: Row, probes: int, count: int) -> list[tuple[float, float, float]]:
+    """(step, batch, MeZO's) of all but the first batch, which checks that training_step repeats itself."""
+    module, other = Language(row.full), MeZO(Language(row.full).model, probes)
     if measure is Bytes:  # the meter does not see into what inference mode keeps whole, as the loss
-        beside.other.without_grad = torch.no_grad
-    order = ZerothOrderTraining(SGD(lr=LR), probes=probes, mu=MU, estimator=estimator)
+        other.without_grad = torch.no_grad
+    ids = torch.randint(0, VOCABULARY, SHAPES[row.shape], generator=torch.Generator().manual_seed(0))
+    ours = Measured(SGD(lr=LR), probes=probes, mu=MU, estimator=row.estimator)
+    beside = Beside(measure, ours, other)
+    same: Any = [ids] * (count + 1)
     with unsaid():
-        batch_after_batch: Any = [ids] * (batches + 1)
-        data: DataLoader[Any] = DataLoader(batch_after_batch, batch_size=None)
-        L.Trainer(**QUIET, callbacks=[order, beside]).fit(module, data)
-    return beside.pairs[1:]
+        L.Trainer(**QUIET, callbacks=[ours, beside]).fit(module, DataLoader(same, batch_size=None))
+    return beside.found[1:]
 
 
-def time_ratio(full: bool, estimator: str, shape: str, probes: int, batches: int) -> tuple[float, float]:
-    """Seconds of MeZO's step, and ours over it."""
-    found = pairs(Seconds, full, estimator, shape, probes, batches)
-    return statistics.median(b for _, b in found), statistics.median(a / b for a, b in found)
+def time_ratios(row: Row, probes: int, count: int) -> tuple[float, float, float]:
+    """Seconds of MeZO's step, and our step and batch over it."""
+    found = batches(Seconds, row, probes, count)
+    step, batch = (statistics.median(one[i] / one[2] for one in found) for i in (0, 1))
+    return statistics.median(one[2] for one in found), step, batch
 
 
-def memory_ratio(full: bool, estimator: str, shape: str, probes: int) -> tuple[float, float]:
+def memory_ratio(row: Row, probes: int) -> tuple[float, float]:
     """Peak bytes of MeZO's step, and ours over it, both with the parameters."""
-    held = storage_bytes(Language(full).parameters())
-    ours, theirs = pairs(Bytes, full, estimator, shape, probes, 1)[0]
+    held = storage_bytes(Language(row.full).parameters())
+    _, ours, theirs = batches(Bytes, row, probes, 1)[0]
     return held + theirs, (held + ours) / (held + theirs)
 
 
-def name(full: bool, estimator: str, shape: str) -> str:
-    """Of a ratio."""
-    return f"{'full' if full else 'LoRA'}, {estimator}, {shape}"
-
-
-def quick(batches: int = 5) -> dict[str, float]:
-    """The ratios of issue and goal, one probe."""
+def quick(count: int = 5) -> dict[str, float]:
+    """The ratios, one probe."""
     found = {}
-    for full, shape, estimator in product((True, False), SHAPES, ("central", "forward")):
-        row = name(full, estimator, shape)
-        found[f"MeZO, {row}, time"] = time_ratio(full, estimator, shape, 1, batches)[1]
-        found[f"MeZO, {row}, memory"] = memory_ratio(full, estimator, shape, 1)[1]
+    for row in ROWS:
+        _, step, batch = time_ratios(row, 1, count)
+        found |= {f"{row}, time / MeZO's step": step, f"{row}, batch of Trainer / MeZO's step": batch}
+        found[f"{row}, memory / MeZO's"] = memory_ratio(row, 1)[1]
     return found
 
 
@@ -210,13 +243,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{hardware(torch.device('cpu'))}, fp32\n")
-    print("| trained, estimator, shape | P | MeZO's step | ours / it | MeZO's peak | ours / it |")
-    print("|---|---|---|---|---|---|")
-    for probes, full, shape, estimator in product(arguments.probes, (True, False), SHAPES, ("central", "forward")):
-        seconds, ratio = time_ratio(full, estimator, shape, probes, arguments.repeats)
-        peak, share = memory_ratio(full, estimator, shape, probes)
-        print(f"| {name(full, estimator, shape)} | {probes} | {1e3 * seconds:.0f} ms | {ratio:.2f} "
-              f"| {peak / 2**20:.1f} MiB | {share:.3f} |", flush=True)  # fmt: skip
+    print("| trained, estimator, shape | P | MeZO's step | our step / it | our batch / it | MeZO's peak | ours / it |")
+    print("|---|---|---|---|---|---|---|")
+    for probes, row in product(arguments.probes, ROWS):
+        seconds, step, batch = time_ratios(row, probes, arguments.repeats)
+        peak, share = memory_ratio(row, probes)
+        print(f"| {row} | {probes} | {1e3 * seconds:.0f} ms | {step:.3f} | {batch:.3f} | {peak / 2**20:.1f} MiB "
+              f"| {share:.3f} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
