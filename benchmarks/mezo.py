@@ -226,7 +226,7 @@ def memory_ratio(row: Row, probes: int) -> tuple[float, float]:
 
 def quick(count: int = 5) -> dict[str, float]:
     """The ratios, one probe."""
-    found = {}
+    found: dict[str, float] = {}
     for row in ROWS:
         _, step, batch = time_ratios(row, 1, count)
         found |= {f"{row}, time / MeZO's step": step, f"{row}, batch of Trainer / MeZO's step": batch}

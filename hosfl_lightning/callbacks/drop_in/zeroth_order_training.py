@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -21,6 +21,7 @@ from hosfl_lightning.callbacks.drop_in.repeat_check import check_repeats
 from hosfl_lightning.callbacks.drop_in.resumed import check_loaded, resume
 from hosfl_lightning.callbacks.drop_in.schedule import Policy, Schedule, check_policy
 from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
+from hosfl_lightning.memory import storage_bytes
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.growth import Growth, SilentProbes
@@ -28,6 +29,9 @@ from hosfl_lightning.optim.probing import UnseenProbeError
 from hosfl_lightning.optim.randomness import Evaluations, SameRandomness
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server.server import loss_of
+
+#: Share of the module's bytes up to which trained parameters are probed all at once, beside a copy.
+LIGHT = 0.01
 
 
 class ZerothOrderTraining(Callback):
@@ -39,7 +43,9 @@ class ZerothOrderTraining(Callback):
         ĝ = (1/P) Σ_p v̄_p u_p,  θ ← rule(θ, ĝ)                       v̄_p: mean over ranks
 
     θ is what the module's own optimizer would train. No ``.grad`` and no graph is made: the memory is that of
-    inference, and the estimate as good as ``√(P/d)``, its cosine with the gradient. The numerics are `ZerothOrder`'s.
+    inference, and a copy of the largest layer while it runs, or of all of θ where that is at most a hundredth of the
+    module, as with LoRA. The estimate is as good as ``√(P/d)``, its cosine with the gradient. The numerics are
+    `ZerothOrder`'s.
 
     Example::
 
@@ -198,7 +204,11 @@ class ZerothOrderTraining(Callback):
             measured = optimizer.measure(evaluations)
         self._check(optimizer, evaluations)
         self._checked = True
-        return optimizer.measure(evaluations) if measured is None or optimizer.module is not module else measured
+        if measured is None or optimizer.module is not module:
+            measured = optimizer.measure(evaluations)
+        if optimizer.module is not None and is_light(optimizer.parameters, optimizer.module):
+            optimizer.module = None  # all at once: the same bits, as was just seen, without a hook a layer
+        return measured
 
     def _check(self, optimizer: ZerothOrder, evaluations: Evaluations) -> None:
         loss = evaluations()
@@ -272,6 +282,11 @@ class _SkippedBatch(Exception):
 def trainable(group: dict[str, Any]) -> list[Tensor]:
     """What of a parameter group is not frozen."""
     return [p for p in group["params"] if p.requires_grad]
+
+
+def is_light(trained: Sequence[Tensor], module: torch.nn.Module) -> bool:
+    """Whether a copy of what is trained, as LoRA's factors, is at most a hundredth of the module."""
+    return storage_bytes(trained) <= LIGHT * storage_bytes(module.parameters())
 
 
 def refuse_other_parameters(own: torch.optim.Optimizer, users: torch.optim.Optimizer) -> None:

@@ -114,6 +114,26 @@ def test_equals_zeroth_order_in_a_loop_bit_for_bit(distribution: str) -> None:
     assert same_bits(module, plain)
 
 
+def test_what_is_light_beside_the_module_moves_all_at_once_to_the_same_bits() -> None:
+    def light() -> Sequential:
+        torch.manual_seed(0)
+        module = mlp(nn.Linear(8, 200), nn.Tanh(), nn.Linear(200, 8))
+        module.requires_grad_(False)
+        module.net[0].bias.requires_grad_(True)
+        return module
+
+    module, plain, order = light(), light(), zeroth(probes=2)
+    hooks: list[int] = []
+    module.net[0].register_forward_pre_hook(lambda layer, args: hooks.append(len(layer._forward_pre_hooks)))
+    fit(module, order)
+    zo = ZerothOrder([plain.net[0].bias], SGD(lr=0.1), module=plain, probes=2, estimator="central")
+    for x, y in loader():
+        zo.step(lambda x=x, y=y: cross_entropy(plain.net(x), y))
+    assert same_bits(module, plain)
+    assert not same_bits(module, light())
+    assert hooks == [2, 2, 2, 2, 1, 1, 2, 1] + [1] * 12  # the first batch by layers, two of its checks at θ
+
+
 def test_what_the_users_optimizer_does_not_hold_or_is_frozen_stays() -> None:
     class Head(Sequential):
         def configure_optimizers(self) -> torch.optim.Optimizer:
