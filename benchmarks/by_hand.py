@@ -11,7 +11,9 @@ two rounds of a run one by hand is timed, so that the ratio is the median of pai
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import io
 import statistics
 import tempfile
 import time
@@ -151,7 +153,7 @@ def pairs(case: str, rounds: int) -> list[tuple[float, float]]:
     model = SplitCausalLM("tiny_lm", cut=3, lora=Lora(client=half, server=LoraHalf(target_modules="all-linear")))
     data = Tokens(clients, batch, tokens)
     clock = Beside(ByHand(model, data.ids, joint=simulation == "batched"))
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, contextlib.redirect_stdout(io.StringIO()):
         Orchestrator(
             HOSFL(probes=PROBES, mu=MU, client_optimizer=AdamW(lr=LR)), max_rounds=rounds + 1,
             simulation=simulation, val_check_interval=rounds + 1, default_root_dir=root, callbacks=[clock],  # type: ignore[arg-type]

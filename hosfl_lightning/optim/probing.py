@@ -51,7 +51,7 @@ def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, sca
 def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> Iterator[None]:
     """The same for an objective whose modules are unknown: all tensors at once, beside a full copy of their bits."""
     everything = _Layer(list(enumerate(parameters)), _Probe(parameters, stream, scale), {})
-    with _fresh_autocast():
+    with fresh_autocast():
         try:
             everything.perturb()
             yield
@@ -85,7 +85,7 @@ def _layerwise(
         layers.append(layer)
         handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
         handles.append(leaf.register_forward_hook(layer.restore))
-    with _fresh_autocast():
+    with fresh_autocast():
         try:
             yield
         finally:
@@ -102,7 +102,7 @@ def _layerwise(
 
 
 @contextmanager
-def _fresh_autocast() -> Iterator[None]:
+def fresh_autocast() -> Iterator[None]:
     """Autocast keeps its casts of parameters until its outermost context ends: none may pass between θ and θ'."""
     torch.clear_autocast_cache()
     try:

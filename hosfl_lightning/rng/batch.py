@@ -101,6 +101,20 @@ class DirectionBatch:
             self._run, start = range(block, block + len(words)), 0
         return self._buffer[start : start + n]
 
+    @property
+    def words(self) -> int:
+        """32-bit words that are kept."""
+        return self._packed.numel()
+
+    def joined(self) -> Tensor:
+        """The directions of all tensors one after another, fp32, new each time."""
+        whole = torch.empty(len(self._packed) << self._log2, dtype=torch.float32, device=self.device)
+        self._expand(self._packed, whole)
+        if len(whole) == sum(numel for _, numel in self.tensors):
+            return whole
+        starts = [first << self._log2 for first in self._first]
+        return torch.cat([whole[start : start + numel] for start, (_, numel) in zip(starts, self.tensors)])
+
     def get(self, i: int) -> Tensor:
         """The i-th tensor's direction, (numel,) fp32."""
         u = torch.zeros(self.tensors[i][1], dtype=torch.float32, device=self.device)
