@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.data import FederatedDataModule

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from hosfl_lightning.optim.autocast import fresh_autocast
 from hosfl_lightning.optim.basis import CHUNK
 from hosfl_lightning.optim.readers import Owned, Readers
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, direction_rows
@@ -99,16 +100,6 @@ def _layerwise(
         raise UnseenProbeError(f"a probe moved nothing: the objective does not call {type(module).__name__}, the "
                                "module whose parameters are probed; call that very module, not a compiled one or a "
                                "copy, or pass module=None")  # fmt: skip
-
-
-@contextmanager
-def fresh_autocast() -> Iterator[None]:
-    """Autocast keeps its casts of parameters until its outermost context ends: none may pass between θ and θ'."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
 
 
 class _Probe:

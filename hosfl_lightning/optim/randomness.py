@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hosfl_lightning.optim.readers import submodules
+
 T = TypeVar("T")
 
 
@@ -26,7 +28,7 @@ class SameRandomness:
     """
 
     def __init__(self, module: nn.Module | None, device: torch.device) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, _NormBase) and m.training] if module else []
+        self.norms = [m for m in submodules(module) if isinstance(m, _NormBase) and m.training] if module else []
         self.devices = [device] if device.type == "cuda" else []
         self.cpu_state = torch.random.get_rng_state()
         self.device_states = [torch.cuda.get_rng_state(d) for d in self.devices]

@@ -25,7 +25,6 @@ from hosfl_lightning.optim.probing import dual_layerwise, perturbed_in_place, pe
 from hosfl_lightning.optim.randomness import SameRandomness
 from hosfl_lightning.optim.readers import Readers
 from hosfl_lightning.optim.rules import SGD, UpdateRule, check_rule
-from hosfl_lightning.optim.together import Together
 from hosfl_lightning.rng import DISTRIBUTIONS, round_coefficient
 
 
@@ -98,7 +97,7 @@ class ZerothOrder(torch.optim.Optimizer):
         self.module, self.first_tensor = module, first_tensor
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
-        self._known: tuple[list[Any], tuple[Readers, Together | None]] | None = None
+        self._known: tuple[list[Any], Readers] | None = None
         #: Numbers of the tensors that probes move; None: all of them. The gradient of the others is known.
         self.probed: set[int] | None = None
         super().__init__(params, {**self.rule.hyper_parameters(), "step": 0})
@@ -176,23 +175,23 @@ class ZerothOrder(torch.optim.Optimizer):
     def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
         """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
         stream, alpha = basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=self.device)
+        readers = self._readers()
+        if readers.together is not None:
+            return readers.together.perturbed(stream, alpha)
         if self.module is None:
             return perturbed_in_place(self.parameters, stream, alpha)
-        readers, together = self._plans()
-        if together is not None:
-            return together.perturbed(stream, alpha)
         return perturbed_layerwise(self.module, readers, stream, alpha)
 
     def dual(self, basis: SharedDirections, probe: int) -> AbstractContextManager[None]:
         """While it is open, the objective sees the dual numbers ``θ + ε u_probe``."""
         assert self.module is not None  # as __init__ asks
-        return dual_layerwise(self.module, self._plans()[0], basis.streams[probe])
+        return dual_layerwise(self.module, self._readers(), basis.streams[probe])
 
-    def _plans(self) -> tuple[Readers, Together | None]:
+    def _readers(self) -> Readers:
         parameters, probed = self.parameters, self.probed
         key = [probed and frozenset(probed), *((id(p), p.dtype, p.device) for p in parameters)]
         if self._known is None or self._known[0] != key:
-            self._known = key, (Readers(parameters, probed), Together.of(parameters, probed))
+            self._known = key, Readers(parameters, probed)
         return self._known[1]
 
     @torch.no_grad()
@@ -252,12 +251,20 @@ class ZerothOrder(torch.optim.Optimizer):
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
         values = measured(self.estimator, objective, probes, base)
-        if self.module is not None and self.estimator.smoothed and not values.any():
-            # Looks whether anybody runs what is probed; a module in which nobody is called reads none of it.
-            alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
-            with perturbed_layerwise(self.module, self._plans()[0], basis.streams[0], alpha):
-                objective()
+        if self.estimator.smoothed and not values.any():
+            self.check_seen(objective, basis)
         return values
+
+    def check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
+        """Of probes that gave nothing but zeros: whether the objective runs what they move.
+
+        Raises:
+            UnseenProbeError: It calls no submodule of ``module`` that reads it.
+        """
+        if self.module is not None:
+            alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
+            with perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
+                objective()
 
     @override
     @torch.no_grad()
