@@ -52,9 +52,13 @@ def test_each_tensor_is_moved_by_the_sum_in_fp32_cast_once_and_put_back(dtype: t
     before, stream = [p.detach().clone() for p in held], stream_of(distribution)
     plan = Together(dict(zip(numbers, held)))
     wanted = expected(held, numbers, stream, scale)
-    with pytest.raises(KeyboardInterrupt), plan.perturbed(stream, scale):
+
+    def fail() -> None:
         assert same([p.nan_to_num() for p in held], [w.nan_to_num() for w in wanted])
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), plan.perturbed(stream, scale):
+        fail()
     assert same([p.detach().view(torch.uint8) for p in held], [b.view(torch.uint8) for b in before])
 
 
