@@ -57,7 +57,8 @@ class Estimator(ABC):
 
     #: Whether it moves by ``probes.shifted``, and the result depends on ``μ``.
     smoothed: ClassVar[bool] = True
-    #: Whether the curvature along ``u_p`` cancels, so that nobody is warned of a long ``μ``.
+    #: Whether it evaluates at ``θ ± μ u_p``: curvature cancels, and the mean of what it evaluates is ``f(θ) + O(μ²)``,
+    #: so that nobody evaluates ``f(θ)`` for the loss, or is warned of a long ``μ``.
     symmetric: ClassVar[bool] = False
     #: Whether it moves by ``probes.dual``, which needs the module that the objective runs.
     dual: ClassVar[bool] = False

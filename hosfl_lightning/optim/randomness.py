@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hosfl_lightning.optim.readers import submodules
@@ -45,3 +45,41 @@ class SameRandomness:
             finally:
                 for buffer, value in saved:
                     buffer.copy_(value)
+
+
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """Those of `nn.Module.modules`, each once, in a tenth of the time, since no names are made."""
+    found: dict[nn.Module, None] = {}
+    left: list[nn.Module | None] = [module]
+    while left:
+        one = left.pop()
+        if one is not None and one not in found:
+            found[one] = None
+            left += one._modules.values()
+    return list(found)
+
+
+class Evaluations:
+    """``f`` of one step, which leaves its trace once, however often it is evaluated.
+
+    The first call is an ordinary one: it advances the random state, moves norm statistics, and logs. Every other one
+    starts from the state of the first and leaves nothing.
+
+    Args:
+        same: Made before the first call.
+        first: ``f``.
+        again: The same without what it reports; default: ``first``.
+    """
+
+    def __init__(
+        self, same: SameRandomness, first: Callable[[], Tensor], again: Callable[[], Tensor] | None = None
+    ) -> None:
+        self.same, self.first, self.again = same, first, again or first
+        self.begun = False
+
+    def __call__(self) -> Tensor:
+        """``f`` at the parameters as they are now."""
+        if self.begun:
+            return self.same(self.again)
+        self.begun = True
+        return self.first()

@@ -112,7 +112,8 @@ def assert_only_added(plain: Outcome, ours: Outcome, keys: set[str]) -> None:
     assert plain.seen.logged <= ours.seen.logged
     assert ours.seen.updates == plain.seen.updates
     assert ours.seen.random_states == plain.seen.random_states
-    assert ours.start == plain.start
+    # Central differences have the module log its loss at θ + μu.
+    assert ours.start == pytest.approx(plain.start, rel=1e-3 if keys == ZEROTH_ORDER_KEYS else 0, abs=0)
     assert ours.trainer.global_step == plain.trainer.global_step
     assert_checkpoints_agree(plain, ours)
     assert left_behind(ours) == left_behind(plain)

@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric, MetricCollection
 
+from hosfl_lightning.optim.randomness import submodules
+
 
 @contextmanager
 def replaced(function: Callable[..., Any], *places: tuple[object, str]) -> Iterator[None]:
@@ -34,7 +36,7 @@ def silenced(module: LightningModule) -> Iterator[None]:
 
     A metric that is called gives what it gave last, since user code may compute with it.
     """
-    metrics = [m for m in module.modules() if isinstance(m, Metric | MetricCollection)]
+    metrics = [m for m in submodules(module) if isinstance(m, Metric | MetricCollection)]
     with ExitStack() as quiet:
         quiet.enter_context(replaced(_nothing, (module, "log"), *((metric, "update") for metric in metrics)))
         for metric in metrics:

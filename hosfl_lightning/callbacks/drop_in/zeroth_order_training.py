@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from hosfl_lightning.callbacks.drop_in.silence import replaced, silenced
 from hosfl_lightning.optim import SGD, Estimator, SharedDirections, UpdateRule, ZerothOrder
 from hosfl_lightning.optim.estimators import told
 from hosfl_lightning.optim.growth import Growth, SilentProbes
-from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.probing import UnseenProbeError
+from hosfl_lightning.optim.randomness import Evaluations, SameRandomness
 from hosfl_lightning.optim.zeroth_order import check_probe_settings
 from hosfl_lightning.server.server import loss_of
 
@@ -44,13 +45,19 @@ class ZerothOrderTraining(Callback):
 
         Trainer(callbacks=[ZerothOrderTraining(rule=SGD(lr=1e-6))]).fit(model, data)
 
-    The module is written as ever. ``training_step`` runs once, then once a forward of the probes with torch's random
-    state replayed and ``self.log`` and metrics silenced. What else it does happens once a forward: what it appends,
+    The module is written as ever. ``training_step`` runs once a forward: the first counts, the others replay torch's
+    random state with ``self.log`` and metrics silenced. What else it does happens once a forward: what it appends,
     counts, or hands to ``self.logger`` belongs in ``on_train_batch_end``, from ``outputs``.
+
+    | estimator | forwards | what is logged in ``training_step`` | loss in ``outputs`` |
+    |---|---|---|---|
+    | central | ``2P`` | at ``θ + μ u_1``, as MeZO's | mean of all forwards, ``ℓ(θ) + O(μ²)`` |
+    | central, norm statistics in the module | ``2P + 1`` | at ``θ``, as those | ``ℓ(θ)`` |
+    | forward | ``P + 1`` | at ``θ`` | ``ℓ(θ)`` |
 
     Trainer goes on to step the module's optimizer, which finds no gradient and lends its schedule only: the learning
     rate of a parameter group is the rule's, times the group's own over the peak of its schedule (see `Schedule`). So
-    schedulers, hooks, ``global_step``, checkpoints and resuming work as without it. The first batch costs three more
+    schedulers, hooks, ``global_step``, checkpoints and resuming work as without it. The first batch costs four more
     forwards and a copy of θ, to see that ``training_step`` repeats itself.
 
     Under DDP ranks exchange ``P`` scalars a step; DDP's own wrapper is left away, so norm statistics stay each rank's.
@@ -62,7 +69,7 @@ class ZerothOrderTraining(Callback):
 
     Args:
         rule: Update rule of all parameters. Default: `SGD`.
-        probes: ``P``; a batch takes ``2P + 1`` forwards (``P + 1`` when forward).
+        probes: ``P``, directions a batch.
         mu: ``μ``, smoothing length.
         estimator: ``central``, ``forward``, or an `hosfl_lightning.optim.Estimator`, also by its class path.
         distribution: Of the directions: ``rademacher`` or ``gauss16``.
@@ -158,27 +165,44 @@ class ZerothOrderTraining(Callback):
     @torch.no_grad()
     def _training_step(self, pl_module: LightningModule, step: Callable[[], Any]) -> Any:
         """The user's step, then the projected gradients of its loss."""
-        assert self._optimizer is not None
-        same = SameRandomness(pl_module, self._optimizer.device)
-        output = step()
         # StochasticWeightAveraging has Trainer skip backward while norm statistics settle on the average.
-        if output is None or pl_module.trainer.fit_loop._skip_backward:
-            return output
+        if pl_module.trainer.fit_loop._skip_backward:
+            return step()
+        output: Any = None
+
+        def first() -> Tensor:
+            nonlocal output
+            output = step()
+            if output is None:
+                raise _SkippedBatch
+            return loss_of(output).squeeze()
 
         def again() -> Tensor:
             with silenced(pl_module):
                 return loss_of(step()).squeeze()
 
-        objective = functools.partial(same, again)
-        loss = loss_of(output).detach().squeeze()
-        if not self._checked:
-            self._check(self._optimizer, objective, loss)
-            self._checked = True
-        self._values = self._optimizer.project(objective, base=loss)
-        return output
+        assert self._optimizer is not None
+        same = SameRandomness(pl_module, self._optimizer.device)
+        try:
+            self._values, loss = self._measure(self._optimizer, Evaluations(same, first, again))
+        except _SkippedBatch:
+            return None
+        loss = loss.view_as(loss_of(output))
+        return {**output, "loss": loss} if isinstance(output, dict) else loss
 
-    def _check(self, optimizer: ZerothOrder, objective: Callable[[], Tensor], loss: Tensor) -> None:
-        effect = check_repeats(optimizer, objective, loss, "running training_step again on a batch, its loss")
+    def _measure(self, optimizer: ZerothOrder, evaluations: Evaluations) -> tuple[Tensor, Tensor]:
+        if self._checked:
+            return optimizer.measure(evaluations)
+        measured, module = None, optimizer.module
+        with suppress(UnseenProbeError):  # of which the check takes care
+            measured = optimizer.measure(evaluations)
+        self._check(optimizer, evaluations)
+        self._checked = True
+        return optimizer.measure(evaluations) if measured is None or optimizer.module is not module else measured
+
+    def _check(self, optimizer: ZerothOrder, evaluations: Evaluations) -> None:
+        loss = evaluations()
+        effect = check_repeats(optimizer, evaluations, loss, "running training_step again on a batch, its loss")
         if not effect:
             warnings.warn(
                 f"mu={optimizer.mu:g} does not change the loss in {loss.dtype}: raise mu, or compute it in a wider "
@@ -239,6 +263,10 @@ class ZerothOrderTraining(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the parameters are on their device."""
         self._restored = {"schedule": "follow", **state_dict} if state_dict else {}
+
+
+class _SkippedBatch(Exception):
+    """``training_step`` returned None."""
 
 
 def trainable(group: dict[str, Any]) -> list[Tensor]:

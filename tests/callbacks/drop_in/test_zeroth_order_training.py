@@ -147,14 +147,44 @@ def test_parameters_unfrozen_or_frozen_after_the_start_are_told() -> None:
 # ---- the user's step, as often as the user wrote it
 
 
-@pytest.mark.parametrize(("estimator", "count"), [("central", 1 + 2 * 2), ("forward", 1 + 2)])
+@pytest.mark.parametrize(("estimator", "count"), [("central", 2 * 2), ("forward", 1 + 2)])
 def test_logs_and_metrics_count_every_batch_once(estimator: str, count: int) -> None:
     module = Parts()
     trainer = fit(module, zeroth(probes=2, estimator=estimator))
     assert module.seen.update_count == 4
-    assert module.calls == 4 * count + 3  # three to check the first batch
-    assert trainer.callback_metrics["calls"] == 3 * count + 3 + 1  # logged by the first run of the last batch
+    assert module.calls == 4 * count + 4  # four to check the first batch
+    assert trainer.callback_metrics["calls"] == 3 * count + 4 + 1  # logged by the first run of the last batch
     assert {"zeroth_order/lr", "zeroth_order/projected_gradient_rms", "calls"} == set(trainer.callback_metrics)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_central_counts_its_first_side_and_returns_the_mean_unless_statistics_move(normed: bool) -> None:
+    class Tells(Sequential):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss, "kept": batch_idx} if normed else loss
+
+    class Kept(Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, out: Any, *_: Any) -> None:
+            self.out = out
+
+    nets = [mlp(*[nn.BatchNorm1d(8)] * normed) for _ in range(2)]
+    module, plain, kept = Tells(*nets[0].net), nets[1], Kept()
+    logged = fit(module, zeroth(probes=2, mu=0.1), kept, max_steps=1).callback_metrics["train/loss"]
+    x, y = next(iter(loader()))
+    seen: list[Tensor] = []
+
+    def closure() -> Tensor:
+        seen.append(cross_entropy(plain.net(x), y))
+        return seen[-1]
+
+    zo = ZerothOrder(plain.parameters(), SGD(lr=0.1), module=plain, probes=2, mu=0.1, estimator="central")
+    returned = zo.step(closure)
+    assert len({float(loss) for loss in seen}) == len(seen) == 4 + normed
+    assert torch.equal(logged, seen[0])
+    assert torch.equal(kept.out["loss"], returned)
+    assert torch.equal(returned, seen[0] if normed else torch.stack(seen).double().mean().float())
+    assert ("kept" in kept.out) == normed
 
 
 def test_probes_see_the_batchs_dropout_and_leave_the_random_state_and_statistics() -> None:
@@ -170,8 +200,8 @@ def test_probes_see_the_batchs_dropout_and_leave_the_random_state_and_statistics
     assert torch.equal(*states)
     assert torch.equal(*statistics)
     plain, ours = outputs[:4], outputs[4:]
-    assert [torch.equal(ours[i], plain[0]) for i in range(6)] == [True] * 6
-    assert [torch.equal(ours[i], plain[1]) for i in range(6, 9)] == [True] * 3
+    assert [torch.equal(ours[i], plain[0]) for i in range(7)] == [True] * 7
+    assert [torch.equal(ours[i], plain[1]) for i in range(7, 10)] == [True] * 3
     assert not torch.equal(plain[0], plain[1])
 
 
