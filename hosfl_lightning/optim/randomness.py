@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hosfl_lightning.optim.readers import submodules
-
 T = TypeVar("T")
 
 

@@ -109,15 +109,12 @@ class DirectionBatch:
         window = range(begin, min(begin + WINDOW, total))
         return window, _words(self.stream, tensors, self.device, window)
 
-    @property
-    def words(self) -> int:
-        """32-bit words that are kept."""
-        return self._packed.numel()
-
     def joined(self) -> Tensor:
         """The directions of all tensors one after another, fp32, new each time."""
-        whole = torch.empty(len(self._packed) << self._log2, dtype=torch.float32, device=self.device)
-        self._expand(self._packed, whole)
+        whole = torch.empty(self._first[-1] << self._log2, dtype=torch.float32, device=self.device)
+        for begin in range(0, self._first[-1], WINDOW):
+            window, words = self._words(begin)
+            self._expand(words, whole[window.start << self._log2 : window.stop << self._log2])
         if len(whole) == sum(numel for _, numel in self.tensors):
             return whole
         starts = [first << self._log2 for first in self._first]

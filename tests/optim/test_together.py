@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hosfl_lightning.optim import ZerothOrder, together
 from hosfl_lightning.optim.together import Together
-from hosfl_lightning.rng import DISTRIBUTIONS, DirectionBatch, Stream, direction, round_coefficient
+from hosfl_lightning.rng import DISTRIBUTIONS, Stream, direction, round_coefficient
 
 SHAPES = [(16, 8), (3, 5), (1,), (128,)]
 
@@ -69,24 +69,6 @@ def test_a_kept_direction_is_never_another_ones() -> None:
     for place in (place for other in others for place in ({}, other)):
         stream = stream_of(**place)
         assert same(inside(plan, held, stream, scale), expected(held, [0, 1, 2, 3], stream, scale)), place
-
-
-def test_of_a_round_a_direction_is_generated_once_and_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    held, made = parameters(), []
-    generate = DirectionBatch._generate
-    monkeypatch.setattr(DirectionBatch, "_generate", lambda self: made.append(self.stream) or generate(self))
-    plan, scale = Together(dict(enumerate(held))), scale_of()
-    for probe in (0, 1, 0, 1):
-        inside(plan, held, stream_of(probe=probe), scale)
-    assert [stream.probe for stream in made] == [0, 1]
-    inside(plan, held, stream_of(probe=0, round=3), scale)
-    assert list(plan._batches) == [0]  # of the last round alone
-    words = plan._batches[0].words
-    assert words == 4 * 4  # 128 elements a block
-    monkeypatch.setattr(together, "KEPT", 2 * words)
-    for probe in range(3):
-        inside(plan, held, stream_of(probe=probe, round=3), scale)
-    assert list(plan._batches) == [0, 1]
 
 
 def test_what_has_changed_since_the_last_probe_is_seen() -> None:
