@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.data.tokenization import Example, pad_token_id
+from hosfl_lightning.optim.randomness import submodules
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import SmashedData, UnlabelledData
 
@@ -104,8 +105,9 @@ def positions(half: nn.Module) -> int | None:
     """
     config: Any = half.config
     rows = getattr(config.get_text_config(), "max_position_embeddings", None)
-    for name, module in half.named_modules():
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+    padded = {m for m in submodules(half) if isinstance(m, nn.Embedding) and m.padding_idx is not None}
+    for name, module in half.named_modules() if padded else ():
+        if module in padded and "position" in name:
             return module.num_embeddings - module.padding_idx - 1
     return rows
 
@@ -156,9 +158,8 @@ def smashed_objection(message: SmashedData | UnlabelledData, half: Any) -> str |
     z, width = message.z, half.hidden_size
     if z.width != width:
         return f"its smashed data have {z.width} columns, the cut has {width}"
-    dtypes = _dtypes(half)
-    if z.dtype not in dtypes:
-        return f"its smashed data are {z.dtype}, the half computes in {' or '.join(sorted(dtypes))}"
+    if not _computes_in(half, z.dtype):
+        return f"its smashed data are {z.dtype}, the half computes in {' or '.join(sorted(_dtypes(half)))}"
     most = positions(half) if hasattr(half, "config") else None
     if most is not None and message.mask.shape[1] > most:
         return f"its rows have {message.mask.shape[1]} positions, the model has {most}"
@@ -166,6 +167,12 @@ def smashed_objection(message: SmashedData | UnlabelledData, half: Any) -> str |
     if largest > LIMIT:
         return f"its smashed data reach {largest:g}, beyond ±{LIMIT:g}"
     return None
+
+
+def _computes_in(half: Any, dtype: str) -> bool:
+    """As `_dtypes` says, which looks at every tensor; most often the first frozen one will do."""
+    first = next((p for p in half.parameters() if p.is_floating_point() and not p.requires_grad), None)
+    return (first is not None and str(first.dtype) == f"torch.{dtype}") or dtype in _dtypes(half)
 
 
 def _dtypes(half: Any) -> set[str]:

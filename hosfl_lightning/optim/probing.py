@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from hosfl_lightning.optim.autocast import fresh_autocast
 from hosfl_lightning.optim.basis import CHUNK
 from hosfl_lightning.optim.readers import Owned, Readers
 from hosfl_lightning.rng import DirectionBatch, Domain, Stream, add_direction_, direction_rows
@@ -51,7 +52,7 @@ def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, sca
 def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> Iterator[None]:
     """The same for an objective whose modules are unknown: all tensors at once, beside a full copy of their bits."""
     everything = _Layer(list(enumerate(parameters)), _Probe(parameters, stream, scale), {})
-    with _fresh_autocast():
+    with fresh_autocast():
         try:
             everything.perturb()
             yield
@@ -85,7 +86,7 @@ def _layerwise(
         layers.append(layer)
         handles.append(leaf.register_forward_pre_hook(layer.perturb, with_kwargs=True))
         handles.append(leaf.register_forward_hook(layer.restore))
-    with _fresh_autocast():
+    with fresh_autocast():
         try:
             yield
         finally:
@@ -99,16 +100,6 @@ def _layerwise(
         raise UnseenProbeError(f"a probe moved nothing: the objective does not call {type(module).__name__}, the "
                                "module whose parameters are probed; call that very module, not a compiled one or a "
                                "copy, or pass module=None")  # fmt: skip
-
-
-@contextmanager
-def _fresh_autocast() -> Iterator[None]:
-    """Autocast keeps its casts of parameters until its outermost context ends: none may pass between θ and θ'."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()
 
 
 class _Probe:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence, Set
 
 from torch import nn
 
+from hosfl_lightning.optim.together import Together
+
 Owned = list[tuple[int, nn.Parameter]]
 """Tensors with their number in the directions."""
 
@@ -21,6 +23,8 @@ class Readers:
     def __init__(self, parameters: Sequence[nn.Parameter], only: Set[int] | None = None) -> None:
         self.parameters = list(parameters)
         self.index = {id(p): i for i, p in enumerate(self.parameters) if only is None or i in only}
+        #: Moves them all at once, whoever reads them, where they are few.
+        self.together = Together.of({i: self.parameters[i] for i in self.index.values()})
         self._seen: list[object] = []
         self._found: list[tuple[nn.Module, Owned]] = []
 

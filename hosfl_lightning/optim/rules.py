@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -122,12 +123,21 @@ class AdamW(UpdateRule):
     def update_(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], step: int, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         param.mul_(1 - group["lr"] * group["weight_decay"])
-        mean = state["exp_avg"].mul_(beta1).add_(grad * (1 - beta1))
+        term = grad * (1 - beta1)
+        mean = state["exp_avg"].mul_(beta1).add_(term)
         square = state["exp_avg_sq"].mul_(beta2).add_(grad.mul_(grad).mul_(1 - beta2))
         # A scalar on the device: by one on the host CUDA would multiply by the reciprocal.
         scale = torch.full((), (1 - beta2**step) ** 0.5, dtype=torch.float32, device=param.device)
-        denominator = square.double().sqrt_().float().div_(scale).add_(group["eps"])
-        param.sub_((mean * (group["lr"] / (1 - beta1**step))).div_(denominator))
+        denominator = _sqrt(square, out=grad).div_(scale).add_(group["eps"])
+        param.sub_(torch.mul(mean, group["lr"] / (1 - beta1**step), out=term).div_(denominator))
+
+
+def _sqrt(x: Tensor, out: Tensor) -> Tensor:
+    """``fp32(sqrt(fp64(x)))``, which is the square root rounded once: numpy's, not torch's on a CPU (MKL)."""
+    if x.device.type == "cpu":
+        np.sqrt(x.numpy(), out=out.numpy())
+        return out
+    return out.copy_(x.double().sqrt_())
 
 
 def check_rule(rule: Any, setting: str) -> None:

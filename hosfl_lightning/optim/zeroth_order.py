@@ -174,10 +174,13 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
         """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
-        alpha = torch.tensor(scale, dtype=torch.float32, device=self.device)
+        stream, alpha = basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=self.device)
+        readers = self._readers()
+        if readers.together is not None:
+            return readers.together.perturbed(stream, alpha)
         if self.module is None:
-            return perturbed_in_place(self.parameters, basis.streams[probe], alpha)
-        return perturbed_layerwise(self.module, self._readers(), basis.streams[probe], alpha)
+            return perturbed_in_place(self.parameters, stream, alpha)
+        return perturbed_layerwise(self.module, readers, stream, alpha)
 
     def dual(self, basis: SharedDirections, probe: int) -> AbstractContextManager[None]:
         """While it is open, the objective sees the dual numbers ``θ + ε u_probe``."""
@@ -186,7 +189,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _readers(self) -> Readers:
         parameters, probed = self.parameters, self.probed
-        key = [probed and frozenset(probed), *map(id, parameters)]
+        key = [probed and frozenset(probed), *((id(p), p.dtype, p.device) for p in parameters)]
         if self._known is None or self._known[0] != key:
             self._known = key, Readers(parameters, probed)
         return self._known[1]
@@ -269,7 +272,21 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
-        return measured(self.estimator, objective, probes, base)
+        values = measured(self.estimator, objective, probes, base)
+        if self.estimator.smoothed and not values.any():
+            self.check_seen(objective, basis)
+        return values
+
+    def check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
+        """Of probes that gave nothing but zeros: whether the objective runs what they move.
+
+        Raises:
+            UnseenProbeError: It calls no submodule of ``module`` that reads it.
+        """
+        if self.module is not None:
+            alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
+            with perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
+                objective()
 
     @override
     @torch.no_grad()

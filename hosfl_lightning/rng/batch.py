@@ -109,6 +109,17 @@ class DirectionBatch:
         window = range(begin, min(begin + WINDOW, total))
         return window, _words(self.stream, tensors, self.device, window)
 
+    def joined(self) -> Tensor:
+        """The directions of all tensors one after another, fp32, new each time."""
+        whole = torch.empty(self._first[-1] << self._log2, dtype=torch.float32, device=self.device)
+        for begin in range(0, self._first[-1], WINDOW):
+            window, words = self._words(begin)
+            self._expand(words, whole[window.start << self._log2 : window.stop << self._log2])
+        if len(whole) == sum(numel for _, numel in self.tensors):
+            return whole
+        starts = [first << self._log2 for first in self._first]
+        return torch.cat([whole[start : start + numel] for start, (_, numel) in zip(starts, self.tensors)])
+
     def get(self, i: int) -> Tensor:
         """The i-th tensor's direction, (numel,) fp32."""
         u = torch.zeros(self.tensors[i][1], dtype=torch.float32, device=self.device)

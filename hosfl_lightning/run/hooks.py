@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
@@ -145,8 +146,14 @@ def fire(module: LightningModule, hook: str, **kwargs: Any) -> None:
     """Call the module's hook with those of the arguments that it takes; a callback's own hooks it does not have."""
     method = getattr(module, hook, None)
     if method is not None and hook not in CALLBACK_ONLY:
-        names = inspect.signature(method).parameters
+        names = _takes(getattr(method, "__func__", method))
         method(**{name: value for name, value in kwargs.items() if name in names})
+
+
+@lru_cache(maxsize=256)
+def _takes(function: Any) -> frozenset[str]:
+    """The names of its arguments, read once: a round asks for three hooks a client."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _overridden(instance: Any, base: type) -> list[str]:

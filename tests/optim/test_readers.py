@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hosfl_lightning.optim import ZerothOrder
+from hosfl_lightning.optim import ZerothOrder, together
 from hosfl_lightning.optim.readers import Readers
 
 
@@ -55,6 +55,7 @@ def test_what_was_changed_since_is_seen(change: Callable[[nn.Sequential], None],
 
 
 def test_a_step_looks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "FEW", 0)
     module, x = net(), torch.tensor([[1, 2], [3, 4]])
     optimizer = ZerothOrder(module.parameters(), module=module, probes=8)
     looked: list[nn.Module] = []

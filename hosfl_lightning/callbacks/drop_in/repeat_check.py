@@ -44,6 +44,8 @@ def check_repeats(
     with suppress(UnseenProbeError):
         with optimizer.perturbed(basis, 0, optimizer.mu):
             layerwise = evaluate()
+        if torch.equal(layerwise, unmoved):
+            optimizer.check_seen(evaluate, basis)
         seen = True
     module, optimizer.module = optimizer.module, None
     with optimizer.perturbed(basis, 0, optimizer.mu):

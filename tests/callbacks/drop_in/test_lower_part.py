@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hosfl_lightning.callbacks.drop_in import lower_part
 from hosfl_lightning.callbacks.drop_in.cut_check import CutError
 from hosfl_lightning.callbacks.drop_in.lower_graph import graph_below
+from hosfl_lightning.optim import together
 from tests.callbacks.drop_in.plain_modules import (
     CLASSES,
     FEATURES,
@@ -161,7 +162,8 @@ class Functional(Sequential):
         return cross_entropy(self.net[2:](hidden), y)
 
 
-def test_a_weight_read_outside_its_layer_is_probed_all_the_same() -> None:
+def test_a_weight_read_outside_its_layer_is_probed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(together, "FEW", 0)  # few weights move all at once anyway
     functional, plain = Functional(*mlp().net), mlp()
     with pytest.warns(UserWarning, match="perturb all of them at once"):
         fit(functional, hybrid())
