@@ -35,8 +35,8 @@ def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretr
         )
     rows = [torch.as_tensor(e.input_ids) for e in examples if len(e.input_ids)]
     embedded = vocabulary(half)
-    wrong = next((int(i) for row in rows for i in row.aminmax() if not 0 <= i < embedded), None)
-    if wrong is not None:
+    if rows and not all(0 <= i < embedded for i in torch.cat(rows).aminmax()):
+        wrong = next(int(i) for row in rows for i in row.aminmax() if not 0 <= i < embedded)
         raise ValueError(
             f"data of {owner}: token id {wrong}, but {pretrained!r} embeds {embedded} tokens; "
             "set data.init_args.tokenizer to the model's own (null)"
@@ -56,18 +56,19 @@ def check_token_labels(examples: Sequence[Example], owner: str, vocab_size: int,
     Raises:
         ValueError: Names whose they are.
     """
-    for labels in (torch.as_tensor(e.labels) for e in examples if hasattr(e, "labels")):
-        if labels.ndim != 1:
-            raise ValueError(
-                f"data of {owner}: one label an example, and a causal LM has one a token; take "
-                "SplitSequenceClassifier, or a prompt and label_words"
-            )
-        wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
-        if len(wrong):
-            raise ValueError(
-                f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
-                "tokens; set data.init_args.tokenizer to the model's own (null)"
-            )
+    rows = [torch.as_tensor(e.labels) for e in examples if hasattr(e, "labels")]
+    if any(labels.ndim != 1 for labels in rows):
+        raise ValueError(
+            f"data of {owner}: one label an example, and a causal LM has one a token; take SplitSequenceClassifier, or "
+            "a prompt and label_words"
+        )
+    labels = torch.cat(rows) if rows else torch.empty(0)
+    wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
+            "tokens; set data.init_args.tokenizer to the model's own (null)"
+        )
 
 
 def check_padding(tokenizer: Any, examples: Iterable[Sequence[Any]], half: nn.Module, pretrained: str) -> None:

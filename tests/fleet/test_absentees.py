@@ -362,7 +362,7 @@ class TestReplayOrSnapshot:
         log = ReplayLog.open(tmp_path / "log", {"incarnation": "1-b"}, at_round=7)
         optimizer = ZerothOrder([nn.Parameter(torch.ones(3))], SGD())
         records = Records(optimizer, log, CatchUp("replay"), bytes(16), "1-b")
-        away = Absentees(optimizer, records, Channel(False), {3: Absence(2, "9-z")})
+        away = Absentees(optimizer, records, Channel(False), {Absence(2, "9-z"): torch.tensor([3])})
         away.attend(7, [3], 4)
         [snapshot] = [m for m, _ in sent if isinstance(m, Snapshot)]
         assert snapshot.reason == "update 2 of server 9-z is not in the history of 1-b, which is at round 7"
