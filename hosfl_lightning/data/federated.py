@@ -207,6 +207,8 @@ class FederatedDataModule(L.LightningDataModule):
 
     def _order(self, client: int, epoch: int) -> list[int]:
         """The client's order in an epoch; the last one is kept, as a cache and nothing more."""
+        if len(self.clients[client]) == 1:
+            return [0]
         known = self._orders.get(client)
         if known is None or known[0] != epoch:
             order = permutation(len(self.clients[client]), self.seed, Domain.DATA_ORDER, round=epoch, client=client)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from hosfl_lightning.wire import SmashedData, UnlabelledData
 
 #: Largest magnitude of smashed data: what a norm squares and sums must stay far within fp32. Real ones are below 1e5.
 LIMIT = 1e9
+#: Of halves that were asked for them, what only a walk over all their modules tells.
+_POSITIONS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
 
 def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretrained: str) -> None:
@@ -103,6 +107,12 @@ def positions(half: nn.Module) -> int | None:
 
     A table of positions with a row for padding (RoBERTa and its kin) counts from the row after that one.
     """
+    if half not in _POSITIONS:  # asked for every message of every client
+        _POSITIONS[half] = _positions(half)
+    return _POSITIONS[half]
+
+
+def _positions(half: nn.Module) -> int | None:
     config: Any = half.config
     rows = getattr(config.get_text_config(), "max_position_embeddings", None)
     for name, module in half.named_modules():
@@ -171,7 +181,9 @@ def smashed_objection(message: SmashedData | UnlabelledData, half: Any) -> str |
 
 def _dtypes(half: Any) -> set[str]:
     """Those in which the output of a half may come: its backbone's, and autocast's where that is on."""
-    found = [p for p in half.parameters() if p.is_floating_point()]
+    if half not in _PARAMETERS:
+        _PARAMETERS[half] = list(half.parameters())
+    found = [p for p in _PARAMETERS[half] if p.is_floating_point()]
     dtypes = {p.dtype for p in found if not p.requires_grad} or {p.dtype for p in found}
     device = found[0].device.type
     if torch.is_autocast_enabled(device):
