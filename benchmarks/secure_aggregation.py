@@ -82,7 +82,7 @@ def measure(clients: int, size: int, dropped: int) -> dict[str, float]:
         honest=lambda answer, inbox: True, require=lambda count: None,
     )  # fmt: skip
     began = time.process_time()
-    heard, mean = SecureSum(server, fleet).mean(answers, None)  # type: ignore[arg-type]
+    heard, mean = SecureSum(server, fleet).mean(fleet.ask(answers, SecureKeys), None)  # type: ignore[arg-type]
     seconds = time.process_time() - began
     rule: Any = SimpleNamespace(steps=0, prescription={})
     plain = combine([answers[k] for k in heard], rule).coefficients

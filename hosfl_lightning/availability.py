@@ -6,12 +6,13 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from typing_extensions import override
 
 from hosfl_lightning.rng import Domain, Stream, words
@@ -24,7 +25,7 @@ class Availability(ABC):
     """Who can take part in a round. Nothing is remembered, so a resumed run meets the same clients."""
 
     @abstractmethod
-    def online(self, clients: int, seed: int, round: int, attempt: int = 0) -> list[int]:
+    def online(self, clients: int, seed: int, round: int, attempt: int = 0) -> Sequence[int]:
         """The clients that are there, ascending; maybe none.
 
         Args:
@@ -44,8 +45,8 @@ class Always(Availability):
     """Every client, in every round."""
 
     @override
-    def online(self, clients: int, seed: int, round: int, attempt: int = 0) -> list[int]:
-        return list(range(clients))
+    def online(self, clients: int, seed: int, round: int, attempt: int = 0) -> range:
+        return range(clients)
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -130,6 +131,17 @@ class Trace(Availability):
         """By digest: a trace may be long."""
         content = json.dumps([self.repeats, list(self.table.items())]).encode()
         return {"name": "Trace", "rounds_sha256": hashlib.sha256(content).hexdigest()}
+
+
+def among(ids: Sequence[int], clients: int) -> Tensor:
+    """Which of so many clients are named, ``(clients,)`` bool."""
+    named = torch.zeros(clients, dtype=torch.bool, device="cpu")
+    if isinstance(ids, range):  # of 100,000 each would be an object
+        named[ids.start : ids.stop : ids.step] = True
+    else:
+        found = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+        named[found[found < clients]] = True
+    return named
 
 
 def _read(path: str) -> Any:

@@ -60,6 +60,7 @@ class Orchestrator(TrainerFace):
         simulation: ``batched``: a round's clients run as one batch (fast, and the default in one process).
             ``per_client``: one after the other, every message encoded and decoded, as remote clients would; the same
             bits on any number of processes. Equal to rounding, but for server dropout's masks.
+        group_size: Clients of a batch at most; a round runs group after group in the memory of one. ``auto``: by size.
         controls: Run the same rounds again with a client that is ``frozen`` and one that backpropagates
             (``first_order``), or with another client (`Control`), from the same start, seeds and batches; the summary
             compares them.
@@ -77,8 +78,7 @@ class Orchestrator(TrainerFace):
         availability: Which clients are online in a round; None: all. One that was away replays what it missed.
         catch_up: When a returning client replays records and when it is sent a snapshot.
         min_clients: Valid answers, of clients that have a loss term, that a round needs.
-        on_too_few: ``repeat`` the round with clients drawn anew (it is tried at most 10 times), or ``stop``
-            with the state saved.
+        on_too_few: ``repeat`` the round with clients drawn anew (at most 10 times), or ``stop`` with the state saved.
         replay_log: Write every update into ``updates.log`` of the run folder before it is sent.
         precision: ``32-true``, ``bf16-mixed`` or ``bf16-true`` (which converts the model, adapters included). fp16 with
             a GradScaler is refused.
@@ -103,6 +103,7 @@ class Orchestrator(TrainerFace):
         max_rounds: int = 100,
         clients_per_round: int | None = None,
         simulation: Literal["batched", "per_client"] | None = None,
+        group_size: int | Literal["auto"] = "auto",
         controls: list[Literal["frozen", "first_order"] | Control] | None = None,
         seed: int = 0,
         val_check_interval: int = 50,
@@ -131,7 +132,7 @@ class Orchestrator(TrainerFace):
         self.algorithm = algorithm if algorithm is not None else HOSFL()
         check_method(self.algorithm)
         self.settings = RunSettings(
-            max_rounds, clients_per_round, simulation, list(controls or []), seed, val_check_interval,
+            max_rounds, clients_per_round, simulation, group_size, list(controls or []), seed, val_check_interval,
             log_every_n_steps, devices, num_nodes, codec or Codecs(), availability or Always(), catch_up or CatchUp(),
             min_clients, on_too_few, replay_log, precision, gradient_clip_val, privacy, secure_aggregation,
             secure_threshold,
@@ -288,7 +289,7 @@ class Orchestrator(TrainerFace):
     # ---- rounds
 
     def rerun(self, model: SplitModule, datamodule: FederatedDataModule, first: Evaluation) -> RunResult:
-        """The rounds from a start that was validated already: no controls, no summary, no announcement."""
+        """The rounds from a start that was validated already: no controls, summary or announcement."""
         self.announces = False
         return train(self, model, datamodule, None, first)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from hosfl_lightning.availability import Always, Availability, Probability, Trace
+from hosfl_lightning.availability import Always, Availability, Probability, Trace, among
 
 ALL = [Always(), Probability(0.6), Trace([[2, 0], [1], []]), Trace({0: [2, 0], 3: []})]
 
@@ -22,13 +22,18 @@ def test_pure_ascending_and_known_clients(availability: Availability) -> None:
     first = [availability.online(3, 5, r) for r in rounds]
     assert [availability.online(3, 5, r) for r in reversed(rounds)] == first[::-1]
     for clients in first:
-        assert clients == sorted(set(clients))
+        assert [*clients] == sorted(set(clients))
         assert all(type(k) is int and 0 <= k < 3 for k in clients)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_always_is_everybody() -> None:
-    assert Always().online(4, 1, 2, 3) == [0, 1, 2, 3]
+    assert [*Always().online(4, 1, 2, 3)] == [0, 1, 2, 3]
+
+
+def test_who_is_among_them() -> None:
+    for ids in ([0, 2, 5, 9], range(0, 4, 3), range(0), []):
+        assert among(ids, 6).tolist() == [k in ids for k in range(6)]
 
 
 @pytest.mark.parametrize("p", [0.05, 0.7])

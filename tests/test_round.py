@@ -102,8 +102,8 @@ def test_multiplier_is_the_unweighted_gradient_of_each_clients_own_mean_loss(
     seen: list[Any] = []
     step = Server.backward
 
-    def keeping(self: Server, inbox: Inbox) -> Any:
-        out = step(self, inbox)
+    def keeping(self: Server, inbox: Inbox, *more: Any) -> Any:
+        out = step(self, inbox, *more)
         if self is trainer.server:  # not its copy in a rehearsal
             seen.append((inbox, out))
         return out

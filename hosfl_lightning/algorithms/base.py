@@ -47,6 +47,8 @@ class Algorithm(ABC):
     client_trains: ClassVar[bool] = True
     #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
     joint: bool = True
+    #: Whether a round may run its clients in groups, as `Descent` does, where they run as one batch.
+    grouped: ClassVar[bool] = False
     #: Whether `Codecs.gradient` applies to what a client sends.
     codes_gradient: bool = False
     #: Whether an update is made of the sum of its clients' answers, all in one basis, as secure aggregation needs it.

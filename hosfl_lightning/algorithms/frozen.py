@@ -8,8 +8,7 @@ from typing_extensions import override
 
 from hosfl_lightning.algorithms.split_round import SplitRound
 from hosfl_lightning.fleet.base import Fleet
-from hosfl_lightning.server import Call, Outcome, Server
-from hosfl_lightning.wire import SmashedData, UnlabelledData
+from hosfl_lightning.server import Call, Descent, Outcome, Server
 
 
 class Frozen(SplitRound):
@@ -39,7 +38,7 @@ class Frozen(SplitRound):
         """Steps 2 and 3: nobody waits for λ, unless for a head."""
         if server.basis(call.round) is not None:
             return super().server_round(server, fleet, call)
-        inbox = server.admit(fleet.ask(call.to_each(), SmashedData, UnlabelledData))
-        loss, _ = server.backward(inbox)
+        descent = Descent(server, self.requests(server, call))
+        descent(lambda multipliers: [])
         server.step()
-        return Outcome(loss, inbox.num_examples)
+        return Outcome(descent.tally.loss, descent.tally.num_examples)

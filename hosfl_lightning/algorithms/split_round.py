@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +15,14 @@ from hosfl_lightning.clients.split_endpoint import SplitEndpoint
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.optim import Beside, SharedDirections
-from hosfl_lightning.server import Call, Inbox, Outcome, Server
+from hosfl_lightning.server import Call, Descent, Outcome, Server
 from hosfl_lightning.wire import (
     Codecs,
     CodedGradient,
-    Multiplier,
     ProjectedGradients,
-    SmashedData,
+    SecureKeys,
     StepRequest,
     Terms,
-    UnlabelledData,
     Update,
 )
 
@@ -38,7 +36,7 @@ class SplitRound(Algorithm):
     """
 
     endpoint = SplitEndpoint
-    codes_gradient = sums = labels_may_stay = True
+    codes_gradient = sums = labels_may_stay = grouped = True
     tells = frozenset({"multipliers"})
 
     def __init__(self, *args: Any, report_loss: bool = True, **kwargs: Any) -> None:
@@ -48,23 +46,22 @@ class SplitRound(Algorithm):
     @override
     def server_round(self, server: Server, fleet: Fleet, call: Call) -> Outcome:
         """Steps 2 to 6; both halves move at the very end, after the update is recorded."""
-        inbox = server.admit(fleet.ask(self.requests(server, call), SmashedData, UnlabelledData))
-        loss, multipliers = server.backward(inbox)
-        update = server.record(self.update(server, fleet, multipliers, inbox))
+        descent = Descent(server, self.requests(server, call))
+        update = server.record(self.update(server, fleet, descent))
         server.step()
         fleet.tell(update, call.online)
-        return Outcome(loss, inbox.num_examples)
+        return Outcome(descent.tally.loss, descent.tally.num_examples)
 
-    def update(self, server: Server, fleet: Fleet, multipliers: Mapping[int, Multiplier], inbox: Inbox) -> Update:
+    def update(self, server: Server, fleet: Fleet, descent: Descent) -> Update:
         """Steps 4 and 5: the answers as one; in a secure sum that is all that the server sees of them."""
         rule, mu = server.client_rule, self.smoothing(server)
         if server.secure_threshold is None:
-            answers = server.screen(fleet.ask(multipliers, ProjectedGradients, CodedGradient), inbox)
-            return combine(answers, rule, self.aggregation, mu)
+            answers = descent(lambda multipliers: fleet.ask(multipliers, ProjectedGradients, CodedGradient))
+            return combine(server.screen(answers, descent.tally), rule, self.aggregation, mu)
         from hosfl_lightning.server.secure_sum import SecureSum  # whose libraries are an extra
 
-        secure = SecureSum(server, fleet)
-        num_terms, mean = secure.mean(multipliers, inbox)
+        secure, keys = SecureSum(server, fleet), descent(lambda multipliers: fleet.ask(multipliers, SecureKeys))
+        num_terms, mean = secure.mean(keys, descent.tally)
         heard = [*num_terms], [*num_terms.values()]
         return update_of(server.call.round, secure.basis.describe(), mean, *heard, rule, mu)
 

@@ -59,7 +59,7 @@ class GradientAlignment(RoundCallback):
         self.every_n_rounds = every_n_rounds
         self._figures: dict[str, float | None] = {}
         self._halves: list[Half] = []
-        self._seen: tuple[Inbox, Mapping[int, Multiplier]] | None = None
+        self._seen: list[tuple[Inbox, Mapping[int, Multiplier]]] = []  # of each group of the round
         self._update: Update | None = None
 
     @override
@@ -89,7 +89,8 @@ class GradientAlignment(RoundCallback):
 
     @override
     def on_multipliers(self, inbox: Inbox, multipliers: Mapping[int, Multiplier]) -> None:
-        self._seen = (inbox, multipliers) if self.due(self._trainer.global_step) else None
+        if self.due(self._trainer.global_step):
+            self._seen.append((inbox, multipliers))
         self._update = None
 
     @override
@@ -99,12 +100,12 @@ class GradientAlignment(RoundCallback):
     @override
     def before_step(self) -> None:
         """Measure before either half moves; nothing of it is sent."""
-        if self._seen is None:
+        trainer, seen = self._trainer, self._seen
+        if not seen:
             return
-        trainer, (inbox, multipliers) = self._trainer, self._seen
-        self._seen = None
+        self._seen = []
         with trainer.fabric.autocast():
-            terms = [self._term(message, multipliers[message.client]) for message in inbox.messages]
+            terms = [self._term(one, sent[one.client]) for inbox, sent in seen for one in inbox.messages]
             known = None
             if self._update is not None:
                 basis = trainer.server.basis(self._update.round).of_clients(self._update.participants)
@@ -119,7 +120,7 @@ class GradientAlignment(RoundCallback):
 
     @override
     def forget(self) -> None:
-        self._seen = None
+        self._seen = []
 
     def due(self, round: int) -> bool:
         """Whether a round, counted from 0, is measured."""

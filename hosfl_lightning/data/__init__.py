@@ -1,6 +1,7 @@
 """Federated data: who holds which examples, and which of them a client uses in a round."""
 
 from hosfl_lightning.data.classification import ClassificationData
+from hosfl_lightning.data.dealt import TokenRows
 from hosfl_lightning.data.digits import DigitsData
 from hosfl_lightning.data.docstrings import DocstringData
 from hosfl_lightning.data.fashion_mnist import FashionMNISTData
@@ -50,6 +51,7 @@ __all__ = [
     "Row",
     "Shards",
     "TextData",
+    "TokenRows",
     "collate",
     "language_blocks",
     "partition_by_field",

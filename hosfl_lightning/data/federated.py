@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
@@ -16,6 +17,7 @@ from typing_extensions import override
 
 from hosfl_lightning.arguments import given
 from hosfl_lightning.data.checks import check_at_least
+from hosfl_lightning.data.dealt import Dealt
 from hosfl_lightning.data.partition import Examples, Partitioner, deal
 from hosfl_lightning.data.prompt import LabelWords
 from hosfl_lightning.data.tokenization import collate, load_tokenizer, pad_token_id
@@ -39,7 +41,7 @@ class FederatedDataModule(L.LightningDataModule):
         seed: Fixes the partition and every client's order.
 
     Attributes:
-        clients: The examples of each client; one that has none is never sampled.
+        clients: The examples of each client, lists or other sequences; one that has none is never sampled.
         validation_set: Held-out examples, shared by all clients.
         tokenizer_of: The model whose tokenizer the orchestrator has set, if it was None.
         test_set: Further held-out examples; empty when there are none.
@@ -69,7 +71,7 @@ class FederatedDataModule(L.LightningDataModule):
         self.tokenizer = tokenizer
         self.tokenizer_of: str | None = None
         self.seed = seed
-        self.clients: list[list[Any]] = []
+        self.clients: Sequence[Sequence[Any]] = []
         self.validation_set: list[Any] = []
         self.test_set: list[Any] = []
         self._names: list[str] = []
@@ -83,7 +85,7 @@ class FederatedDataModule(L.LightningDataModule):
     @property
     def num_clients(self) -> int:
         """Number of clients, known after `setup`."""
-        if not self.clients:
+        if not len(self.clients):
             raise RuntimeError('the clients are not known yet: call setup("fit") first')
         return len(self.clients)
 
@@ -120,7 +122,8 @@ class FederatedDataModule(L.LightningDataModule):
         """Give the training examples to the clients: sets `clients`, and `client_names` if the partitioner has names.
 
         Args:
-            examples: Encoded, in the order in which the partitioner is told of them.
+            examples: Encoded, in the order in which the partitioner is told of them. Another sequence than a list is
+                kept as it is, and read when an example is used: see `hosfl_lightning.data.dealt.TokenRows`.
             partitioner: Says which client holds which.
             known: What it is told beside their number: `num_clients`, `labels`, `files` and `field` of `Examples`.
 
@@ -129,7 +132,11 @@ class FederatedDataModule(L.LightningDataModule):
         """
         told = Examples(len(examples), type(self).__name__, **known)
         self._names, parts = deal(partitioner, told, self.seed)
-        self.clients = [[examples[i] for i in part.tolist()] for part in parts]
+        if isinstance(examples, list):
+            self.clients = [[examples[i] for i in part.tolist()] for part in parts]
+        else:
+            ends = np.cumsum([len(part) for part in parts])
+            self.clients = Dealt(examples, torch.cat(parts).numpy(), ends)
 
     def resolve_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer itself, loaded once if only its name was given."""
@@ -163,7 +170,7 @@ class FederatedDataModule(L.LightningDataModule):
         if round < 0:
             raise ValueError(f"round={round}: rounds count from 0")
         examples = self.clients[client]
-        if not examples:
+        if not len(examples):
             raise ValueError(f"client={client} holds no example, so it has no minibatch; those that do: holders")
         return self.collate([examples[i] for i in self.chosen(client, round)])
 
@@ -200,6 +207,8 @@ class FederatedDataModule(L.LightningDataModule):
 
     def _order(self, client: int, epoch: int) -> list[int]:
         """The client's order in an epoch; the last one is kept, as a cache and nothing more."""
+        if len(self.clients[client]) == 1:
+            return [0]
         known = self._orders.get(client)
         if known is None or known[0] != epoch:
             order = permutation(len(self.clients[client]), self.seed, Domain.DATA_ORDER, round=epoch, client=client)

@@ -166,7 +166,7 @@ class ImageData(FederatedDataModule):
             setattr(self, f"{split}_set", self._seen(shift, examples, clients, split))
 
     def _seen(
-        self, shift: Shift, examples: list[ImageExample], clients: list[int], split: str, first: int = 0
+        self, shift: Shift, examples: Sequence[ImageExample], clients: list[int], split: str, first: int = 0
     ) -> list[ImageExample]:
         # a grey image has its channels before the sensor, which may treat them unequally
         pixels = [example.pixel_values.expand(self.channels, -1, -1) for example in examples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Literal, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -147,12 +148,11 @@ class TextData(FederatedDataModule):
 
     def _write_anew(self, shift: TextShift) -> None:
         """Every block as its client writes it."""
-        first = 0
-        for client, blocks in enumerate(self.clients):
-            self.clients[client] = [
-                self._rewritten(shift, block, client, "train", first + i) for i, block in enumerate(blocks)
-            ]
-            first += len(blocks)
+        number = count()
+        self.clients = [
+            [self._rewritten(shift, block, client, "train", next(number)) for block in blocks]
+            for client, blocks in enumerate(self.clients)
+        ]
         for split in ("validation", "test"):
             blocks = getattr(self, f"{split}_set")
             blocks[:] = [

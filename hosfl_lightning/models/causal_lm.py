@@ -66,9 +66,11 @@ class SplitCausalLM(SplitModule):
         if not message.labels_per_token:
             return "it sent one label a sequence, a causal LM has one a token"
         labels = message.labels.long()  # the size may be beyond the narrow type in which they travel
-        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= size))]
-        if len(wrong):
-            return f"its label {int(wrong[0])} is neither {IGNORE} nor in 0..{size - 1}"
+        low, high = map(int, labels.aminmax()) if len(labels) else (0, 0)
+        if low < 0 or high >= size:  # of what is ignored, or wrong
+            wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= size))]
+            if len(wrong):
+                return f"its label {int(wrong[0])} is neither {IGNORE} nor in 0..{size - 1}"
         return super().objection(message)
 
     def choose_among(self, words: LabelWords | None) -> None:

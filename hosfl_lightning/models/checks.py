@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from hosfl_lightning.wire import SmashedData, UnlabelledData
 
 #: Largest magnitude of smashed data: what a norm squares and sums must stay far within fp32. Real ones are below 1e5.
 LIMIT = 1e9
+#: Of halves that were asked for them, what only a walk over all their modules tells.
+_POSITIONS: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
+_PARAMETERS: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
 
 def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretrained: str) -> None:
@@ -36,8 +40,8 @@ def check_tokens(examples: Sequence[Example], owner: str, half: nn.Module, pretr
         )
     rows = [torch.as_tensor(e.input_ids) for e in examples if len(e.input_ids)]
     embedded = vocabulary(half)
-    wrong = next((int(i) for row in rows for i in row.aminmax() if not 0 <= i < embedded), None)
-    if wrong is not None:
+    if rows and not all(0 <= i < embedded for i in torch.cat(rows).aminmax()):
+        wrong = next(int(i) for row in rows for i in row.aminmax() if not 0 <= i < embedded)
         raise ValueError(
             f"data of {owner}: token id {wrong}, but {pretrained!r} embeds {embedded} tokens; "
             "set data.init_args.tokenizer to the model's own (null)"
@@ -57,18 +61,19 @@ def check_token_labels(examples: Sequence[Example], owner: str, vocab_size: int,
     Raises:
         ValueError: Names whose they are.
     """
-    for labels in (torch.as_tensor(e.labels) for e in examples if hasattr(e, "labels")):
-        if labels.ndim != 1:
-            raise ValueError(
-                f"data of {owner}: one label an example, and a causal LM has one a token; take "
-                "SplitSequenceClassifier, or a prompt and label_words"
-            )
-        wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
-        if len(wrong):
-            raise ValueError(
-                f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
-                "tokens; set data.init_args.tokenizer to the model's own (null)"
-            )
+    rows = [torch.as_tensor(e.labels) for e in examples if hasattr(e, "labels")]
+    if any(labels.ndim != 1 for labels in rows):
+        raise ValueError(
+            f"data of {owner}: one label an example, and a causal LM has one a token; take SplitSequenceClassifier, or "
+            "a prompt and label_words"
+        )
+    labels = torch.cat(rows) if rows else torch.empty(0)
+    wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"data of {owner}: label {int(wrong[0])} is neither {ignored} nor one of the model's {vocab_size} "
+            "tokens; set data.init_args.tokenizer to the model's own (null)"
+        )
 
 
 def check_padding(tokenizer: Any, examples: Iterable[Sequence[Any]], half: nn.Module, pretrained: str) -> None:
@@ -103,6 +108,12 @@ def positions(half: nn.Module) -> int | None:
 
     A table of positions with a row for padding (RoBERTa and its kin) counts from the row after that one.
     """
+    if half not in _POSITIONS:  # asked for every message of every client
+        _POSITIONS[half] = _positions(half)
+    return _POSITIONS[half]
+
+
+def _positions(half: nn.Module) -> int | None:
     config: Any = half.config
     rows = getattr(config.get_text_config(), "max_position_embeddings", None)
     padded = {m for m in submodules(half) if isinstance(m, nn.Embedding) and m.padding_idx is not None}
@@ -177,7 +188,9 @@ def _computes_in(half: Any, dtype: str) -> bool:
 
 def _dtypes(half: Any) -> set[str]:
     """Those in which the output of a half may come: its backbone's, and autocast's where that is on."""
-    found = [p for p in half.parameters() if p.is_floating_point()]
+    if half not in _PARAMETERS:
+        _PARAMETERS[half] = list(half.parameters())
+    found = [p for p in _PARAMETERS[half] if p.is_floating_point()]
     dtypes = {p.dtype for p in found if not p.requires_grad} or {p.dtype for p in found}
     device = found[0].device.type
     if torch.is_autocast_enabled(device):

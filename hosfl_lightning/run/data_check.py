@@ -22,6 +22,9 @@ from hosfl_lightning.models import SplitImageClassifier, SplitModule
 from hosfl_lightning.models.image_classification import OF_IMAGES
 from hosfl_lightning.padding import drop_unpredictable
 
+#: Clients whose examples are looked at together.
+TOGETHER = 1000
+
 
 def set_up(data: FederatedDataModule, model: SplitModule, stage: str) -> None:
     """Have the examples made.
@@ -52,8 +55,7 @@ def check_data(data: FederatedDataModule, model: SplitModule, fn: TrainerFn, els
     fitting = fn is TrainerFn.FITTING
     if fitting:
         check_clients(data)
-        for name, examples in zip(data.client_names, data.clients):
-            check_one(data, model, examples, f"client {name!r}")
+        check_each(data, model)
         if elsewhere is None:
             check_training(data, model)
     check_held_out(data)
@@ -63,6 +65,18 @@ def check_data(data: FederatedDataModule, model: SplitModule, fn: TrainerFn, els
         check_labelled(data, model, data.val_dataloader(), "validation")
     if (fitting and len(data.test_set)) or fn is TrainerFn.TESTING:
         check_labelled(data, model, data.test_dataloader(), "test")
+
+
+def check_each(data: FederatedDataModule, model: SplitModule) -> None:
+    """Every client's examples: of many clients together, and one client after the other where that finds fault."""
+    names = data.client_names
+    for first in range(0, len(names), TOGETHER):
+        clients = range(first, min(first + TOGETHER, len(names)))
+        try:
+            check_one(data, model, [one for k in clients for one in data.clients[k]], "its clients")
+        except ValueError:
+            for k in clients:
+                check_one(data, model, data.clients[k], f"client {names[k]!r}")
 
 
 def check_one(data: FederatedDataModule, model: SplitModule, examples: Any, owner: str) -> None:
@@ -84,9 +98,12 @@ def check_training(data: FederatedDataModule, model: SplitModule) -> None:
     """
     client = next((k for k, examples in enumerate(data.clients) if len(examples)), 0)
     batch(data, model, data.client_batch(client, 0))
-    held = {n: e for n, e in zip(data.client_names, data.clients) if len(e) and all(hasattr(x, "labels") for x in e)}
-    without = [name for name, examples in held.items() if not any(_terms(model, x) for x in examples)]
-    if without and len(without) == sum(len(examples) > 0 for examples in data.clients):
+    without, holding = list[str](), 0
+    for name, examples in zip(data.client_names, data.clients):
+        holding += len(examples) > 0
+        if len(examples) and all(hasattr(x, "labels") for x in examples):
+            without += [] if any(_terms(model, x) for x in examples) else [name]
+    if without and len(without) == holding:
         raise DataContractError(
             f"{type(data).__name__}: no client has a labelled example, so there is nothing to learn (-100 is no label, "
             "and a first token is predicted by nothing)"

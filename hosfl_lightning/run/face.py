@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerSta
 from torch import Tensor
 
 from hosfl_lightning.algorithms import Algorithm
+from hosfl_lightning.availability import among
 from hosfl_lightning.clients.endpoint import Endpoint
 from hosfl_lightning.data.notice import say
 from hosfl_lightning.fleet import Fleet, Processes
@@ -113,6 +114,7 @@ class TrainerFace:
         #: Of the checkpoint that is evaluated: what its clients have for themselves, by client and name.
         self.own_halves: Mapping[int, Mapping[str, Tensor]] = {}
         self._asking: str | None = None
+        self._holding: Tensor | None = None
 
     def narrate(self, line: str) -> None:
         """Say what a run is at before its first round, where bars are wanted and a command line asked for it."""
@@ -291,20 +293,30 @@ class TrainerFace:
 
         Of those that are online and hold an example.
         """
-        clients, data = self.datamodule.num_clients, self.datamodule
-        able = set(self.clients_online(round, attempt)) & set(data.holders)
+        holding = self.holding
+        able = among(self.clients_online(round, attempt), len(holding)) & holding
         again = attempt - 1 if attempt else None  # in the counter's place for a client, which sampling has no use for
-        order = permutation(clients, self.settings.seed, Domain.CLIENT_SAMPLING, round=round, client=again)
+        order = permutation(len(holding), self.settings.seed, Domain.CLIENT_SAMPLING, round=round, client=again)
         size = self.sample_size + (self.serving.membership.oversample if self.serving else 0)
-        return sorted([k for k in order.tolist() if k in able][:size])
+        return order[able[order]][:size].sort().values.tolist()
+
+    def forget_holding(self) -> None:
+        """Other data may be in its place."""
+        self._holding = None
+
+    @property
+    def holding(self) -> Tensor:
+        """Which clients hold an example, ``(N,)`` bool; as they did at first in a session."""
+        if self._holding is None:
+            self._holding = among(self.datamodule.holders, self.datamodule.num_clients)
+        return self._holding
 
     @property
     def sample_size(self) -> int:
         """How many clients a round asks."""
-        clients = self.datamodule.num_clients
-        return self.settings.sample_size(clients, clients - len(self.datamodule.holders))
+        return self.settings.sample_size(len(self.holding), int((~self.holding).sum()))
 
-    def clients_online(self, round: int, attempt: int = 0) -> list[int]:
+    def clients_online(self, round: int, attempt: int = 0) -> Sequence[int]:
         """Ascending ids of the clients that can take part."""
         if not self.fleet.simulated:
             return self.fleet.connected

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class History:
     log: ReplayLog | None = None
     absentees: Absentees | None = None
     records: Records | None = None
-    online: list[int] = field(default_factory=list)
+    online: Sequence[int] = ()
     attempt: int = 0
 
     @classmethod
@@ -85,7 +85,7 @@ class History:
         basis: Basis,
         sampled: int,
         catch_up: CatchUp,
-        online: Callable[[int, int], list[int]] | None,
+        online: Callable[[int, int], Sequence[int]] | None,
         fleet: Fleet,
     ) -> None:
         """Begin the log; or go on with it: records after the checkpoint are witnesses of what is executed again.
@@ -128,7 +128,7 @@ class History:
         if before is not None and before.rounds > self.log.rounds:
             self._tell(before)
 
-    def attend(self, round: int, online: list[int], clients: int, attempt: int = 0) -> None:
+    def attend(self, round: int, online: Sequence[int], clients: int, attempt: int = 0) -> None:
         """Who is online now, at this attempt of the round, is brought up to date."""
         self.online, self.attempt = online, attempt
         if self.absentees is not None:
@@ -191,7 +191,7 @@ class History:
                 "clients online (Always) and the run on the hardware where it began"
             )
 
-    def _strand(self, first: int, online: Callable[[int, int], list[int]] | None) -> None:
+    def _strand(self, first: int, online: Callable[[int, int], Sequence[int]] | None) -> None:
         """Clients that were online in rounds which ``log.starts[first:]`` voided hold what this server has not.
 
         From the log and not from what this process voids: a kill before the next checkpoint must not forget them.
@@ -201,12 +201,12 @@ class History:
             update = recorded(frame, self.channel.run_id)
             held = Absence(update.round + 1, update.incarnation)
             there = self.everybody if online is None else online(update.round, update.attempt)
-            self.absentees.absences |= dict.fromkeys(there, held)
+            self.absentees.strand(there, held)
 
     @property
-    def everybody(self) -> list[int]:
+    def everybody(self) -> range:
         """The run's clients."""
-        return list(range(self.start["settings"]["clients"]))
+        return range(self.start["settings"]["clients"])
 
     def _tell(self, before: ReplayLog) -> None:
         assert self.log is not None

@@ -15,7 +15,7 @@ from torch import Tensor
 from hosfl_lightning.wire import PROTOCOL, manifest
 
 #: Where a run takes place, which must not change its name.
-PLACES = ("simulation",)
+PLACES = ("simulation", "group_size")
 
 
 def run_id(settings: Mapping[str, Any], parameters: Mapping[str, Tensor], backbone: str) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn, TrainerStatus
@@ -47,6 +48,7 @@ def session(
         check_weights(trainer, model, checkpoint)
     check_hooks(trainer.callbacks, model, data)
     trainer.lightning_module, trainer.datamodule, trainer.ckpt_path = model, data, ckpt_path
+    trainer.forget_holding()
     trainer.enter(fn, RunningStage.TRAINING if fn is TrainerFn.FITTING else RunningStage(fn.value))
     trainer.run, trainer.has_validated = RunState(), False
     trainer.row.drop()
@@ -122,7 +124,7 @@ def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataM
         settings = trainer.settings
         settings.sample_size(data.num_clients, data.num_clients - len(data.holders))
         trainer.privacy = resolve(settings.privacy, data, settings.max_rounds, trainer.serving is None)
-    owners = [*data.clients, data.validation_set, data.test_set]
+    owners = chain(data.clients, [data.validation_set, data.test_set])
     check_padding(data.tokenizer, owners, model.client_half, model.pretrained)
 
 

@@ -33,6 +33,7 @@ class RunSettings:
     max_rounds: int = 100
     clients_per_round: int | None = None
     simulation: Literal["batched", "per_client"] | None = None
+    group_size: int | Literal["auto"] = "auto"
     controls: list[str | Control] = field(default_factory=list)
     seed: int = 0
     val_check_interval: int = 50
@@ -62,6 +63,7 @@ class RunSettings:
             raise ValueError(f"trainer.clients_per_round must be >= 1 or null for all, got {self.clients_per_round}")
         if self.simulation not in ("batched", "per_client"):
             raise ValueError(f"trainer.simulation must be batched or per_client, got {self.simulation!r}")
+        self._check_group()
         if self.on_too_few not in ("repeat", "stop"):
             raise ValueError(f"trainer.on_too_few must be repeat or stop, got {self.on_too_few!r}")
         self._check_precision()
@@ -85,6 +87,18 @@ class RunSettings:
                 raise ValueError(
                     f"trainer.simulation=batched is one batch in one process; with trainer.{name} > 1 leave it out"
                 )
+
+    def _check_group(self) -> None:
+        size = self.group_size
+        if size == "auto":
+            return
+        if type(size) is not int or size < 1:
+            raise ValueError(f"trainer.group_size must be auto, or a number of clients >= 1, got {size!r}")
+        if self.simulation != "batched":
+            raise ValueError(
+                f"trainer.group_size={size} is of clients that run as one batch, and with trainer.simulation="
+                f"{self.simulation} (as of several processes, and of clients elsewhere) each runs alone; leave it out"
+            )
 
     def _check_controls(self) -> None:
         names = [one.name if isinstance(one, Control) else one for one in self.controls]
@@ -140,6 +154,11 @@ class RunSettings:
         if self.world_size > 1 and not algorithm.joint:
             name = "devices" if self.devices > 1 else "num_nodes"
             raise ValueError(f"trainer.{name}: the clients of {algorithm.name} run one after the other; set it to 1")
+        if self.group_size != "auto" and not (algorithm.joint and algorithm.grouped):
+            raise ValueError(
+                f"trainer.group_size={self.group_size}: the clients of {algorithm.name} do not run in groups; leave it "
+                "out, or take HOSFL, SplitFedSGD or Frozen, none of whose clients are personal"
+            )
         if self.privacy is not None:
             check_method(self.privacy, algorithm, model, self.codec)
         algorithm.check_codecs(self.codec, [p.numel() for p in algorithm.shared(model).values()])
@@ -173,7 +192,13 @@ class RunSettings:
         return sampled
 
     def agreed(
-        self, algorithm: Algorithm, clients: int, server_schedule: bool, sampled: int, privacy: Privacy | None
+        self,
+        algorithm: Algorithm,
+        clients: int,
+        server_schedule: bool,
+        sampled: int,
+        privacy: Privacy | None,
+        group_size: int | None = None,
     ) -> dict[str, Any]:
         """What a resumed run must agree on with the run that made the checkpoint; plain values.
 
@@ -183,6 +208,7 @@ class RunSettings:
             server_schedule: Whether the server's learning rate has one.
             sampled: Clients of a round.
             privacy: With the noise that ε and the data make.
+            group_size: Clients that run as one batch, where a round has several.
         """
         return {
             "algorithm": algorithm.name,
@@ -196,6 +222,7 @@ class RunSettings:
             "codec": asdict(self.codec),
             "availability": self.availability.settings(),
             "catch_up": asdict(self.catch_up),
+            **({"group_size": group_size} if group_size is not None else {}),
             **({"privacy": asdict(privacy)} if privacy is not None else {}),
             **({"secure_aggregation": True} if self.secure_aggregation else {}),  # not in runs of before
         }

@@ -18,6 +18,7 @@ from hosfl_lightning.optim import Dense
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.face import TrainerFace
+from hosfl_lightning.run.grouping import group_size
 from hosfl_lightning.run.history import History
 from hosfl_lightning.run.identity import digest, starts
 from hosfl_lightning.run.loop import RoundLoop
@@ -121,14 +122,15 @@ def set_up(trainer: TrainerFace, model: SplitModule) -> None:
     check_length(scheduler, settings.max_rounds, "model.init_args.lr_scheduler")
     wrapped: Any = trainer.fabric.setup_optimizers(optimizer)
     replica = Replica(endpoint.shared, endpoint.shared_rule)
-    agreed = _agreed_of(trainer, scheduler is not None)
+    size = group_size(trainer)
+    agreed = _agreed_of(trainer, scheduler is not None, size)
     trainer.run.history = history = History.of(agreed, model, replica, channel, trainer.fabric.device)
     trainer.server = Server(
         model, trainer.fabric, wrapped, scheduler, fleet=trainer.fleet, replica=replica,
         basis=lambda round: method.basis_with_head(model, settings.seed, round, replica.trained),
         publish=history.publish, fire=trainer.call,
-        terms=terms, joint=joint, min_clients=settings.min_clients, gradient_clip_val=settings.gradient_clip_val,
-        seed=settings.seed, codec=settings.codec.multiplier,
+        terms=terms, joint=joint, group_size=size, min_clients=settings.min_clients,
+        gradient_clip_val=settings.gradient_clip_val, seed=settings.seed, codec=settings.codec.multiplier,
         watchers=[callback for callback in trainer.callbacks if isinstance(callback, RoundWatcher)],
         secure_threshold=settings.secure_threshold if settings.secure_aggregation else None,
     )  # fmt: skip
@@ -167,12 +169,12 @@ def _restore(trainer: TrainerFace, checkpoint: dict[str, Any]) -> None:
 
 
 def _agreed(trainer: TrainerFace) -> dict[str, Any]:
-    return _agreed_of(trainer, trainer.server.scheduler is not None)
+    return _agreed_of(trainer, trainer.server.scheduler is not None, trainer.server.group_size)
 
 
-def _agreed_of(trainer: TrainerFace, scheduled: bool) -> dict[str, Any]:
+def _agreed_of(trainer: TrainerFace, scheduled: bool, size: int | None) -> dict[str, Any]:
     clients, sampled = trainer.datamodule.num_clients, trainer.sample_size
-    return trainer.settings.agreed(trainer.algorithm, clients, scheduled, sampled, trainer.privacy)
+    return trainer.settings.agreed(trainer.algorithm, clients, scheduled, sampled, trainer.privacy, size)
 
 
 def _open_log(trainer: TrainerFace, resumed: folder.Resumption | None) -> None:

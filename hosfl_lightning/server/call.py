@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +16,13 @@ class Call:
     Args:
         round: Counted from 0.
         clients: Those that are asked, ascending.
-        online: All that an update reaches.
+        online: All that an update reaches, ascending.
         attempt: How often the round was repeated before.
     """
 
     round: int
     clients: list[int]
-    online: list[int]
+    online: Sequence[int]
     attempt: int = 0
 
     def to_each(self, step: int = 0, rule: dict[str, Any] | None = None) -> dict[int, StepRequest]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hosfl_lightning.models.checks import LIMIT
 from hosfl_lightning.padding import stack_rows
 from hosfl_lightning.server.inbox import Inbox
+from hosfl_lightning.server.tally import Tally
 from hosfl_lightning.wire import MiddleOutput, Multiplier, OutputMultiplier, UnlabelledData
 
 
@@ -53,24 +54,22 @@ class UShapedBackward:
         self.server = server
         self.codecs, self.reports = server.terms.codecs, server.terms.settings["report_loss"]
 
-    def __call__(self, inbox: Inbox) -> tuple[Tensor | None, dict[int, Multiplier], Inbox]:
+    def __call__(self, inbox: Inbox, tally: Tally) -> tuple[Tensor | None, dict[int, Multiplier], Inbox]:
         """As of `Server.backward`, and what is left of the inbox.
 
         Raises:
             TooFewClientsError: Too few have sent λ₂.
         """
         server = self.server
-        server.fire("on_before_zero_grad", optimizer=server.optimizer)
-        server.optimizer.zero_grad()
         waiting = [self.forward(group) if group else None for group in inbox.groups]
         answers = self.converse([one for one in waiting if one is not None], inbox.num_terms)
         inbox = left_of(inbox, answers)
-        server.require(server.fleet.processes.count(inbox.heard))
+        server.require_in(inbox, tally)
         sums = server.fleet.processes.sums(list(server.module.server_parameters.values()))
         counts = [sum(inbox.num_terms[m.client] for m in group) for group in inbox.groups]
-        total, multipliers = sums.total(counts), dict[int, Multiplier]()
+        scale, multipliers = tally.scaled(sums.total(counts)), dict[int, Multiplier]()
         for one, group, count in zip(waiting, inbox.groups, counts):
-            w = {m.client: inbox.num_terms[m.client] / total for m in group}
+            w = {m.client: inbox.num_terms[m.client] / scale for m in group}
             sums.add(self.backward(one, answers, w) if one is not None and count else None)
             if one is not None:
                 gradients = one.parts(one.z.grad if one.z.grad is not None else torch.zeros_like(one.z))

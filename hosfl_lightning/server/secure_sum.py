@@ -17,11 +17,10 @@ from hosfl_lightning.aggregation import LIMIT
 from hosfl_lightning.fleet.base import Fleet
 from hosfl_lightning.optim import Basis
 from hosfl_lightning.server.call import Call
-from hosfl_lightning.server.inbox import Inbox
 from hosfl_lightning.server.server import TooFewClientsError
+from hosfl_lightning.server.tally import Counted
 from hosfl_lightning.wire import (
     MaskedGradients,
-    Multiplier,
     SecureKeys,
     SecurePeers,
     SecureShares,
@@ -38,7 +37,7 @@ class Asking(Protocol):
     def basis(self, round: int, /) -> Basis | None:
         """Of the round."""
 
-    def honest(self, answer: Any, inbox: Inbox, /) -> bool:
+    def honest(self, answer: Any, inbox: Counted, /) -> bool:
         """Whether it claims the loss terms that it has."""
 
     def require(self, answers: int) -> None:
@@ -56,7 +55,7 @@ class SecureSum:
     no shares, or shares and no masked answer, is not in the sum; who sends a masked answer is, even if it is lost then.
 
     Args:
-        server: Whose round it is; it has asked nothing since `backward`.
+        server: Whose round it is.
         fleet: The clients.
 
     Reference: Bonawitz et al., arXiv 1611.04482, the protocol for an honest-but-curious server.
@@ -68,8 +67,12 @@ class SecureSum:
         assert basis is not None
         self.basis = basis
 
-    def mean(self, multipliers: Mapping[int, Multiplier], inbox: Inbox) -> tuple[dict[int, int], torch.Tensor]:
-        """Ask, sum, and open the sum.
+    def mean(self, answers: Sequence[SecureKeys], inbox: Counted) -> tuple[dict[int, int], torch.Tensor]:
+        """Sum, and open the sum.
+
+        Args:
+            answers: To λ, of all clients of the round.
+            inbox: Says how many loss terms each of them has.
 
         Returns:
             ``n_k`` by client of those in it, ascending, and ``v̄ (P,)`` float32.
@@ -77,7 +80,7 @@ class SecureSum:
         Raises:
             TooFewClientsError: Too few are left at some step, or what came gives no sum.
         """
-        keys = self.keys(multipliers, inbox)
+        keys = self.keys(answers, inbox)
         self.enough(keys, LEAST, "have an answer to sum")
         threshold = threshold_of(self.server.secure_threshold or 0, len(keys))
         shares = self.shares(keys, threshold)
@@ -88,10 +91,10 @@ class SecureSum:
         self.server.require(sum(n > 0 for n in num_terms.values()))
         return num_terms, self.opened(total, sum(num_terms.values()))
 
-    def keys(self, multipliers: Mapping[int, Multiplier], inbox: Inbox) -> dict[int, SecureKeys]:
+    def keys(self, answers: Sequence[SecureKeys], inbox: Counted) -> dict[int, SecureKeys]:
         """Of those who have an answer that can be summed."""
         found: dict[int, SecureKeys] = {}
-        for answer in self.fleet.ask(multipliers, SecureKeys):
+        for answer in answers:
             reason: str | None = answer.reason or None
             if answer.basis != self.basis.describe():
                 reason = f"its answer is in the basis {answer.basis}, the round's is {self.basis.describe()}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -18,16 +18,18 @@ from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.checks import smashed_objection
 from hosfl_lightning.models.pretrained import seeded
 from hosfl_lightning.optim import Basis, ZerothOrder
-from hosfl_lightning.padding import FILL, stack_rows
+from hosfl_lightning.server.backprop import Backpropagation
 from hosfl_lightning.server.call import Call
-from hosfl_lightning.server.contract import counted, reached, scalar_loss
+from hosfl_lightning.server.contract import counted, scalar_loss
 from hosfl_lightning.server.inbox import Inbox, Received
 from hosfl_lightning.server.middle import UShapedBackward
 from hosfl_lightning.server.replica import Replica
+from hosfl_lightning.server.tally import Counted, Tally
 from hosfl_lightning.server.watching import RoundWatcher
 from hosfl_lightning.wire import (
     Acknowledgement,
     CodedGradient,
+    Message,
     Multiplier,
     ProjectedGradients,
     SecureKeys,
@@ -37,8 +39,7 @@ from hosfl_lightning.wire import (
     Update,
 )
 
-Part = tuple[Tensor, Tensor, Tensor]
-"""What one client sent, unpacked: ``z (B, S, h)``, labels, ``mask (B, S)``."""
+M = TypeVar("M", bound=Message)
 
 
 class TooFewClientsError(RuntimeError):
@@ -64,6 +65,7 @@ class Server:
         publish: Puts an update on record, durable on return, and completes it.
         fire: A Trainer hook.
         joint: The clients of a round run as one group; else each is one.
+        group_size: As several groups, of at most so many; None: as one.
         min_clients: Valid answers that a round needs.
         gradient_clip_val: Largest 2-norm of the server's gradient, or None.
         terms: The clients'.
@@ -92,6 +94,7 @@ class Server:
         fire: Callable[..., None],
         terms: Terms,
         joint: bool,
+        group_size: int | None = None,
         min_clients: int = 1,
         gradient_clip_val: float | None = None,
         seed: int = 0,
@@ -102,7 +105,8 @@ class Server:
         self.module, self.fabric, self.optimizer, self.scheduler = module, fabric, optimizer, scheduler
         self.fleet, self.replica, self.terms = fleet, replica, terms
         self.basis, self.publish, self.fire = basis, publish, fire
-        self.joint, self.min_clients, self.gradient_clip_val = joint, min_clients, gradient_clip_val
+        self.joint, self.group_size = joint, group_size if joint else None
+        self.min_clients, self.gradient_clip_val = min_clients, gradient_clip_val
         self.seed, self.codec, self.watchers, self.secure_threshold = seed, codec, watchers, secure_threshold
 
     @property
@@ -119,14 +123,24 @@ class Server:
                 f"{answers} valid answer(s) of clients with a loss term, trainer.min_clients is {self.min_clients}"
             )
 
-    def admit(self, messages: Sequence[Received]) -> Inbox:
-        """Step 2: what the half and its loss can take, of all clients of the round.
+    def require_in(self, inbox: Inbox, tally: Tally) -> None:
+        """The same of all groups of a step, at the last of them."""
+        if not tally.awaited:
+            self.require(tally.heard + self.fleet.processes.count(inbox.heard))
+
+    def groups(self, requests: Mapping[int, M]) -> list[dict[int, M]]:
+        """Requests of clients that run together, in their order."""
+        asked, size = [*requests.items()], self.group_size or max(1, len(requests))
+        return [dict(asked[begin : begin + size]) for begin in range(0, max(1, len(asked)), size)]
+
+    def admit(self, messages: Sequence[Received], tally: Tally | None = None) -> Inbox:
+        """Step 2: what the half and its loss can take, of all clients of the round, or of a group of them.
 
         Raises:
             TooFewClientsError: Too few clients have a loss term in it.
         """
         inbox = Inbox.of(self.fitting(messages), self._count, None if self.joint else self.fleet.own)
-        self.require(self.fleet.processes.count(inbox.heard))
+        self.require_in(inbox, tally or Tally())
         return inbox
 
     def admit_one(self, message: SmashedData) -> Inbox | None:
@@ -149,7 +163,7 @@ class Server:
     def screen(
         self,
         answers: Sequence[ProjectedGradients | CodedGradient],
-        inbox: Inbox | None = None,
+        inbox: Counted | None = None,
         bases: Callable[[int], Basis | None] | None = None,
     ) -> list[ProjectedGradients]:
         """Step 5: the answers of all processes that the rule can use; who sent another is refused.
@@ -202,7 +216,7 @@ class Server:
             return smashed_objection(message, self.module.client_half)
         return self.module.objection(message)
 
-    def honest(self, answer: ProjectedGradients | SecureKeys, inbox: Inbox) -> bool:
+    def honest(self, answer: ProjectedGradients | SecureKeys, inbox: Counted) -> bool:
         """Whether the client claims as many loss terms as its labels have; one that claims more would own the mean."""
         counted = inbox.num_terms[answer.client]
         if answer.num_terms == counted:
@@ -219,34 +233,28 @@ class Server:
 
     # ---- its half
 
-    def backward(self, inbox: Inbox) -> tuple[Tensor | None, dict[int, Multiplier]]:
+    def backward(self, inbox: Inbox, tally: Tally | None = None) -> tuple[Tensor | None, dict[int, Multiplier]]:
         """Step 3: gradients and multipliers of the smashed data of a step; at least one client has a loss term.
+
+        Args:
+            inbox: The smashed data.
+            tally: Of the groups before, whose gradients these are added to; None: they are of all clients.
 
         Returns:
             ``Σ_k w_k ℓ_k`` (0-d, detached; None where the clients keep it to themselves) and λ by client.
         """
+        tally = tally if tally is not None else Tally()
+        if not tally.num_terms:
+            self.fire("on_before_zero_grad", optimizer=self.optimizer)
+            self.optimizer.zero_grad()
         if self.module.labels == "client":
-            loss, multipliers, inbox = UShapedBackward(self)(inbox)
+            loss, multipliers, inbox = UShapedBackward(self)(inbox, tally)
         else:
-            loss, multipliers = self._backpropagated(inbox)
+            loss, multipliers = Backpropagation(self)(inbox, tally)
+        tally.add(inbox, loss)
         for watcher in self.watchers:
             watcher.on_multipliers(inbox, multipliers)
         return loss, multipliers
-
-    def _backpropagated(self, inbox: Inbox) -> tuple[Tensor, dict[int, Multiplier]]:
-        received = [[message.unpack() for message in group] for group in inbox.groups]
-        terms = [[inbox.num_terms[message.client] for message in group] for group in inbox.groups]
-        self.fire("on_before_zero_grad", optimizer=self.optimizer)
-        self.optimizer.zero_grad()
-        sums = self.fleet.processes.sums(list(self.module.server_parameters.values()))
-        total = sums.total([sum(counts) for counts in terms])
-        multipliers: dict[int, Multiplier] = {}
-        for group, parts, counts in zip(inbox.groups, received, terms):
-            w = [count / total for count in counts]
-            loss, gradients = self._backward(parts, sum(w), group[0]) if any(w) else (None, _zeros(parts))
-            sums.add(loss)
-            multipliers |= {one.client: one for one in self.multipliers(group, gradients, w)}
-        return sums.finish(), multipliers
 
     @torch.no_grad()
     def loss(self, message: SmashedData) -> Tensor:
@@ -254,7 +262,7 @@ class Server:
         z, labels, mask = message.unpack()
         with self.fabric.autocast():
             return scalar_loss(
-                self.module, self.module.training_step(self._batch(z, labels, mask), message.round), graph=False
+                self.module, self.module.training_step(self.batch(z, labels, mask), message.round), graph=False
             ).double()
 
     def step(self) -> None:
@@ -283,18 +291,6 @@ class Server:
             mine.copy_(given)
         self.optimizer.load_state_dict(deepcopy(optimizer))
 
-    def _backward(self, parts: Sequence[Part], share: float, first: SmashedData) -> tuple[Tensor, list[Tensor]]:
-        zs, ys, masks = zip(*parts)
-        batch = self._batch(stack_rows(zs), stack_rows(ys, FILL["labels"]), stack_rows(masks))
-        z = batch["z"].requires_grad_()
-        with self.training(first):
-            loss = scalar_loss(self.module, self.module.training_step(batch, first.round)) * share
-        self.fire("on_before_backward", loss=loss)
-        self.fabric.backward(loss)
-        self.fire("on_after_backward")
-        rows = reached(self.module, z.grad).split([len(part) for part in masks])
-        return loss.detach(), [row[:, : mask.shape[1]] for row, mask in zip(rows, masks)]
-
     @contextmanager
     def training(self, first: Received) -> Iterator[None]:
         """While it is open, forwards of a group have dropout and a graph; ``first`` is of its first client."""
@@ -310,7 +306,8 @@ class Server:
             return message.num_terms
         return counted(self.module, message.unpack_labels())
 
-    def _batch(self, z: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def batch(self, z: Tensor, labels: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """What ``training_step`` takes."""
         batch = {"z": z, "attention_mask": mask.long(), "labels": labels}
         return {name: tensor.to(self.fabric.device) for name, tensor in batch.items()}
 
@@ -334,10 +331,6 @@ def uncoded(answer: ProjectedGradients | CodedGradient) -> ProjectedGradients:
     return ProjectedGradients(
         answer.round, answer.client, answer.basis, answer.unpack(), answer.num_terms, answer.attempt
     )
-
-
-def _zeros(parts: Sequence[Part]) -> list[Tensor]:
-    return [torch.zeros_like(z) for z, _, _ in parts]
 
 
 def loss_of(output: Any) -> Tensor:

@@ -362,7 +362,7 @@ class TestReplayOrSnapshot:
         log = ReplayLog.open(tmp_path / "log", {"incarnation": "1-b"}, at_round=7)
         optimizer = ZerothOrder([nn.Parameter(torch.ones(3))], SGD())
         records = Records(optimizer, log, CatchUp("replay"), bytes(16), "1-b")
-        away = Absentees(optimizer, records, Channel(False), {3: Absence(2, "9-z")})
+        away = Absentees(optimizer, records, Channel(False), {Absence(2, "9-z"): torch.tensor([3])})
         away.attend(7, [3], 4)
         [snapshot] = [m for m, _ in sent if isinstance(m, Snapshot)]
         assert snapshot.reason == "update 2 of server 9-z is not in the history of 1-b, which is at round 7"
@@ -383,6 +383,41 @@ class TestReplayOrSnapshot:
         ]  # fmt: skip
         assert [s.bytes for s in channel.ledger[2:]] == [len(frame) for frame in frames]
         assert away.chosen == {"replay": 2}
+
+    @pytest.mark.parametrize("policy", ["replay", "snapshot"])
+    def test_of_many_that_left_together_one_is_looked_at_and_all_are_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Any
+    ) -> None:
+        """Clients 0 and 5 stay, four leave, one of them for longer; a run that goes on knows who holds what."""
+        seen = []
+        for many in (2, 100):
+            monkeypatch.setattr(absentees, "MANY", many)
+            optimizer = ZerothOrder([nn.Parameter(torch.ones(3))], SGD(), seed=3)
+            log, channel = ReplayLog.open(tmp_path / str(many), {"incarnation": "0-a"}), Channel(False)
+            records = Records(optimizer, log, CatchUp(policy), bytes(16), "0-a")
+            away = Absentees(optimizer, records, channel)
+            for round, online in enumerate([[0, 5], range(0, 6, 5), [0, 1, 2, 3, 5], range(6)]):
+                away.attend(round, online, 6)
+                before, away = away.state_dict(), Absentees(optimizer, records, channel, chosen=away.chosen)
+                away.load_state_dict(before)
+                answer = ProjectedGradients(round, 0, optimizer.basis(round).describe(), torch.ones(2), 1)
+                apply_update(update := combine([answer], optimizer), optimizer)
+                log.append(round, encode(update))
+                if round == 2:
+                    assert away.absences == {4: Absence(0, "0-a")} and [*away.states] == [0]
+            told = Counter[str]()
+            for one in channel.ledger:
+                told[f"{one.kind} {one.direction}"] += one.bytes * one.receivers
+            seen.append((told, dict(away.chosen), away.absences, away.states))
+        assert seen[0] == seen[1]
+        assert seen[0][1:] == ({policy: 4}, {}, {})
+
+    def test_a_checkpoint_of_an_earlier_version_says_it_client_by_client(self) -> None:
+        away: Any = Absentees(None, None, None)  # type: ignore[arg-type]
+        away.load_state_dict({"absences": {3: [2, "0-a"], 1: [2, "0-a"], 2: [0, "1-b"]}, "states": {}, "chosen": {}})
+        assert away.absences == {1: Absence(2, "0-a"), 3: Absence(2, "0-a"), 2: Absence(0, "1-b")}
+        away.strand([2, 4], Absence(2, "0-a"))
+        assert away.absences == dict.fromkeys([1, 2, 3, 4], Absence(2, "0-a"))
 
     @pytest.mark.parametrize(
         ("settings", "message"),

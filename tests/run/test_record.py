@@ -235,7 +235,7 @@ def test_every_argument_is_compared_or_may_change() -> None:
     arguments = set(inspect.signature(Orchestrator).parameters)
     compared = {
         "algorithm", "clients_per_round", "simulation", "seed", "codec", "availability", "catch_up", "precision",
-        "gradient_clip_val", "privacy", "secure_aggregation",
+        "gradient_clip_val", "privacy", "secure_aggregation", "group_size",
     }  # fmt: skip
     assert arguments == compared | set(MAY_CHANGE)
     assert compared.isdisjoint(MAY_CHANGE)
