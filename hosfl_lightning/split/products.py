@@ -8,7 +8,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from typing_extensions import override
 
 #: Multiplications from which on oneDNN is worth its call; a function of the shape alone, as the graph is.
-WORTH = 1 << 20
+WORTH = 1 << 22
 
 LIBRARY = torch.library.Library("hosfl_lightning", "FRAGMENT")
 LIBRARY.define("product(Tensor a, Tensor b, Tensor? bias) -> Tensor")
