@@ -80,16 +80,17 @@ class Clock(Callback):
         self.turns, self.party, self.seconds, self.compiling = turns, party, list[float](), 0.0
 
     def on_train_batch_start(self, *_: Any, **__: Any) -> None:
-        """A round begins when it may."""
-        self.turns.wait(self.party)
+        """The others' rounds come before it, but for the first."""
+        if self.seconds:
+            self.turns.pass_on(self.party)
+            self.turns.wait(self.party)
         self.compiling -= compile_seconds()
         self.began = perf_counter()
 
     def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """The next one's turn."""
+        """It is over; what follows, such as an eager evaluation, is nobody else's turn."""
         self.seconds.append(perf_counter() - self.began)
         self.compiling += compile_seconds()
-        self.turns.pass_on(self.party)
 
 
 class Tokens(FederatedDataModule):

@@ -32,8 +32,12 @@ def compile_half(half: nn.Module, what: str) -> None:
         SplitError: There is no C++ compiler; later, from a forward, that the half cannot be compiled.
     """
     part = half.get_submodule(half.layer_path.backbone) if isinstance(half, ServerHalf) else half
+
+    def plain(*args: Any, **kwargs: Any) -> Any:  # a frame of ours: torch's own are left out of graphs
+        return part._call_impl(*args, **kwargs)
+
     fast = torch.compile(
-        part._call_impl, fullgraph=True, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True,
+        plain, fullgraph=True, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True,
         backend=BACKEND, options=_options(),
     )  # fmt: skip
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
@@ -48,8 +52,8 @@ def compile_half(half: nn.Module, what: str) -> None:
                 "lengths, or set it to false"
             ) from error
         except TorchDynamoException as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise SplitError(f"{SETTING}: {what} cannot be compiled ({reason.strip()}); set it to false") from error
+            reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
+            raise SplitError(f"{SETTING}: {what} cannot be compiled ({reason}); set it to false") from error
 
     part._compiled_call_impl = call
 
