@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import threading
 from collections.abc import Callable
-from itertools import pairwise
+from functools import partial
 from time import perf_counter
 from typing import Any
 from unittest import mock
@@ -119,7 +119,7 @@ def measure(case: str, parties: tuple[str, ...], rounds: int, threads: int) -> d
         torch.set_num_threads(threads)
         clock = Clock(turns, number)
         turns.wait(number)
-        plain = mock.patch.object(products, "has_products", lambda: False)
+        plain = mock.patch.object(products, "has_products", return_value=False)
         try:
             with plain if parties[number].endswith("MKL") else mock.patch.dict({}):
                 model = made(name, parties[number] != "eager", root)
@@ -143,8 +143,12 @@ def measure(case: str, parties: tuple[str, ...], rounds: int, threads: int) -> d
         raise errors[0]
     ids = torch.randint(3, 250, (batch if simulation == "per_client" else clients * batch, tokens))
     held = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {"rounds": {p: found[p][1] for p in parties}, "compiling": {p: found[p][2] for p in parties},
-            "forwards": forwards({p: found[p][0] for p in parties}, held), "products": share(found["eager"][0], held)}  # fmt: skip
+    return {
+        "rounds": {p: found[p][1] for p in parties},
+        "compiling": {p: found[p][2] for p in parties},
+        "forwards": forwards({p: found[p][0] for p in parties}, held),
+        "products": share(found["eager"][0], held),
+    }
 
 
 def made(name: str, compile: bool, root: str) -> SplitCausalLM:
@@ -168,7 +172,7 @@ def forwards(models: dict[str, SplitCausalLM], batch: dict[str, Tensor]) -> dict
         run(model.client_half, batch)
     for _ in range(15):
         for party, model in models.items():
-            times[party].append(seconds(lambda half=model.client_half: run(half, batch)))
+            times[party].append(seconds(partial(run, model.client_half, batch)))
     return times
 
 
@@ -190,7 +194,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def ratio(eager: list[float], other: list[float]) -> float:
     """The median of ``eager / other``, each with the neighbour before it and after it."""
-    return statistics.median([a / b for a, b in zip(eager, other)] + [a / b for (_, a), b in zip(pairwise(eager), other)])
+    return statistics.median([a / b for a, b in zip([*eager, *eager[1:]], [*other, *other[:-1]])])
 
 
 def quick() -> dict[str, float]:

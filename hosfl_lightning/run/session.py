@@ -94,7 +94,7 @@ def check_model(model: SplitModule) -> None:
         TypeError: It is no `SplitModule`, or one inside of `torch.compile`.
     """
     if not isinstance(model, SplitModule):
-        hint = " (set model.init_args.compile in its place)" if isinstance(getattr(model, "_orig_mod", None), SplitModule) else ""
+        hint = " (set model.init_args.compile)" if isinstance(getattr(model, "_orig_mod", None), SplitModule) else ""
         raise TypeError(f"model must be a hosfl_lightning.models.SplitModule, got {type(model).__name__}{hint}")
 
 

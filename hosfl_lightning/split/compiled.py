@@ -12,8 +12,8 @@ from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.halves import ServerHalf
 
 SETTING = "model.init_args.compile"
-#: Graphs of one half; another shape fails by name, as an eager forward among compiled ones has other bits.
-SHAPES = 64
+#: Graphs of a process; one more fails by name, as an eager forward among compiled ones has other bits.
+SHAPES = 256
 BACKEND = "inductor"
 
 
@@ -36,20 +36,21 @@ def compile_half(half: nn.Module, what: str) -> None:
     def plain(*args: Any, **kwargs: Any) -> Any:  # a frame of ours: torch's own are left out of graphs
         return part._call_impl(*args, **kwargs)
 
-    fast = torch.compile(
-        plain, fullgraph=True, dynamic=False, recompile_limit=SHAPES, isolate_recompiles=True,
-        backend=BACKEND, options=_options(),
-    )  # fmt: skip
+    fast = torch.compile(plain, fullgraph=True, dynamic=False, backend=BACKEND, options=_options())
+    from torch._dynamo import config
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+
+    limit = {"recompile_limit": SHAPES, "accumulated_recompile_limit": SHAPES, "fail_on_recompile_limit_hit": True}
 
     @functools.wraps(part._call_impl)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return fast(*args, **kwargs)
+            with config.patch(limit):
+                return fast(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise SplitError(
-                f"{SETTING}: {what} has met more than {SHAPES} shapes, each of which is compiled; pad the data to few "
-                "lengths, or set it to false"
+                f"{SETTING}: {what} has met one shape too many; each is compiled, and a process makes {SHAPES} graphs at "
+                "most: pad the data to few lengths, or set it to false"
             ) from error
         except TorchDynamoException as error:
             reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])

@@ -27,7 +27,7 @@ def _shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
 
 
-class Products(CustomGraphPass):  # type: ignore[misc]
+class Products(CustomGraphPass):
     """Puts `product` in the place of the large fp32 products of a graph, before inductor generates code."""
 
     @override

@@ -1,4 +1,4 @@
-"""`model.init_args.compile`: one graph a shape, which serves θ and every probe; what needs hooks runs as it was written."""
+"""`model.init_args.compile`: one graph a shape, for θ and every probe; what needs hooks runs as it was written."""
 
 from __future__ import annotations
 
@@ -94,10 +94,10 @@ def test_what_needs_hooks_runs_as_it_was_written(
 
 
 def test_a_resumed_run_has_the_bits_of_one_that_was_not_interrupted(
-    graphs: list[fx.GraphModule], make_model: Callable[..., SplitCausalLM], make_orchestrator: Callable[..., Orchestrator],
-    tmp_path: Path,
+    graphs: list[fx.GraphModule], make_model: Callable[..., SplitCausalLM], tmp_path: Path,
+    make_orchestrator: Callable[..., Orchestrator],
 ) -> None:  # fmt: skip
-    uneven = RandomTokens([[12] * 4 + [8] * 4, [8] * 4 + [12] * 4])  # which shape comes first is another after the break
+    uneven = RandomTokens([[12] * 4 + [8] * 4, [8] * 4 + [12] * 4])  # another shape comes first after the break
     settings: dict[str, Any] = {"enable_checkpointing": True, "simulation": "per_client"}
     whole, first, second = (make_model(compile=True) for _ in range(3))
     make_orchestrator(max_rounds=3, default_root_dir=str(tmp_path / "whole"), **settings).fit(whole, uneven)
@@ -126,9 +126,10 @@ def test_what_cannot_be_compiled_is_told_by_the_setting(
     with eager():
         assert broken(torch.ones(1, 2)).shape == (1, 2)
     monkeypatch.setattr(compiled, "SHAPES", 1)
+    torch._dynamo.reset()
     compile_half(short, "it")
     short(torch.ones(1, 2))
-    with pytest.raises(SplitError, match=r"compile: it has met more than 1 shapes.*pad the data"):
+    with pytest.raises(SplitError, match=r"compile: it has met one shape too many.*pad the data"):
         short(torch.ones(3, 2))
 
 

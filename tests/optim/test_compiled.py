@@ -34,7 +34,8 @@ def compiled(way: str) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
-    ("way", "estimator"), [*itertools.product(["whole", "a layer", "wrapped"], ["forward", "jvp"]), ("scripted", "central")]
+    ("way", "estimator"),
+    [*itertools.product(["whole", "a layer", "wrapped"], ["forward", "jvp"]), ("scripted", "central")],
 )
 def test_what_is_compiled_is_probed_as_the_plain_module_is(way: str, estimator: str) -> None:
     values = []

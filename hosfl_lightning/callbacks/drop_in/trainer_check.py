@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-
 #: Subclasses of those that keep parameters whole, which divide them or run a step later than it is written.
 OTHER_STRATEGIES = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
