@@ -16,6 +16,7 @@ from hosfl_client.wire.terms import RULES, difference
 from hosfl_lightning.clients.catch_up import client_state, load_state, state_digest
 from hosfl_lightning.clients.cohort import Cohort
 from hosfl_lightning.optim import Basis, UpdateRule, ZerothOrder, basis_of, estimator_of, rule_of
+from hosfl_lightning.optim.compiled import eager
 from hosfl_lightning.parts import PartError
 from hosfl_lightning.split.run import run
 from hosfl_lightning.wire import (
@@ -306,7 +307,7 @@ class Endpoint(ABC):
         if self.held_out is None:
             raise EndpointError(f"client {request.client} is asked for validation data, and has none")
         cohort = self.held_out([request.client], request.step)
-        with self.fabric.autocast():
+        with self.fabric.autocast(), eager(self.model.compiles):
             z = run(self.model.client_half, self.fabric.to_device(cohort.batch))
         return self.smashed(cohort, z, request, request.step)
 

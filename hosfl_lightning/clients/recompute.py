@@ -10,6 +10,8 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from hosfl_lightning.optim.compiled import eager
+
 
 @contextmanager
 def recomputing(half: nn.Module, active: bool = True) -> Iterator[None]:
@@ -17,7 +19,7 @@ def recomputing(half: nn.Module, active: bool = True) -> Iterator[None]:
 
     The backward may come after it has closed; gradients have the bits that they have without it. The library's own
     switch (``gradient_checkpointing_enable``) works in train mode only, and a client half is in eval mode. Of a layer
-    that overwrites its input there is nothing left to run again: the backward says so.
+    that overwrites its input there is nothing left to run again: the backward says so. A compiled half runs eagerly.
 
     Args:
         half: With ``layers``, its layers by number.
@@ -30,7 +32,8 @@ def recomputing(half: nn.Module, active: bool = True) -> Iterator[None]:
         # Nothing in a half draws random numbers, so there is no state to put back.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
     try:
-        yield
+        with eager(active):
+            yield
     finally:
         for layer, forward in zip(layers, own):
             if forward is None:

@@ -47,6 +47,7 @@ from hosfl_lightning.split import (
 )
 from hosfl_lightning.split.adapters import dropouts, training
 from hosfl_lightning.split.client_parameters import ClientParameters, in_place
+from hosfl_lightning.split.compiled import compile_half
 from hosfl_lightning.wire import SmashedData
 
 
@@ -83,6 +84,8 @@ class SplitModule(Evaluated, ABC):
         labels: Where they are, and with them the head and the loss. ``client``: the server's half is the layers in the
             middle alone, and each client has ``client_head``, the final norm and the head, whose loss and gradients
             are in closed form; a text never leaves it.
+        compile: Compile both halves for the rounds, at the first batch of each shape; evaluations run eagerly. Probes
+            then move all that a client trains at once, beside a copy of it, in the place of layer after layer.
 
     Raises:
         PretrainedError: The model cannot be loaded.
@@ -109,12 +112,13 @@ class SplitModule(Evaluated, ABC):
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
         labels: Labels = "server",
+        compile: bool = False,
         **model_kwargs: Any,
     ) -> None:
         super().__init__()
         self.pretrained, self.cut, self.lora, self.side, self.seed = pretrained, cut, lora, side, seed
         self.client_holds, self.part, self.trains_at_client = client_holds, part, client_parameters
-        self.labels = check_labels_at(labels, client_holds)
+        self.labels, self.compiles = check_labels_at(labels, client_holds), compile
         if labels == "client":
             self.labels_notice = LABELS_STAY
         self.make_optimizer, self.make_scheduler = optimizer, lr_scheduler
@@ -126,6 +130,9 @@ class SplitModule(Evaluated, ABC):
         if server is not None:
             self._modules["server_half"] = server
             self._server_trainable = tuple(n for n, p in server.named_parameters() if p.requires_grad)
+        for half, what in ((self.client_half, "the client's half"), (server, "the server's half")):
+            if compile and half is not None:
+                compile_half(half, what)
         self.label_names: Sequence[str] | None = None
         self.strict_loading = False  # checkpoints hold what is trained, not the backbone
         self.make_metrics()

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from hosfl_lightning.optim.compiled import eager
 from hosfl_lightning.padding import drop_unpredictable
 
 Batch = dict[str, Tensor]
@@ -63,6 +64,8 @@ class Evaluated(L.LightningModule):
     loss: Any
     count: Any
     above: Any
+    #: Whether the rounds are compiled; an evaluation is not.
+    compiles = False
     #: A second set of metrics, of a part of an evaluation.
     beside: Metrics | None = None
 
@@ -116,7 +119,8 @@ class Evaluated(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """``argmax`` of the logits: a class an example, or the next token at every position."""
-        return self.logits(self.prepare(batch)).argmax(-1)
+        with eager(self.compiles):
+            return self.logits(self.prepare(batch)).argmax(-1)
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/…``."""
@@ -133,7 +137,8 @@ class Evaluated(L.LightningModule):
         metrics = self._metrics(stage)
         if self.beside is not None:
             metrics = {name: cast(Metric, Both(metric, self.beside[name])) for name, metric in metrics.items()}
-        return self.take(metrics, batch, labels) if self.count(labels) else None
+        with eager(self.compiles):  # a shape of its own would be compiled for a forward or two
+            return self.take(metrics, batch, labels) if self.count(labels) else None
 
     def _metrics(self, stage: str) -> Metrics:
         return dict(self.metrics[stage].items())  # type: ignore[operator]

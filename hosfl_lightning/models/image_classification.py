@@ -67,6 +67,7 @@ class SplitImageClassifier(SplitClassifier):
             dropped once it is cut: a device needs room for all of it for that moment. `auxiliary_head` is there all the
             same, as it copies nothing of the server.
         client_parameters: As in `SplitModule`; at the client it decides alone, whatever ``frozen`` says.
+        compile: As in `SplitModule`.
 
     Raises:
         PretrainedError: The model cannot be loaded, or not one of ``pretrained`` and ``network`` is given.
@@ -95,6 +96,7 @@ class SplitImageClassifier(SplitClassifier):
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
         weights: str | None = None,
+        compile: bool = False,
     ) -> None:
         if bool(pretrained) == (network is not None) or isinstance(network, nn.Module):
             raise PretrainedError(
@@ -106,7 +108,7 @@ class SplitImageClassifier(SplitClassifier):
         self.num_labels, self.image_size, self.channels = check_classes(num_labels), image_size, channels
         super().__init__(
             pretrained or "", cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side,
-            part, client_parameters, network=network, frozen=frozen, weights=weights,
+            part, client_parameters, compile=compile, network=network, frozen=frozen, weights=weights,
         )  # fmt: skip
 
     def load_whole(self, dtype: str, seed: int, **model_kwargs: Any) -> Any:

@@ -41,11 +41,12 @@ class SplitSequenceClassifier(SplitClassifier):
         part: Part = "both",
         client_parameters: ClientParameters | None = None,
         labels: Labels = "server",
+        compile: bool = False,
     ) -> None:
         self.num_labels = check_classes(num_labels)
         super().__init__(
             pretrained, cut, lora, optimizer, lr_scheduler, dtype, seed, client_holds, side, part,
-            client_parameters, labels, num_labels=num_labels,
+            client_parameters, labels, compile, num_labels=num_labels,
         )  # fmt: skip
 
     def check_examples(self, examples: Sequence[Example], owner: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ def compiled_around(module: nn.Module, names: Iterable[str]) -> str | None:
             if place is not None and any(inside.startswith(f"{place}." if place else "") for inside in names):
                 return place
     return None
+
+
+def eager(active: bool = True) -> AbstractContextManager[object]:
+    """While open, what is compiled runs as it was written, hooks and all; in every thread of the process."""
+    return torch.compiler.set_stance("force_eager") if active else nullcontext()
 
 
 def _compiled(module: nn.Module) -> Iterator[nn.Module]:

@@ -49,9 +49,10 @@ def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, sca
 
 
 @contextmanager
-def perturbed_in_place(parameters: Sequence[nn.Parameter], stream: Stream, scale: Tensor) -> Iterator[None]:
-    """The same for an objective whose modules are unknown: all tensors at once, beside a full copy of their bits."""
-    everything = _Layer(list(enumerate(parameters)), _Probe(parameters, stream, scale), {})
+def perturbed_in_place(readers: Readers, stream: Stream, scale: Tensor) -> Iterator[None]:
+    """The same bits where no hook runs, in a compiled module or an unknown one: all tensors at once, beside a copy."""
+    probed = [(i, p) for i, p in enumerate(readers.parameters) if id(p) in readers.index]
+    everything = _Layer(probed, _Probe(readers.parameters, stream, scale), {})
     with fresh_autocast():
         try:
             everything.perturb()

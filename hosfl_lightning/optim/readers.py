@@ -25,6 +25,8 @@ class Readers:
         self.index = {id(p): i for i, p in enumerate(self.parameters) if only is None or i in only}
         #: Moves them all at once, whoever reads them, where they are few.
         self.together = Together.of({i: self.parameters[i] for i in self.index.values()})
+        #: Whether a probe has moved the objective yet.
+        self.moved_it = False
         self._seen: list[object] = []
         self._found: list[tuple[nn.Module, Owned]] = []
 

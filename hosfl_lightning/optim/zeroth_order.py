@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from hosfl_lightning.optim.basis import Basis, SharedDirections
-from hosfl_lightning.optim.compiled import compiled_around
+from hosfl_lightning.optim.compiled import compiled_around, eager
 from hosfl_lightning.optim.estimators import (
     ESTIMATORS,
     Estimator,
@@ -55,8 +55,8 @@ class ZerothOrder(torch.optim.Optimizer):
         params: Parameters, named parameters or groups; their order is the manifest of the directions.
         rule: What to do with ``ĝ``: `SGD`, `AdamW` of `hosfl_lightning.optim.rules`.
         module: The module the objective runs, submodule by submodule. Then probes are layer-wise, the extra memory is
-            its largest leaf, and norm statistics do not see the probes. Without it all parameters are perturbed at once
-            beside a copy of their bits.
+            its largest leaf, and norm statistics do not see the probes. Without it, or where it is compiled, all
+            parameters are perturbed at once beside a copy of their bits.
         probes: ``P``, directions a step.
         mu: ``μ``, smoothing length; rounded once to what the distribution multiplies exactly.
         estimator: ``forward`` (``P + 1`` evaluations, the paper's), ``central`` (``2P``), ``jvp`` (``P`` with dual
@@ -95,6 +95,8 @@ class ZerothOrder(torch.optim.Optimizer):
         self.rule = rule if rule is not None else SGD()
         check_rule(self.rule, "rule")
         self.module, self.first_tensor = module, first_tensor
+        # A graph reads the parameters as its inputs and runs no hook of a layer.
+        self.compiled = False
         # A list, mutated in place: Lightning's wrappers copy attributes on write but share what an attribute refers to.
         self._recorded: list[tuple[Basis, Tensor]] = []
         self._known: tuple[list[Any], Readers] | None = None
@@ -110,7 +112,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """As torch's; the group's tensors are numbered after those already there.
 
         Raises:
-            ValueError: A parameter is not contiguous, is wider than fp32, is not in ``module`` or is compiled there.
+            ValueError: A parameter is not contiguous, is wider than fp32, or is not in ``module``.
         """
         super().add_param_group(param_group)
         known = None if self.module is None else {id(p) for p in self.module.parameters()}
@@ -123,16 +125,9 @@ class ZerothOrder(torch.optim.Optimizer):
                 raise ValueError("ZerothOrder got a parameter that is not in module= and would never be perturbed: "
                                  "pass the module that holds them all, or module=None")  # fmt: skip
         if self.module is not None:
-            self._refuse_compiled(self.module)
-
-    def _refuse_compiled(self, module: nn.Module) -> None:
-        ours = {id(p) for p in self.parameters}
-        compiled = compiled_around(module, [name for name, p in module.named_parameters() if id(p) in ours])
-        if compiled is not None:
-            at = f" at {compiled!r}" if compiled else ""
-            raise ValueError(f"ZerothOrder: module={type(module).__name__} is compiled{at} and does not run the hooks "
-                             "by which layer-wise probes work, so every probe would give 0; compile nothing in it, or "
-                             "pass module=None (a copy of all parameters)")  # fmt: skip
+            ours = {id(p) for p in self.parameters}
+            names = [name for name, p in self.module.named_parameters() if id(p) in ours]
+            self.compiled = compiled_around(self.module, names) is not None
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -178,14 +173,16 @@ class ZerothOrder(torch.optim.Optimizer):
         readers = self._readers()
         if readers.together is not None:
             return readers.together.perturbed(stream, alpha)
-        if self.module is None:
-            return perturbed_in_place(self.parameters, stream, alpha)
+        if self.module is None or self.compiled:
+            return perturbed_in_place(readers, stream, alpha)
         return perturbed_layerwise(self.module, readers, stream, alpha)
 
-    def dual(self, basis: SharedDirections, probe: int) -> AbstractContextManager[None]:
-        """While it is open, the objective sees the dual numbers ``θ + ε u_probe``."""
+    @contextmanager
+    def dual(self, basis: SharedDirections, probe: int) -> Iterator[None]:
+        """While it is open, the objective sees the dual numbers ``θ + ε u_probe``; what is compiled runs eagerly."""
         assert self.module is not None  # as __init__ asks
-        return dual_layerwise(self.module, self._readers(), basis.streams[probe])
+        with eager(self.compiled), dual_layerwise(self.module, self._readers(), basis.streams[probe]):
+            yield
 
     def _readers(self) -> Readers:
         parameters, probed = self.parameters, self.probed
@@ -272,20 +269,18 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
-        values = measured(self.estimator, objective, probes, base)
-        if self.estimator.smoothed and not values.any():
-            self.check_seen(objective, basis)
+        values, readers = measured(self.estimator, objective, probes, base), self._readers()
+        if self.estimator.smoothed and not readers.moved_it:  # the host waits until then, and not in every step
+            readers.moved_it = bool(values.any())
+            if not readers.moved_it:
+                self._check_seen(objective, basis)
         return values
 
-    def check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
-        """Of probes that gave nothing but zeros: whether the objective runs what they move.
-
-        Raises:
-            UnseenProbeError: It calls no submodule of ``module`` that reads it.
-        """
+    def _check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
+        """Of probes that gave nothing but zeros: whether the objective runs what they move."""
         if self.module is not None:
             alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
-            with perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
+            with eager(self.compiled), perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
                 objective()
 
     @override

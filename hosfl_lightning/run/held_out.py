@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 
+from hosfl_lightning.optim.compiled import eager
 from hosfl_lightning.run.face import TrainerFace
 from hosfl_lightning.run.result import Evaluation
 
@@ -51,7 +52,7 @@ def validate_on_clients(trainer: TrainerFace, prefix: str) -> Evaluation:
         batch = trainer.to_device(dict(zip(("z", "labels", "attention_mask"), message.unpack())))
         if not module.count(batch["labels"]):
             continue
-        with trainer.fabric.autocast():
+        with trainer.fabric.autocast(), eager(module.compiles):
             loss = module.take_smashed(metrics, batch["z"], batch["attention_mask"].long(), batch["labels"])
             losses.append(float(loss))
     for client, reason in fleet.refused.items():

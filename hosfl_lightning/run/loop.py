@@ -19,6 +19,7 @@ from hosfl_lightning.run.held_out import validate_on_clients, validate_only_on_c
 from hosfl_lightning.run.result import Evaluation, RunResult
 from hosfl_lightning.server import Call, Outcome, TooFewClientsError
 from hosfl_lightning.server.contract import sound
+from hosfl_lightning.split.compiled import compile_seconds
 from hosfl_lightning.wire import NonFiniteError, RoundEnd
 
 #: How often a round is tried before the run stops.
@@ -39,6 +40,7 @@ class RoundLoop:
         self.halves = Halves(trainer)
         trainer.server.watchers = [*trainer.server.watchers, self.halves]
         self.waited = 0.0  # for clients, in the present round
+        self.compiling = compile_seconds() if trainer.lightning_module.compiles else 0.0
 
     def train(self) -> RunResult:
         """From ``on_train_start`` to ``on_fit_end``."""
@@ -96,7 +98,16 @@ class RoundLoop:
             module.log(f"fleet/{name}", value)
         outputs = {"loss": outcome.loss, "num_examples": outcome.num_examples}
         trainer.call("on_train_batch_end", outputs=outputs, batch=call, batch_idx=round)
+        if module.compiles:
+            self.say_compiled(round)
         return seconds
+
+    def say_compiled(self, round: int) -> None:
+        """What of a round was compiling: of the first one, and of those with new shapes."""
+        began, self.compiling = self.compiling, compile_seconds()
+        if self.compiling > began and self.trainer.announces and self.trainer.is_global_zero:
+            print(f"round {round + 1}: {self.compiling - began:.1f} s of it for compiling (model.init_args.compile)",
+                  flush=True)  # fmt: skip
 
     def number(self) -> None:
         """For ``{round}`` in the names of files; in a row it stands anyway."""

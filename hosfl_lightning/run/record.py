@@ -31,7 +31,7 @@ MAY_CHANGE = (
 #: Arguments of a model that say where it lies, how it is trained (recorded apart), or which part of it is here.
 NOT_OF_THE_MODEL = ("pretrained", "network", "weights", "optimizer", "lr_scheduler", "part", "client_holds")
 #: What of the model matters to a run alone: its weights mean the same in any precision and from any start.
-OF_THE_RUN = ("seed", "dtype")
+OF_THE_RUN = ("seed", "dtype", "compile")
 #: Digests of the data, by name; and its arguments that have no part in them.
 CLIENTS, HELD_OUT, BATCH = "clients' examples", "held-out examples", "first batch"
 OF_BATCHES = ("batch_size", "eval_batch_size", "seed")
@@ -83,6 +83,8 @@ def of_settings(agreed: Record, algorithm: Algorithm) -> Record:
 def of_model(model: SplitModule) -> Record:
     """What it computes, from its constructors' arguments; the backbone's weights have a fingerprint of their own."""
     init_args = {name: plain(value) for name, value in model.made_with.items() if name not in NOT_OF_THE_MODEL}
+    if not init_args.get("compile"):
+        init_args.pop("compile", None)  # as before there was such a setting
     if model.made_with.get("network") is not None:
         init_args["network"] = model.pretrained
     return {"class_path": type(model).__qualname__, "init_args": init_args}

@@ -13,7 +13,6 @@ from torch import nn
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.models.checks import check_padding
-from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.run import checkpoint as checkpoints
 from hosfl_lightning.run import folder
 from hosfl_lightning.run.by_client import of_checkpoint
@@ -91,20 +90,14 @@ def check_weights(trainer: TrainerFace, model: SplitModule, checkpoint: dict[str
 
 
 def check_model(model: SplitModule) -> None:
-    """Refuse what is no cut model, or one whose clients would not see their probes.
+    """Refuse what is no cut model.
 
     Raises:
         TypeError: It is no `SplitModule`, or one inside of `torch.compile`.
-        ValueError: What a client trains is compiled.
     """
     if not isinstance(model, SplitModule):
-        hint = " (compile its server_half alone)" if isinstance(getattr(model, "_orig_mod", None), SplitModule) else ""
+        hint = " (set model.init_args.compile)" if isinstance(getattr(model, "_orig_mod", None), SplitModule) else ""
         raise TypeError(f"model must be a hosfl_lightning.models.SplitModule, got {type(model).__name__}{hint}")
-    compiled = compiled_around(model.client_half, model.client_parameters)
-    if compiled is not None:
-        at = f" at {compiled!r}" if compiled else ""
-        raise ValueError(f"model: client_half is compiled{at} and does not run the hooks by which probes work; compile "
-                         "model.server_half alone, by model.server_half.compile()")  # fmt: skip
 
 
 def _prepare_data(trainer: TrainerFace, model: SplitModule, data: FederatedDataModule, fn: TrainerFn) -> None:

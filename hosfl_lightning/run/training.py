@@ -80,6 +80,10 @@ def train(
         try:
             if first_of_all and trainer.algorithm.client_holds == "half":
                 print(model.labels_notice, flush=True)
+            if first_of_all and model.compiles:
+                beside = sum(tensor.nbytes for tensor in trainer.endpoint.trained.values())
+                print("Halves are compiled at the first batch of each shape; probes, if any, move all that a client "
+                      f"trains at once, beside a copy of it ({beside / 1e6:.1f} MB).", flush=True)  # fmt: skip
             if first_of_all and trainer.privacy is not None:
                 print(notice(trainer.privacy, trainer.algorithm, model, trainer.serving is None), flush=True)
             trainer.call("on_fit_start")

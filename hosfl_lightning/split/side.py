@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hosfl_lightning.optim.compiled import eager
 from hosfl_lightning.split.errors import SplitError
 from hosfl_lightning.split.views import has_parameters
 
@@ -217,11 +218,12 @@ class Ladder:
 
     @contextmanager
     def keeping(self) -> Iterator[list[tuple[Bottleneck, Tensor]]]:
-        """While open, forwards leave each bottleneck and its ``h`` in the list."""
+        """While open, forwards, which run eagerly, leave each bottleneck and its ``h`` in the list."""
         kept: list[tuple[Bottleneck, Tensor]] = []
         self.kept = kept
         try:
-            yield kept
+            with eager():
+                yield kept
         finally:
             self.kept = None
 
@@ -230,7 +232,8 @@ class Ladder:
         """While open, a forward calls ``watch(bottleneck, h)`` at each tap and ends, without z, after the last one."""
         self.watch = watch
         try:
-            yield
+            with eager():
+                yield
         except _Seen:
             pass
         finally:

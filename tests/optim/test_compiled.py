@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -21,15 +22,38 @@ def objective(run: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
     return lambda: run(X).square().sum()
 
 
-def test_a_module_that_is_compiled_is_refused_by_name() -> None:
-    whole, layer, wrapped = net(), net(), torch.compile(net(), backend="eager")
-    whole.compile(backend="eager")
-    layer[2].compile(backend="eager")
-    for module, name in ((whole, "Sequential is compiled and"), (layer, "Sequential is compiled at '2'"),
-                         (wrapped, "OptimizedModule is compiled and")):  # fmt: skip
-        with pytest.raises(ValueError, match=rf"module={name}.*pass module=None"):
-            ZerothOrder(module.parameters(), module=module)
-    ZerothOrder(layer[0].parameters(), module=layer)  # what is compiled holds nothing that is probed
+def compiled(way: str) -> nn.Module:
+    module = net()
+    if way == "scripted":
+        return torch.jit.script(module)
+    if way == "wrapped":
+        return torch.compile(module, backend="eager")  # type: ignore[return-value]
+    (module[2] if way == "a layer" else module).compile(backend="eager")
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("way", "estimator"),
+    [*itertools.product(["whole", "a layer", "wrapped"], ["forward", "jvp"]), ("scripted", "central")],
+)
+def test_what_is_compiled_is_probed_as_the_plain_module_is(way: str, estimator: str) -> None:
+    values = []
+    for module in (net(), compiled(way)):
+        run, before = objective(module), [p.clone() for p in module.parameters()]
+        with torch.no_grad():
+            run()  # a graph is there before there are probes
+        zo = ZerothOrder(module.parameters(), module=module, probes=2, mu=0.01, estimator=estimator)
+        zo.probed = {0, 3}
+        values.append(zo.project(run))
+        assert all(map(torch.equal, before, module.parameters()))
+    torch.testing.assert_close(*values)
+    assert values[1].abs().min() > 0
+
+
+def test_layer_by_layer_where_what_is_compiled_holds_nothing_that_is_probed() -> None:
+    layer = compiled("a layer")
+    assert not ZerothOrder(layer[0].parameters(), module=layer).compiled  # type: ignore[index]
 
 
 @pytest.mark.parametrize("estimator", ["forward", "central", "jvp"])

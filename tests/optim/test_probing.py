@@ -19,7 +19,7 @@ Probe = Callable[[nn.Module, Stream, Tensor], AbstractContextManager[None]]
 M = TypeVar("M", bound=nn.Module)
 PROBES: dict[str, Probe] = {
     "layerwise": lambda m, stream, scale: perturbed_layerwise(m, Readers(list(m.parameters())), stream, scale),
-    "in_place": lambda m, stream, scale: perturbed_in_place(list(m.parameters()), stream, scale),
+    "in_place": lambda m, stream, scale: perturbed_in_place(Readers(list(m.parameters())), stream, scale),
 }
 IDS = torch.tensor([[3, 7, 7, 1], [0, 3, 9, 7]])
 

@@ -18,8 +18,6 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hosfl_lightning.optim.compiled import compiled_around
-
 #: Subclasses of those that keep parameters whole, which divide them or run a step later than it is written.
 OTHER_STRATEGIES = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
@@ -63,16 +61,11 @@ def refuse_what_would_break(name: str, trainer: Trainer, pl_module: LightningMod
 
 
 def refuse_what_needs_a_gradient(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Settings that would have no effect where no gradient is, and modules in which probes would have none.
+    """Settings that would have no effect where no gradient is.
 
     Raises:
         ValueError: Names the setting and what to use instead.
     """
-    compiled = compiled_around(pl_module, [name for name, p in pl_module.named_parameters() if p.requires_grad])
-    if compiled is not None:
-        raise ValueError(f"ZerothOrderTraining: {compiled or type(pl_module).__name__!r} is compiled, and a compiled "
-                         "module does not run the hooks by which probes work; compile nothing that is "
-                         "trained")  # fmt: skip
     if trainer.gradient_clip_val or is_overridden("configure_gradient_clipping", pl_module):
         raise ValueError("trainer.gradient_clip_val and configure_gradient_clipping have no gradient to clip under "
                          "ZerothOrderTraining; remove them and lower the rule's lr")  # fmt: skip

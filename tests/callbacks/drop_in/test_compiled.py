@@ -1,4 +1,4 @@
-"""In a compiled module no hook of a probe runs: every scalar would be 0, so it is refused by name."""
+"""In a compiled module no hook of a probe runs: all of it is moved at once, or, below a cut, it is refused by name."""
 
 from __future__ import annotations
 
@@ -75,13 +75,26 @@ WAYS: dict[str, tuple[Callable[[], Sequential], str]] = {
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("order", [hybrid(), ZerothOrderTraining()], ids=["hybrid", "zeroth"])
 @pytest.mark.parametrize("way", WAYS)
-def test_what_is_probed_may_not_be_compiled(way: str, order: Any) -> None:
+def test_below_a_cut_nothing_may_be_compiled(way: str) -> None:
     make, message = WAYS[way]
     with pytest.raises(ValueError, match=message) as refused:
-        fit(make(), order)
-    assert isinstance(order, ZerothOrderTraining) or r"docs/drop_in.md" in str(refused.value)
+        fit(make(), hybrid())
+    assert r"docs/drop_in.md" in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("way", [way for way in WAYS if way != "all"])
+def test_a_compiled_module_is_trained_by_forwards(way: str) -> None:
+    fast, plain = WAYS[way][0](), mlp()
+    for module in (fast, plain):
+        fit(module, ZerothOrderTraining(SGD(lr=0.1)))
+    torch.testing.assert_close(list(fast.parameters()), list(plain.parameters()))
+
+
+def test_a_compiled_lightning_module_is_not() -> None:
+    with pytest.raises(ValueError, match=WAYS["all"][1]):
+        fit(WAYS["all"][0](), ZerothOrderTraining())
 
 
 def test_the_way_to_compile_the_upper_part_only() -> None:
