@@ -116,20 +116,23 @@ class ProbeBatch:
             forward: Runs the module on a batch.
             batch: Tensors ``(B, ...)``.
             calls: As noted in a plain forward on ``batch``: one whose rows a leaf does not take as its first dimension
-                could not be told from another, so in the batch all calls must be those with n times their rows.
+                could not be told from another, so in the batch all calls must be those with n times their rows. None:
+                it cannot be done.
             basis: The directions.
             points: Which of them, and how far.
 
         Raises:
             UnbatchedError: A leaf is called in another way.
         """
+        if not calls:
+            raise UnbatchedError("nothing that is probed runs, or runs alike twice")
         n, examples = len(points), len(next(iter(batch.values())))
         copies = {name: tensor.repeat(n, *[1] * (tensor.ndim - 1)) for name, tensor in batch.items()}
         left = iter([(leaf, [(n * s[0], *s[1:]) if s else s for s in shapes]) for leaf, shapes in calls])
         leaves, tensors = self._readers()
         with _in_place_of(leaves, self._moved(tensors, basis, points), left, n):
             z = forward(copies)
-        if next(left, None) is not None or not calls or len(z) != n * examples:
+        if next(left, None) is not None or len(z) != n * examples:
             raise UnbatchedError("the copies of a batch do not run as the batch alone")
         return z.unflatten(0, (n, examples))
 
