@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.memory import MemoryMeter, storage_bytes
 from hosfl_lightning.optim import SharedDirections, ZerothOrder
+from hosfl_lightning.optim.compiled import compiled_around
 from hosfl_lightning.optim.probe_batch import Call, Point, ProbeBatch, estimated, points_of
 
 Size = int | Literal["auto"]
@@ -50,15 +51,20 @@ class BatchedProbes:
         size: ``auto``, or n; 1: one by one.
 
     Raises:
-        ProbeBatchError: Another size.
+        ProbeBatchError: Another size, or several in a compiled half.
     """
 
     def __init__(self, half: nn.Module, optimizer: ZerothOrder, size: Size) -> None:
         check_size(size)
         self.half, self.optimizer, self.size = half, optimizer, size
         self.plain: dict[tuple[torch.Size, ...], Plain] = {}
+        ours = {id(p) for p in optimizer.parameters}
+        compiled = compiled_around(half, [name for name, p in half.named_parameters() if id(p) in ours]) is not None
+        if compiled and size not in (1, "auto"):
+            raise ProbeBatchError(f"probe_batch={size}: a compiled {type(half).__name__} is one graph, in which no layer "
+                                  "can be put in the place of another; set it to 1, or compile nothing")  # fmt: skip
         #: Whether nothing can be batched here.
-        self.refused = size == 1 or not points_of(optimizer, optimizer.basis(0))
+        self.refused = compiled or size == 1 or not points_of(optimizer, optimizer.basis(0))
 
     @cached_property
     def batch(self) -> ProbeBatch:

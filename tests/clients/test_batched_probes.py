@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hosfl_lightning import HOSFL, SplitCausalLM
 from hosfl_lightning.clients import ForwardOnlyClient, LocalGradientClient
-from hosfl_lightning.clients.batched_probes import SHARE, ProbeBatchError
+from hosfl_lightning.clients.batched_probes import SHARE, BatchedProbes, ProbeBatchError
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
 from hosfl_lightning.optim import ForwardDifference, ZerothOrder
 from hosfl_lightning.split import Side
@@ -147,6 +147,14 @@ def test_what_cannot_be_batched_runs_one_by_one_or_is_an_error(kind: str) -> Non
     assert auto.batched.refused
     with pytest.raises(ProbeBatchError, match=r"probe_batch=2: the probes of a Table .* set probe_batch: 1"):
         step(table_client(2, kind), 1)
+
+
+def test_a_compiled_half_is_one_graph() -> None:
+    one = table_client(1)
+    one.half.compile()
+    assert BatchedProbes(one.half, one.optimizer, "auto").refused
+    with pytest.raises(ProbeBatchError, match="probe_batch=2: a compiled Table is one graph"):
+        BatchedProbes(one.half, one.optimizer, 2)
 
 
 class Own(ForwardDifference):
