@@ -61,8 +61,8 @@ class BatchedProbes:
         ours = {id(p) for p in optimizer.parameters}
         compiled = compiled_around(half, [name for name, p in half.named_parameters() if id(p) in ours]) is not None
         if compiled and size not in (1, "auto"):
-            raise ProbeBatchError(f"probe_batch={size}: a compiled {type(half).__name__} is one graph, in which no layer "
-                                  "can be put in the place of another; set it to 1, or compile nothing")  # fmt: skip
+            raise ProbeBatchError(f"probe_batch={size}: a compiled {type(half).__name__} is one graph, in which no "
+                                  "layer can run in another way; set it to 1, or compile nothing")  # fmt: skip
         #: Whether nothing can be batched here.
         self.refused = compiled or size == 1 or not points_of(optimizer, optimizer.basis(0))
 

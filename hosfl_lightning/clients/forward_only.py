@@ -30,6 +30,9 @@ class ForwardOnlyClient(SplitClient):
     Reference: HO-SFL, arXiv 2603.14773, client update.
     """
 
+    #: None: probes go one by one, as on a half that takes no batch.
+    batched: BatchedProbes | None = None
+
     def __init__(self, half: nn.Module, optimizer: ZerothOrder, probe_batch: Size = 1) -> None:
         super().__init__(half, optimizer)
         freeze(half)
@@ -55,7 +58,7 @@ class ForwardOnlyClient(SplitClient):
         def term(z: Tensor) -> Tensor:
             return lagrangian_term(z, multiplier, rows)
 
-        values = self.batched.project(self.evaluate, term, batch, basis, base)
+        values = None if self.batched is None else self.batched.project(self.evaluate, term, batch, basis, base)
         if values is None:
             values = self.optimizer.project(lambda: term(self.evaluate(batch)), basis=basis, base=base)
         return values.T

@@ -93,6 +93,11 @@ def table_client(size: Any, kind: str = "plain", **settings: Any) -> ForwardOnly
     return ForwardOnlyClient(half, ZerothOrder(half.leaf.parameters(), module=half, **given), size)
 
 
+def known(who: ForwardOnlyClient) -> BatchedProbes:
+    assert who.batched is not None
+    return who.batched
+
+
 def step(who: ForwardOnlyClient, examples: int) -> Tensor:
     ids = {"input_ids": torch.arange(examples * 16).view(examples, 16)}
     rows = [slice(0, examples)]
@@ -106,7 +111,7 @@ def test_auto_goes_by_the_shape_and_keeps_the_memory_of_inference(examples: int,
     """Its peak is a plain forward's, z (λ in its place), and an eighth of all that the client holds meanwhile."""
     who = table_client("auto")
     step(who, examples)
-    assert [plain.at_once for plain in who.batched.plain.values()] == [at_once]
+    assert [plain.at_once for plain in known(who).plain.values()] == [at_once]
     ids = {"input_ids": torch.arange(examples * 16).view(examples, 16)}
     forward, held = plain_forward_peak(lambda: who.evaluate(ids)), storage_bytes(who.half.parameters())
     z = examples * 16 * 64 * 4
@@ -122,7 +127,7 @@ def test_auto_asks_neither_the_data_nor_what_ran_before() -> None:
         step(first, examples)
     for examples in (2, 6, 1):
         step(second, examples)
-    found = [{shapes: p.at_once for shapes, p in who.batched.plain.items()} for who in (first, second)]
+    found = [{shapes: p.at_once for shapes, p in known(who).plain.items()} for who in (first, second)]
     assert found[0] == found[1]
     assert len(found[0]) == 3
     assert torch.equal(step(first, 2), step(second, 2))
@@ -144,14 +149,14 @@ def test_what_cannot_be_batched_runs_one_by_one_or_is_an_error(kind: str) -> Non
     torch.manual_seed(0)
     auto = table_client("auto", kind)
     assert torch.equal(step(auto, 1), expected)
-    assert auto.batched.refused
+    assert known(auto).refused
     with pytest.raises(ProbeBatchError, match=r"probe_batch=2: the probes of a Table .* set probe_batch: 1"):
         step(table_client(2, kind), 1)
 
 
 def test_a_compiled_half_is_one_graph() -> None:
     one = table_client(1)
-    one.half.compile()
+    one.half.compile(backend="eager")
     assert BatchedProbes(one.half, one.optimizer, "auto").refused
     with pytest.raises(ProbeBatchError, match="probe_batch=2: a compiled Table is one graph"):
         BatchedProbes(one.half, one.optimizer, 2)
