@@ -13,6 +13,8 @@ from typing_extensions import override
 from hosfl_lightning.aggregation import MEAN
 from hosfl_lightning.algorithms.personal_round import PersonalRound
 from hosfl_lightning.algorithms.shared_scalars import SharedScalars
+from hosfl_lightning.clients.batched_probes import Size as ProbeBatchSize
+from hosfl_lightning.clients.batched_probes import check_size
 from hosfl_lightning.clients.head import of_half
 from hosfl_lightning.clients.local_gradient import Taps
 from hosfl_lightning.models import SplitModule
@@ -47,6 +49,9 @@ class HOSFL(SharedScalars, PersonalRound):
             or ``RandomSubset``; None: projections on the round's ``P`` directions, which serve LoRA beside it too.
         taps: Of a client with ``estimator: local``, as in `LocalGradientClient`: ``recompute`` or ``keep``.
         personal: As in `PersonalRound`: true, or a word for a part, stays with its client, moved by its own ``v_kp``.
+        probe_batch: Probes that a client evaluates in one forward, ``forward`` and ``central`` ones: ``auto``, by the
+            shapes as many as keep it within a plain forward's peak, z and an eighth more, or a number, whatever the
+            memory; 1: one by one. To the same coefficients, up to rounding.
         directions: ``shared`` by all clients of a round (the paper's), or each ``client``'s own: as many forwards and
             scalars up, ``K · P`` scalars down, and clients with like gradients see ``K`` times as much of the space.
 
@@ -77,6 +82,7 @@ class HOSFL(SharedScalars, PersonalRound):
         compression: Compression | None = None,
         taps: Taps = "recompute",
         personal: bool | PersonalPart = False,
+        probe_batch: ProbeBatchSize = "auto",
         directions: Directions = "shared",
         **kwargs: Any,
     ) -> None:
@@ -92,8 +98,12 @@ class HOSFL(SharedScalars, PersonalRound):
             raise ValueError(f"compression={type(compression).__name__} is of the whole gradient, and with "
                              f"personal={personal!r} a part of it stays at the client; set compression: null, or "
                              "personal: true")  # fmt: skip
-        self.directions = directions
+        self.directions, self.probe_batch = directions, probe_batch
         self._check_directions()
+        check_size(probe_batch)
+        if probe_batch not in (1, "auto") and estimator not in ("forward", "central", "local"):
+            raise ValueError(f"probe_batch={probe_batch}: where an estimator evaluates must be known beforehand; leave "
+                             "it out, or set estimator: forward or central")  # fmt: skip
 
     def _check_directions(self) -> None:
         where = f"trainer.algorithm.init_args.directions={self.directions!r}"
@@ -146,7 +156,12 @@ class HOSFL(SharedScalars, PersonalRound):
     def client_settings(self) -> dict[str, Any]:
         kind = "local" if self.estimator == "local" else "forward_only"
         taps = {"taps": self.taps} if kind == "local" else {}
-        return {"kind": kind, **super().client_settings(), **taps, **self.settings_of_personal}
+        return {"kind": kind, **super().client_settings(), **self._together, **taps, **self.settings_of_personal}
+
+    @property
+    def _together(self) -> dict[str, Any]:
+        """Of the settings, which change the last bits; runs of before went one by one, and did not say it."""
+        return {"probe_batch": self.probe_batch} if self.probe_batch != 1 else {}
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -157,7 +172,7 @@ class HOSFL(SharedScalars, PersonalRound):
         }  # fmt: skip
         taps = {"taps": self.taps} if self.estimator == "local" else {}
         own = {"directions": self.directions} if self.directions != "shared" else {}
-        return {**super().settings(), **taps, **chosen, **own}
+        return {**super().settings(), **self._together, **taps, **chosen, **own}
 
     @override
     def basis(self, seed: int, round: int, sizes: Sequence[int]) -> Basis:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.clients.base import Anchor, SplitClient, freeze
+from hosfl_lightning.clients.batched_probes import BatchedProbes, Size
 from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.lagrangian import lagrangian_term
 from hosfl_lightning.optim import Basis, SharedDirections, ZerothOrder
@@ -24,13 +25,18 @@ class ForwardOnlyClient(SplitClient):
     Args:
         half: ``f_c``; its parameters stop asking for gradients.
         optimizer: `ZerothOrder` over θ_c with ``module=half``.
+        probe_batch: Probes in one forward, or ``auto``: see `BatchedProbes`.
 
     Reference: HO-SFL, arXiv 2603.14773, client update.
     """
 
-    def __init__(self, half: nn.Module, optimizer: ZerothOrder) -> None:
+    #: None: probes go one by one, as on a half that takes no batch.
+    batched: BatchedProbes | None = None
+
+    def __init__(self, half: nn.Module, optimizer: ZerothOrder, probe_batch: Size = 1) -> None:
         super().__init__(half, optimizer)
         freeze(half)
+        self.batched = BatchedProbes(half, optimizer, probe_batch)
 
     @torch.no_grad()
     def forward(self, batch: Batch, rows: list[slice]) -> Anchor:
@@ -48,9 +54,13 @@ class ForwardOnlyClient(SplitClient):
         self, batch: Batch, multiplier: Tensor, rows: list[slice], basis: SharedDirections, base: Tensor
     ) -> Tensor:
         """``(K, P)`` projected gradients of the Lagrangian terms by forwards, fp64; ``base`` are the terms at θ_c."""
-        values = self.optimizer.project(
-            lambda: lagrangian_term(self.evaluate(batch), multiplier, rows), basis=basis, base=base
-        )
+
+        def term(z: Tensor) -> Tensor:
+            return lagrangian_term(z, multiplier, rows)
+
+        values = None if self.batched is None else self.batched.project(self.evaluate, term, batch, basis, base)
+        if values is None:
+            values = self.optimizer.project(lambda: term(self.evaluate(batch)), basis=basis, base=base)
         return values.T
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.clients.base import Anchor
+from hosfl_lightning.clients.batched_probes import Size
 from hosfl_lightning.clients.cohort import Batch
 from hosfl_lightning.clients.forward_only import ForwardOnlyClient
 from hosfl_lightning.optim import Basis, Dense, SharedDirections, ZerothOrder
@@ -37,6 +38,7 @@ class LocalGradientClient(ForwardOnlyClient):
         optimizer: Over θ_c with ``module=half``.
         taps: ``recompute``: when λ comes one more forward, each bottleneck's vjp as its layer passes; what waits for λ
             is z. ``keep``: the layers' outputs wait too, one tensor of z's size each, and nothing runs again.
+        probe_batch: As in `ForwardOnlyClient`, of the LoRA beside.
 
     Raises:
         ValueError: The half has no side adapter.
@@ -44,8 +46,10 @@ class LocalGradientClient(ForwardOnlyClient):
     Reference: Ladder Side-Tuning, Sung et al., arXiv 2206.06522; the multiplier: HO-SFL, arXiv 2603.14773.
     """
 
-    def __init__(self, half: nn.Module, optimizer: ZerothOrder, taps: Taps = "recompute") -> None:
-        super().__init__(half, optimizer)
+    def __init__(
+        self, half: nn.Module, optimizer: ZerothOrder, taps: Taps = "recompute", probe_batch: Size = 1
+    ) -> None:
+        super().__init__(half, optimizer, probe_batch)
         self.find_side(half, taps)
 
     def find_side(self, half: nn.Module, taps: Taps = "recompute") -> None:

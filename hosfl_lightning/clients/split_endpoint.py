@@ -58,6 +58,7 @@ class SplitEndpoint(Endpoint):
     |---|---|
     | ``kind`` | ``forward_only``, ``local`` (a side adapter's exact gradient), ``first_order`` or ``frozen`` |
     | ``probes, mu, estimator, distribution`` | of a client that probes |
+    | ``probe_batch`` | likewise, as in `ForwardOnlyClient`; 1 where it is not said |
     | ``taps`` | as in `LocalGradientClient` |
     | ``checkpointing`` | as in `FirstOrderClient` |
     | ``labels, report_loss`` | where they stay with it: ``client``, and whether the loss is told |
@@ -117,10 +118,11 @@ class SplitEndpoint(Endpoint):
     def engine(self, half: nn.Module, kind: str) -> SplitClient:
         """What runs the half of a client of that kind."""
         settings = self.terms.settings
+        together = settings.get("probe_batch", 1)
         if kind == "forward_only":
-            return ForwardOnlyClient(half, self.zeroth_order(half))
+            return ForwardOnlyClient(half, self.zeroth_order(half), together)
         if kind == "local":  # the estimator is of what else is trained
-            return LocalGradientClient(half, self.zeroth_order(half, "forward"), settings["taps"])
+            return LocalGradientClient(half, self.zeroth_order(half, "forward"), settings["taps"], together)
         plain = ZerothOrder([{"params": [*self.below.items()]}], self.rule)  # of which there may be none
         if kind == "frozen":
             plain.probed = set()

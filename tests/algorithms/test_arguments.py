@@ -21,7 +21,8 @@ ARGUMENTS = {
     "HERONSFL": ALL | HEAD | {"local_steps", "probes", "mu", "scalars"},
     "HOSFL": ALL
     | PROBES
-    | {"estimator", "first_order_optimizer", "compression", "taps", "personal", "report_loss", "directions"},
+    | {"estimator", "first_order_optimizer", "compression", "taps", "personal", "report_loss"}
+    | {"probe_batch", "directions"},
     "HOSL": ALL | PROBES,
     "MUSplitFed": ALL | PROBES | {"server_steps", "global_lr", "server_optimizer"},
     "MixedHOSFL": ALL | {"report_loss", "clients", "mu", "estimator", "distribution", "checkpointing"},
