@@ -2,9 +2,11 @@
 
     python -m benchmarks.all --quick
 
-takes some minutes; it ends with status 1 when a ratio is worse than the landed one by more than ``TOLERANCE``, or a
-module fails. ``--land`` writes what was measured into ``benchmarks/goals.json`` and ``docs/results/speed.md``. Each
-module measures in a process of its own, on one thread, ours and the other in turn; its own ``main`` has the long form.
+takes some minutes; it ends with status 1 when a ratio is worse than the landed one by more than ``TOLERANCE``, in a
+second measurement too, or when a module fails or does not give a ratio that it should. ``--land`` writes what was
+measured into ``benchmarks/goals.json`` and the table of ``docs/results/speed.md``; without ``--quick`` it writes the
+table again from the file, where ``limit`` says why a goal is missed. Each module measures in a process of its own, on
+one thread, ours and the other in turn; its own ``main`` has the long form.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from hosfl_lightning.files import write_json
-
 HERE = Path(__file__).parent
 GOALS, PAGE = HERE / "goals.json", HERE.parent / "docs" / "results" / "speed.md"
-#: By how much two runs of one code differ here at most.
+#: By how much two runs of one code differ here at most; of bytes by less.
 TOLERANCE = 1.15
 #: Seconds that a module may take.
 LIMIT = 600
+#: What stands between them in the page is written by ``--land``.
+BEGIN, END = "<!-- begin: benchmarks.all -->", "<!-- end: benchmarks.all -->"
 MEASURE = """
 import json, sys, torch
 from importlib import import_module
@@ -43,39 +45,47 @@ class Ratio:
     Args:
         module: Of this package, whose ``quick`` measures it.
         name: As it is there.
-        goal: The bound.
+        goal: The bound; None: the ratio is there to explain others.
         at_least: Whether more is better.
         landed: As it was measured last; None: never.
         limit: Why a goal is missed.
+        tolerance: A factor that is noise.
     """
 
     module: str
     name: str
-    goal: float
+    goal: float | None = None
     at_least: bool = False
     landed: float | None = None
     limit: str = ""
+    tolerance: float = TOLERANCE
 
     def reached(self, value: float) -> bool:
-        """Whether the goal is."""
-        return value >= self.goal if self.at_least else value <= self.goal
+        """Whether the goal is, to the digits that the table shows."""
+        if self.goal is None:
+            return True
+        return round(value, 2) >= self.goal if self.at_least else round(value, 2) <= self.goal
 
     def verdict(self, value: float) -> str:
         """Of a value, in a word."""
         if self.worse(value):
             return "WORSE"
-        return "reached" if self.reached(value) else "missed"
+        return "" if self.goal is None else "reached" if self.reached(value) else "missed"
 
     def worse(self, value: float) -> bool:
         """Whether it lost more than noise since it was landed, whatever the goal."""
         if self.landed is None:
             return False
-        return value * TOLERANCE < self.landed if self.at_least else value > self.landed * TOLERANCE
+        return value * self.tolerance < self.landed if self.at_least else value > self.landed * self.tolerance
+
+    def better(self, one: float, other: float) -> float:
+        """Of two measurements."""
+        return max(one, other) if self.at_least else min(one, other)
 
     @property
     def bound(self) -> str:
         """In words."""
-        return f"{'at least' if self.at_least else 'at most'} {self.goal:.2f}"
+        return "–" if self.goal is None else f"{'at least' if self.at_least else 'at most'} {self.goal:.2f}"
 
 
 def read() -> tuple[dict[str, str], list[Ratio]]:
@@ -113,36 +123,42 @@ def table(ratios: Sequence[Ratio], found: Mapping[str, float]) -> list[str]:
 
 
 def page(landed: Mapping[str, str], ratios: Sequence[Ratio]) -> str:
-    """What was landed, and why a goal is missed."""
+    """What was landed, and why a goal is missed: the page's part between the marks."""
     lines = [
-        "# Speed: goals and figures", "",
-        f"`python -m benchmarks.all --quick --land`; {landed['date']}, {landed['machine']}; one thread, medians of "
-        "ratios measured in turn.", "",
-        f"`python -m benchmarks.all --quick` measures them again and ends with status 1 where one is worse than here "
-        f"by more than {TOLERANCE:.2f} times. By what a ratio is measured stands in the module's docstring.", "",
-        "| ratio | goal | measured | | command |", "|---|---|---|---|---|",
+        f"{landed['date']}, {landed['machine']}:", "",
+        "| ratio | goal | measured | | `python -m benchmarks.` |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for one in ratios:
         value = "–" if one.landed is None else f"{one.landed:.2f}"
-        verdict = "" if one.landed is None else "reached" if one.reached(one.landed) else "missed"
-        lines.append(f"| {one.name} | {one.bound} | {value} | {verdict} | `python -m benchmarks.{one.module}` |")
+        verdict = "" if one.landed is None else replace(one, landed=None).verdict(one.landed)
+        lines.append(f"| {one.name} | {one.bound} | {value} | {verdict} | `{one.module}` |")
     missed = [one for one in ratios if one.landed is not None and not one.reached(one.landed)]
     if missed:
-        lines += ["", "## Where the limit lies", ""]
-        lines += [f"- *{one.name}*: {one.limit or 'not understood.'}" for one in missed]
-    return "\n".join([*lines, ""])
+        lines += ["", "Why a goal is missed:", "", *(f"- *{one.name}*: {one.limit}" for one in missed)]
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    """The page's part, from the file."""
+    from hosfl_lightning.files import write_whole
+
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    text = f"{before}{BEGIN}\n\n{page(*read())}\n\n{END}{rest.partition(END)[2]}"
+    write_whole(PAGE, lambda file: file.write(text.encode()))
 
 
 def land(ratios: Sequence[Ratio], found: Mapping[str, float]) -> None:
-    """Write what was measured, with the page."""
+    """Write what was measured, and the page's part."""
     import torch
 
+    from hosfl_lightning.files import write_json
     from hosfl_lightning.run.identity import hardware
 
-    landed = {"date": date.today().isoformat(), "machine": hardware(torch.device("cpu")), "torch": torch.__version__}
+    torch.set_num_threads(1)
+    landed = {"date": date.today().isoformat(), "machine": hardware(torch.device("cpu"))}
     kept = [replace(one, landed=round(found[one.name], 3)) if one.name in found else one for one in ratios]
     write_json(GOALS, {"landed": landed, "ratios": [asdict(one) for one in kept]}, indent=1)
-    PAGE.write_text(page(landed, kept))
+    write_page()
 
 
 def measure(modules: Sequence[str]) -> tuple[dict[str, float], list[str]]:
@@ -171,16 +187,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ratios = [one for one in read()[1] if one.module in (given.only or [one.module])]
     modules = [*dict.fromkeys(one.module for one in ratios)]
     if not given.quick:
+        if given.land:
+            write_page()
         print("\n".join(f"python -m benchmarks.{module}" for module in modules))
         return 0
     found, failed = measure(modules)
+    if again := [*dict.fromkeys(one.module for one in ratios if one.name in found and one.worse(found[one.name]))]:
+        print("worse than landed, so once more:", file=sys.stderr)
+        second = measure(again)[0]
+        found |= {one.name: one.better(found[one.name], second[one.name]) for one in ratios if one.name in second}
     print("\n".join(table(ratios, found)))
     missing = [one.name for one in ratios if one.name not in found]
+    worse = [one.name for one in ratios if one.name in found and one.worse(found[one.name])]
     for name in missing:
         print(f"not measured: {name}")
-    worse = [one.name for one in ratios if one.name in found and one.worse(found[one.name])]
     for name in worse:
-        print(f"worse than landed by more than {TOLERANCE} times: {name}")
+        print(f"worse than landed: {name}")
     if given.land and not failed:
         land(read()[1], found)
     return int(bool(worse or missing))
