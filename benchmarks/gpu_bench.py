@@ -26,13 +26,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Size(NamedTuple):
     """Of a model, of its batches and of a direction, and how many pairs are timed."""
 
-    models: dict[str, dict[str, int]]
+    models: dict[str, dict[str, Any]]
     batches: tuple[tuple[int, int], ...]
     numels: tuple[int, ...]
     pairs: int
 
 
-def opt(hidden: int, layers: int, heads: int, vocabulary: int) -> dict[str, int]:
+def opt(hidden: int, layers: int, heads: int, vocabulary: int) -> dict[str, Any]:
     """Of `OPTConfig`."""
     return {"hidden_size": hidden, "word_embed_proj_dim": hidden, "num_hidden_layers": layers, "ffn_dim": 4 * hidden,
             "num_attention_heads": heads, "vocab_size": vocabulary, "max_position_embeddings": 2048}  # fmt: skip
@@ -108,7 +108,8 @@ class Bench:
         """The whole, with LoRA on q_proj and v_proj of all layers or trained in full."""
         config = OPTConfig(**self.size.models[name], dropout=0.0, tie_word_embeddings=False)
         with self.device:
-            whole = OPTForCausalLM(config).to(dtype).eval()
+            whole: Any = OPTForCausalLM(config)
+        whole.to(dtype).eval()
         half = LoraHalf()
         return whole if full else add_lora(whole, self.cut(name), Lora(half, half), head=False).get_base_model()
 
@@ -119,8 +120,8 @@ class Bench:
     def half(self, name: str, dtype: torch.dtype, full: bool) -> nn.Module:
         """The client's."""
         torch.manual_seed(0)
-        half: nn.Module = split(self.model(name, dtype, full), self.cut(name), check=False)[0]
-        return half
+        whole: Any = self.model(name, dtype, full)
+        return split(whole, self.cut(name), check=False)[0]
 
     def client(self, half: nn.Module, probe_batch: Any = 1) -> ForwardOnlyClient:
         """Of such a half."""
