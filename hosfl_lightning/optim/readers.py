@@ -26,7 +26,7 @@ class Readers:
         #: Moves them all at once, whoever reads them, where they are few.
         self.together = Together.of({i: self.parameters[i] for i in self.index.values()})
         #: Whether a probe has moved the objective yet.
-        self.moved_it = False
+        self.effective = False
         self._seen: list[object] = []
         self._found: list[tuple[nn.Module, Owned]] = []
 

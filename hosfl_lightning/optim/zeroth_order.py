@@ -270,9 +270,9 @@ class ZerothOrder(torch.optim.Optimizer):
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
         values, readers = measured(self.estimator, objective, probes, base), self._readers()
-        if self.estimator.smoothed and not readers.moved_it:  # the host waits until then, and not in every step
-            readers.moved_it = bool(values.any())
-            if not readers.moved_it:
+        if self.estimator.smoothed and not readers.effective:  # the host waits until then, and not in every step
+            readers.effective = bool(values.any())
+            if not readers.effective:
                 self._check_seen(objective, basis)
         return values
 
