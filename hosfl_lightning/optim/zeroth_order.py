@@ -273,11 +273,15 @@ class ZerothOrder(torch.optim.Optimizer):
         if self.estimator.smoothed and not readers.effective:  # the host waits until then, and not in every step
             readers.effective = bool(values.any())
             if not readers.effective:
-                self._check_seen(objective, basis)
+                self.check_seen(objective, basis)
         return values
 
-    def _check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
-        """Of probes that gave nothing but zeros: whether the objective runs what they move."""
+    def check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
+        """Of probes that gave nothing but zeros: whether the objective runs what they move.
+
+        Raises:
+            UnseenProbeError: It calls no submodule of ``module`` that reads it.
+        """
         if self.module is not None:
             alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
             with eager(self.compiled), perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
