@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.optim import ESTIMATORS, SGD, ZerothOrder
-from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.randomness import SameRandomness, submodules
 
 X = torch.linspace(-1, 1, 48).view(6, 8)
 
@@ -124,3 +124,12 @@ def test_every_call_starts_from_the_state_at_construction() -> None:
     for _ in range(2):
         assert torch.equal(same(lambda: torch.rand(2)), expected)
     assert torch.equal(torch.random.get_rng_state(), after)
+
+
+def test_submodules_are_those_of_torch_each_once() -> None:
+    shared = nn.Linear(2, 2)
+    net = nn.Sequential(shared, nn.Sequential(nn.Tanh(), shared), nn.ModuleDict({"a": nn.BatchNorm1d(2)}))
+    net.register_module("none", None)
+    found = submodules(net)
+    assert len(found) == len(set(found)) == 6
+    assert set(found) == set(net.modules())
