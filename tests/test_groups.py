@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
-from hosfl_lightning.algorithms import HERONSFL, Frozen, SplitFedSGD
+from hosfl_lightning.algorithms import HERONSFL, ClientKind, Frozen, MixedHOSFL, SplitFedSGD
 from hosfl_lightning.callbacks import GradientAlignment, KeepMessages
 from hosfl_lightning.memory import MemoryMeter
 from hosfl_lightning.optim import SGD
@@ -183,6 +183,11 @@ def test_what_cannot_be_is_named(make_model: MakeModel, make_orchestrator: MakeO
             make_orchestrator(group_size=size)
     with pytest.raises(ValueError, match=r"trainer\.group_size=2 is of clients that run as one batch"):
         make_orchestrator(group_size=2, simulation="per_client")
-    for algorithm in (HERONSFL(), HOSFL(personal=True)):
+
+    class Own(HOSFL):
+        def server_round(self, server: Any, fleet: Any, call: Any) -> Any:
+            return super().server_round(server, fleet, call)
+
+    for algorithm in (HERONSFL(), HOSFL(personal=True), MixedHOSFL([ClientKind("first_order", share=1.0)]), Own()):
         with pytest.raises(ValueError, match=f"trainer.group_size=2: the clients of {algorithm.name} do not run in"):
             make_orchestrator(algorithm, group_size=2).fit(make_model(), RandomTokens(LENGTHS))

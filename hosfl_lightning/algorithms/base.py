@@ -47,7 +47,7 @@ class Algorithm(ABC):
     client_trains: ClassVar[bool] = True
     #: Whether the clients of a round do not depend on each other's steps, so that they may run as one batch.
     joint: bool = True
-    #: Whether a round may run its clients in groups, as `Descent` does, where they run as one batch.
+    #: Whether its `server_round` runs clients in groups, as `Descent` does; a class with one of its own says it anew.
     grouped: ClassVar[bool] = False
     #: Whether `Codecs.gradient` applies to what a client sends.
     codes_gradient: bool = False
@@ -65,6 +65,11 @@ class Algorithm(ABC):
     local_steps: int = 1
     #: What each client keeps of what it trains: nothing, all (True), or the part that a word names.
     personal: bool | PersonalPart = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "server_round" in vars(cls) and "grouped" not in vars(cls):
+            cls.grouped = False
 
     def __init__(
         self,

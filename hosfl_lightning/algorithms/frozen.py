@@ -18,6 +18,7 @@ class Frozen(SplitRound):
     the half that is frozen.
     """
 
+    grouped = True
     records = sums = False
     client_trains = False
 

@@ -92,7 +92,7 @@ class MixedHOSFL(SplitRound):
 
     endpoint = MixedEndpoint
     labels_may_stay = False
-    sums = grouped = False
+    sums = False
 
     def __init__(
         self,

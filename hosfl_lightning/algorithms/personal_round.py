@@ -34,6 +34,8 @@ class PersonalRound(SplitRound):
         ValueError: Another word, or an aggregation of nothing.
     """
 
+    grouped = True
+
     def __init__(self, *args: Any, personal: bool | PersonalPart = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(personal, bool) and personal not in get_args(PersonalPart):

@@ -33,18 +33,22 @@ class LagrangianUpdate(RoundCallback):
     needs = "answers"
 
     def __init__(self) -> None:
-        self._seen: list[tuple[int, Tensor, Tensor]] = []
+        self._seen: list[tuple[list[int], Tensor, Tensor]] = []  # of one client, or of a group
 
     @override
     def on_multipliers(self, inbox: Inbox, multipliers: Mapping[int, Multiplier]) -> None:
+        squares, terms, clients = list[Tensor](), list[Tensor](), [message.client for message in inbox.messages]
         for message in inbox.messages:
             z = message.z.restore().float().flatten()
             multiplier = multipliers[message.client].multiplier.restore().float().flatten().to(z.device)
-            self.saw(message.client, torch.dot(multiplier, multiplier), torch.dot(multiplier, z))
+            squares.append(torch.dot(multiplier, multiplier))
+            terms.append(torch.dot(multiplier, z))
+        if clients:
+            self._seen.append((clients, torch.stack(squares), torch.stack(terms)))
 
     def saw(self, client: int, square: Tensor, term: Tensor) -> None:
         """``‖λ_k‖²`` and ``⟨λ_k, z_k⟩`` of a client, 0-d."""
-        self._seen.append((client, square, term))
+        self._seen.append(([client], square[None], term[None]))
 
     @override
     def forget(self) -> None:
@@ -53,7 +57,7 @@ class LagrangianUpdate(RoundCallback):
     @override
     def report(self, trainer: Any, pl_module: Any) -> None:
         """Log what the clients of the round left, in whatever process they ran."""
-        seen = [[client, float(square), float(term)] for client, square, term in self._seen]
+        seen = [[*row] for clients, *held in self._seen for row in zip(clients, *(one.tolist() for one in held))]
         self._seen = []
         if hasattr(trainer, "processes"):  # a plain Trainer's ranks are clients of their own
             seen = trainer.processes.in_client_order(seen)
