@@ -11,11 +11,13 @@ Compiling begins at an empty cache, but for what parties of one shape share.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import statistics
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -133,7 +135,7 @@ def measure(case: str, parties: tuple[str, ...], rounds: int, threads: int) -> d
             errors.append(error)
         turns.pass_on(number, last=True)
 
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, redirect_stdout(io.StringIO()):
         at_work = [threading.Thread(target=party, args=(number,)) for number in range(len(parties))]
         for one in at_work:
             one.start()

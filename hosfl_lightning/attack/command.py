@@ -16,6 +16,7 @@ from hosfl_lightning.attack.score import NotApplicableError, Score
 from hosfl_lightning.callbacks.keep_messages import kept_rounds
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.models import SplitModule
+from hosfl_lightning.optim.compiled import eager
 from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.rendering import nearest
 from hosfl_lightning.run import folder
@@ -73,7 +74,8 @@ class Attacker(Orchestrator):
         scores, left_out = list[Score](), dict[str, str]()
         for name in chosen:
             try:
-                scores += ATTACKS[name](scene)
+                with eager(model.compiles):  # there are gradients of gradients
+                    scores += ATTACKS[name](scene)
             except NotApplicableError as error:
                 left_out[name] = str(error)
             scene.put_client(-1)

@@ -122,7 +122,7 @@ def in_fp32(model: SplitModule) -> tuple[Any, Mapping[str, Tensor]]:
     Raises:
         SplitError: What it trains has another precision.
     """
-    half: Any = model.client_half.eval()
+    half: Any = copy.copy(model.client_half.eval())  # of the same tensors, and not compiled
     names = [*of_half(model)]
     for name, parameter in model.client_parameters.items():
         if parameter.dtype != torch.float32:

@@ -49,8 +49,8 @@ def compile_half(half: nn.Module, what: str) -> None:
                 return fast(*args, **kwargs)
         except FailOnRecompileLimitHit as error:
             raise SplitError(
-                f"{SETTING}: {what} has met one shape too many; each is compiled, and a process makes {SHAPES} graphs at "
-                "most: pad the data to few lengths, or set it to false"
+                f"{SETTING}: {what} has met one shape too many; each is compiled, and a process makes {SHAPES} graphs "
+                "at most: pad the data to few lengths, or set it to false"
             ) from error
         except TorchDynamoException as error:
             reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
