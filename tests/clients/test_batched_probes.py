@@ -78,6 +78,8 @@ class Table(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.table(ids)
+        if self.kind == "by the data" and ids.max() > 1:
+            h = torch.cat([h] * 9)[: len(h)]  # as a mask that is made where there is padding
         if self.kind == "random":
             h = h + torch.rand(len(ids), 1, 1)
         if self.kind == "positions first":
@@ -122,7 +124,7 @@ def test_auto_goes_by_the_shape_and_keeps_the_memory_of_inference(examples: int,
 
 def test_auto_asks_neither_the_data_nor_what_ran_before() -> None:
     """Else a client on a machine of its own could run other probes together than the same one in a simulation."""
-    first, second = table_client("auto"), table_client("auto")
+    first, second = table_client("auto"), table_client("auto", "by the data")
     for examples in (6, 1, 2):
         step(first, examples)
     for examples in (2, 6, 1):

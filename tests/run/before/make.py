@@ -46,7 +46,7 @@ def data() -> Any:
 
 def trainer(max_rounds: int = 4) -> Orchestrator:
     """AdamW and schedules on both halves; a client is away when the second round is over, and returns."""
-    algorithm = HOSFL(probes=2, mu=2**-7, client_optimizer=AdamW(lr=1e-2), client_scheduler=falling)
+    algorithm = HOSFL(probe_batch=1, probes=2, mu=2**-7, client_optimizer=AdamW(lr=1e-2), client_scheduler=falling)
     given: dict[str, Any] = {
         "max_rounds": max_rounds, "clients_per_round": 2, "val_check_interval": 2, "availability": Trace(ONLINE),
         "enable_progress_bar": False, "callbacks": [ModelCheckpoint(filename="{step}", save_top_k=-1)],
