@@ -8,6 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from hosfl_lightning.mistyped import mistyped
 from hosfl_lightning.rendering import fail, nearest, process
 from hosfl_lightning.usage import usage
 
@@ -37,6 +38,8 @@ def main(args: list[str] | None = None) -> None:
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
     if args and not args[0].startswith("-") and args[0] not in COMMANDS:
         fail(f"{args[0]!r} is no command; there are {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}")
+    if args and args[0] in OF_A_RUN and (wrong := mistyped(args[0], args[1:])):
+        fail(wrong)  # what the parser would say, seconds later
     (_certs if args[:1] == ["certs"] else _run)(args)
 
 
