@@ -53,7 +53,8 @@ def test_it_says_what_the_parser_says(
         [], [QUICKSTART], ["--trainer.algorithm.probes=3"], ["--trainer.algorithm", "my.Method"], ["--data.x", "3"],
         ["--trainer.callbacks+=my.Callback", "--trainer.callbacks.x", "-1"], ["--model.init_args.lora.client=null"],
         ["--help"], ["--trainer.algorithm.help=my.Method", "--x"], ["--print_config", "--x"],
-        ["x", "--trainer.seeds=1"], ["--config", "https://a.b/c.yaml"], ["--config=seed_everything: 1"], ["--trainer.seeds=1", "--", "x"],
+        ["x", "--trainer.seeds=1"], ["--config", "https://a.b/c.yaml"], ["--config=seed_everything: 1"],
+        ["--trainer.seeds=1", "--", "x"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
@@ -108,6 +108,7 @@ class DocstringData(FederatedDataModule):
         tokenizer = self.resolve_tokenizer()
         settings = f"{self.packages} {self.sequence_length} {self.budgets}"
         told = _tokenizer_key(tokenizer)
+        held: Mapping[str, Tensor]
         if told is None:
             held = self._made(tokenizer)
         else:
