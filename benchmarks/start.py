@@ -85,12 +85,9 @@ def quickstart(folder: str, cache: str) -> Cost:
 def costs(repeats: int, names: list[str]) -> dict[str, Cost]:
     """Medians of each, measured in turn."""
     with tempfile.TemporaryDirectory() as folder:
-        doing: dict[str, Callable[[], Cost]] = {
-            name: lambda command=command: measured(command)
-            for name, command in COMMANDS.items()  # type: ignore[misc]
-        }
-        doing[FIRST] = lambda: quickstart(folder, "")
-        doing[NEXT] = lambda: quickstart(folder, f"{folder}/cache")
+        doing: dict[str, Callable[[], Cost]] = {name: partial(measured, argv) for name, argv in COMMANDS.items()}
+        doing[FIRST] = partial(quickstart, folder, "")
+        doing[NEXT] = partial(quickstart, folder, f"{folder}/cache")
         doing = {name: doing[name] for name in names or doing}
         for do in doing.values():  # what is on no disk's cache, and in ours, is so for all
             do()
