@@ -112,7 +112,11 @@ def test_docstrings_are_read_once_and_again_when_a_file_has_changed(
     (package / "more.py").write_text('"""One more docstring, of another file."""')
     assert len(made().clients[0]) > len(first.clients[0])
     assert len(read) == 3
+    for times, file in enumerate(("__init__.py", "more.py"), 4):
+        (package / file).write_text((package / file).read_text().replace("o", "oo"))
+        made()
+        assert len(read) == times
     monkeypatch.setattr(type(tokenizer), "__module__", "my.own")  # whose Python code may do anything
     made()
     made()
-    assert len(read) == 5
+    assert len(read) == 7
