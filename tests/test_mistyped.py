@@ -62,6 +62,10 @@ def test_in_doubt_it_is_the_parsers(args: list[str]) -> None:
     assert mistyped("fit", args) is None
 
 
+def test_an_option_without_what_stands_before_it_has_a_hint() -> None:
+    assert str(mistyped("fit", ["--some.where.else.seed=1"])).endswith("; did you mean --trainer.seed?")
+
+
 def test_nothing_is_imported_for_it() -> None:
     code = (
         "import sys; from hosfl_lightning.cli import main\n"
