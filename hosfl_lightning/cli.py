@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
+from hosfl_lightning.mistyped import mistyped
 from hosfl_lightning.rendering import fail, nearest, process
 from hosfl_lightning.usage import usage
 
@@ -35,6 +38,8 @@ def main(args: list[str] | None = None) -> None:
     args = ["--insecure=true" if arg == "--insecure" else arg for arg in args]  # said aloud, it needs no value
     if args and not args[0].startswith("-") and args[0] not in COMMANDS:
         fail(f"{args[0]!r} is no command; there are {', '.join(COMMANDS)}{nearest(args[0], COMMANDS)}")
+    if args and args[0] in OF_A_RUN and (wrong := mistyped(args[0], args[1:])):
+        fail(wrong)  # what the parser would say, seconds later
     (_certs if args[:1] == ["certs"] else _run)(args)
 
 
@@ -52,9 +57,28 @@ def _certs(args: list[str]) -> None:
         fail(str(error))
 
 
-def _run(args: list[str]) -> None:
-    import wandb
+def _libraries() -> None:
+    """Import what every command needs, once; on a terminal, say so, as it takes seconds.
 
+    The collector rests: it would walk through all that is made, again and again, and what libraries make stays as long
+    as the process does. So it need not look at it later either.
+    """
+    name, collects = f"{__package__}.recipe", gc.isenabled()
+    if name in sys.modules:
+        return
+    if sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0":
+        print("hosfl: loading PyTorch and Lightning", file=sys.stderr, flush=True)
+    gc.disable()
+    try:
+        import_module(name)
+        gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _run(args: list[str]) -> None:
+    _libraries()
     from hosfl_lightning.recipe import USER_ERRORS, command
 
     try:
@@ -92,7 +116,8 @@ def _run(args: list[str]) -> None:
             raise
         fail(str(error))
     finally:
-        if wandb.run is not None:
+        wandb = sys.modules.get("wandb")  # no run is open of what nobody has imported
+        if wandb is not None and wandb.run is not None:
             wandb.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 

@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
@@ -22,6 +21,7 @@ from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.notice import say
 from hosfl_lightning.files import plain, write_whole
 from hosfl_lightning.fleet import LostProcessError
+from hosfl_lightning.mistyped import meant
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
 from hosfl_lightning.rendering import fail, nearest, readable
@@ -103,15 +103,7 @@ class Parser(LightningArgumentParser):
         if "--overrides" in names:  # of a comparison: settings of its recipe
             names += [f"--overrides.trainer.{name}" for name in inspect.signature(Orchestrator).parameters]
         given = [one.partition("=")[0] for one in rest.split() if one.startswith("--")]
-        hints = (nearest(one, names) or _ending(one, names) for one in given)
-        return message + next(filter(None, hints), "")
-
-
-def _ending(option: str, names: list[str]) -> str:
-    """The hint for an option that lacks what stands before its last part."""
-    lasts = {name.rpartition(".")[2]: name for name in names}
-    near = get_close_matches(option.removeprefix("--").rpartition(".")[2], lasts, n=1, cutoff=0.7)
-    return f"; did you mean {lasts[near[0]]}?" if near else ""
+        return message + meant(given, names)
 
 
 def read_files(args: list[str]) -> dict[str, Any]:

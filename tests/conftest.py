@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", type=float, default=0, metavar="S", help="seconds of kills of remote clients and server")
     parser.addoption("--kills", type=int, default=5, metavar="N", help="SIGKILLs of a run")
     parser.addoption("--flower", metavar="PYTHON", help="the python of an environment that has flwr")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is written into the home of whoever tests, by processes of their own neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOSFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

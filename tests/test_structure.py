@@ -38,7 +38,7 @@ LAYERS = [
     ["split", "memory", "padding"],
     ["optim"],
     ["wire", "loggers"],
-    ["data", "availability", "link"],
+    ["data", "availability", "link", "mistyped"],
     ["privacy", "rng", "files", "networks", "moved", "parts", "rendering", "arguments", "gguf", "usage"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

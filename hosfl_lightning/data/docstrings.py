@@ -5,14 +5,21 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import override
 
+from hosfl_lightning.data import tokenization
+from hosfl_lightning.data.cache import cached
 from hosfl_lightning.data.checks import check_at_least
 from hosfl_lightning.data.federated import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example, language_blocks, token_stream
@@ -27,6 +34,8 @@ DEFAULT_PACKAGES = (
     "torchmetrics",
     "transformers",
 )
+#: A package's sets, in the order in which its documents are dealt.
+PARTS = ("validation", "test", "training")
 _BRANCHES = ("body", "orelse", "handlers", "finalbody", "cases")
 
 
@@ -38,6 +47,9 @@ class DocstringData(FederatedDataModule):
     counts no more), ordered by a hash of their text, the first are the validation set, the next the test set, the rest
     the client's: no docstring is in two of them. The split does not depend on `seed`, so runs of several seeds share
     one validation set. Documents are joined by eos and cut into blocks of `sequence_length` tokens.
+
+    The blocks are kept in ``~/.cache/hosfl_lightning`` (or the folder in ``HOSFL_CACHE``; where that is empty, nowhere)
+    and made anew when a file of a package, the tokenizer, Python or this code is another.
 
     Args:
         packages: Top-level names of installed packages, a client each. None: eight that this one depends on.
@@ -94,12 +106,28 @@ class DocstringData(FederatedDataModule):
         if self.clients:
             return
         tokenizer = self.resolve_tokenizer()
-        seen: set[str] = set()
-        sets = [self._blocks(package, seen, tokenizer) for package in self.packages]
-        self.validation_set = [block for validation, _, _ in sets for block in validation]
-        self.test_set = [block for _, test, _ in sets for block in test]
-        self.clients = [training for _, _, training in sets]
+        settings = f"{self.packages} {self.sequence_length} {self.budgets}"
+        told = _tokenizer_key(tokenizer)
+        held: Mapping[str, Tensor]
+        if told is None:
+            held = self._made(tokenizer)
+        else:
+            name = f"docstrings-{_digest(f'{settings} {told}').hex()}"
+            held = cached(name, f"{_code_key()} {_packages_key(self.packages)}", lambda: self._made(tokenizer))
+        validation, test, training = ([_examples(held[f"{p}.{part}"]) for p in self.packages] for part in PARTS)
+        self.validation_set = [block for blocks in validation for block in blocks]
+        self.test_set = [block for blocks in test for block in blocks]
+        self.clients = training
         self.client_names = self.packages
+
+    def _made(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+        """The blocks of every package's sets, ``package.set``: int32, ``(blocks, sequence_length)``."""
+        seen: set[str] = set()
+        return {
+            f"{package}.{part}": torch.stack([torch.as_tensor(block.input_ids) for block in blocks]).to(torch.int32)
+            for package in self.packages
+            for part, blocks in zip(PARTS, self._blocks(package, seen, tokenizer))
+        }
 
     def _blocks(self, package: str, seen: set[str], tokenizer: PreTrainedTokenizerBase) -> list[list[Example]]:
         """The package's validation, test and training blocks."""
@@ -188,6 +216,34 @@ def _docstrings(path: Path) -> Iterator[str]:
             if text and _is_utf8(text):
                 yield text
         pending += [child for branch in _BRANCHES for child in getattr(node, branch, ())]
+
+
+def _examples(blocks: Tensor) -> list[Example]:
+    return language_blocks(blocks.long().flatten(), blocks.shape[1])
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """All that a tokenizer does, in a word; None: its Python code may do anything."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    return f"{type(tokenizer).__qualname__} {tokenizer.eos_token_id} {_digest(backend.to_str()).hex()}"
+
+
+def _code_key() -> str:
+    """What reads the docstrings and cuts them: Python, the tokenizers' libraries, and the code of these files."""
+    own = "".join(Path(file).read_text("utf-8") for file in (__file__, tokenization.__file__))
+    return f"{sys.version} {tokenizers.__version__} {transformers.__version__} {_digest(own).hex()}"
+
+
+def _packages_key(packages: list[str]) -> str:
+    """Of every file that may be read: its name, length and time."""
+    told = blake2b(digest_size=16)
+    for package in packages:
+        for path in _python_files(package):
+            there = path.stat()
+            told.update(f"{package} {path} {there.st_size} {there.st_mtime_ns};".encode())
+    return told.hexdigest()
 
 
 def _is_utf8(text: str) -> bool:

@@ -18,10 +18,12 @@ def join_group(loggers: Sequence[Logger]) -> None:
     Args:
         loggers: Before their first use. One that was given a run that has begun leaves it where it is.
     """
-    import wandb  # where it is needed, as Lightning does: it is slow to import
-
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger._experiment is None and wandb.run is None:
+        if not isinstance(logger, WandbLogger):
+            continue
+        import wandb  # where it is needed, as Lightning does: it is slow to import
+
+        if logger._experiment is None and wandb.run is None:
             given = logger._wandb_init
             logger._id = given["id"] = given.get("id") or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
             given["group"] = given.get("group") or os.environ.get("WANDB_RUN_GROUP") or given["id"]
@@ -39,12 +41,12 @@ def control_loggers(loggers: Sequence[Logger], name: str, method: str) -> Iterat
         name: Of the control.
         method: Its class.
     """
-    import wandb
-
     with ExitStack() as runs:
         made = []
         for logger in loggers:
             if isinstance(logger, WandbLogger):
+                import wandb
+
                 run = wandb.init(**_settings(logger, name, method))
                 made.append(WandbLogger(experiment=runs.enter_context(run)))
         yield made
