@@ -24,24 +24,25 @@ ITS_OWN = re.compile(r"--(help|print_\w+|.*\.help)(=|$)|-h$")
 
 
 def mistyped(command: str, args: Sequence[str]) -> str | None:
-    """The parser's message on a recipe that is not there, or on options that are none; None: go on.
+    """The parser's message on a recipe that is not there, or on options or keys that are none; None: go on.
 
     Args:
         command: Of a run.
         args: Behind it.
     """
     known = options(command)
-    rest, given, unknown = [*args], [], []
+    rest, given, unknown, recipes = [*args], [], [], []
     while rest:
         arg = rest.pop(0)
         name, has_value, value = arg.partition("=")
         if not name.startswith("-") or arg == "--" or " " in name or ITS_OWN.match(arg):
             return None
         name = "config" if name == "-c" else name.removeprefix("--").removesuffix("+")
-        if name in known or (name.partition(".")[0] in AFTER) or _within(name, known):
+        if name in known or _within(name, known):
             value = value if has_value else rest.pop(0) if rest else ""
             if name == "config" and (missing := _missing(value)):
                 return missing
+            recipes += [f"--config={value}"] * (name == "config")
         elif not arg.startswith("--"):
             return None
         else:
@@ -50,7 +51,7 @@ def mistyped(command: str, args: Sequence[str]) -> str | None:
             while rest and not rest[0].startswith("-"):
                 unknown.append(rest.pop(0))
     if not unknown:
-        return None
+        return _misnamed(command, recipes)
     return f"unrecognized arguments: {' '.join(unknown)}{meant(given, [f'--{name}' for name in known])}"
 
 
@@ -72,6 +73,24 @@ def options(command: str) -> list[str]:
 def _within(name: str, known: list[str]) -> bool:
     """A setting of a setting, of which only its class knows."""
     return any(name.startswith(f"{one}.") for one in known if one != "trainer")
+
+
+def _misnamed(command: str, recipes: list[str]) -> str | None:
+    """On a key of the recipes that is none; of several, it is the parser that knows which to name."""
+    from hosfl_lightning.recipe_files import leaves, located, read_files  # a tenth of a second
+
+    known = options(command)
+    try:
+        files = read_files(recipes)
+    except ValueError as error:
+        return str(error)
+    every = (leaf for content in files.values() for leaf in leaves(content))
+    wrong = [leaf for leaf in every if leaf.removesuffix("+") not in known and not _within(leaf, known)]
+    keys = {tuple(leaf.split(".")[: 1 + leaf.startswith("trainer.")]) for leaf in wrong}
+    if len(keys) != 1 or not keys.pop()[-1].removesuffix("+").isidentifier():
+        return None
+    line = f"Subcommand '{command}' does not accept option '{wrong[0]}'"
+    return located(line + nearest(wrong[0], known), files)
 
 
 def _missing(recipe: str) -> str | None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import yaml
-from jsonargparse import get_loader
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +22,7 @@ from hosfl_lightning.fleet import LostProcessError
 from hosfl_lightning.mistyped import meant
 from hosfl_lightning.models import SplitModule
 from hosfl_lightning.orchestrator import Orchestrator
+from hosfl_lightning.recipe_files import RECIPE, located, read_files
 from hosfl_lightning.rendering import fail, nearest, readable
 from hosfl_lightning.run.divergence import DivergedError
 from hosfl_lightning.run.hooks import HookError
@@ -32,8 +31,6 @@ from hosfl_lightning.usage import ABOUT
 SUBCOMMANDS = ("fit", "serve", "validate", "test", "predict", "export", "replay")
 #: As they stand before a key in a parser's message.
 PREFIXES = (*SUBCOMMANDS, "advise", "attack")
-#: The keys of a recipe.
-RECIPE = ("seed_everything", "trainer", "model", "data")
 #: What a user can mend: shown as one line. Anything else keeps its traceback.
 USER_ERRORS = (
     ValueError, FileNotFoundError, HookError, ImportError, TooFewClientsError, DivergedError, LostProcessError,
@@ -104,49 +101,6 @@ class Parser(LightningArgumentParser):
             names += [f"--overrides.trainer.{name}" for name in inspect.signature(Orchestrator).parameters]
         given = [one.partition("=")[0] for one in rest.split() if one.startswith("--")]
         return message + meant(given, names)
-
-
-def read_files(args: list[str]) -> dict[str, Any]:
-    """The contents of the YAML files that a command line names, by their paths.
-
-    Raises:
-        ValueError: A file is no YAML, or has a key beside those of a recipe.
-    """
-    pairs = zip(args, [*args[1:], ""])
-    given = [arg.partition("=")[2] or after for arg, after in pairs if arg.partition("=")[0] in ("--config", "-c")]
-    found = {}
-    for name in given:
-        if not Path(name).is_file():
-            continue
-        try:
-            found[name] = get_loader("yaml")(Path(name).read_text())
-        except yaml.MarkedYAMLError as error:
-            mark = error.problem_mark
-            where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-            raise ValueError(f"--config: {name} is no YAML: {where}{error.problem}") from error
-    return found
-
-
-def located(line: str, files: dict[str, Any]) -> str:
-    """The line, and where the key stands that it says is not known."""
-    found = re.search(r"(?:does not accept option|Option) '(.+?)'", line)
-    if found is None:
-        return line
-    key = found[1]
-    for file, content in files.items():
-        path = next((one for one in _paths(content) if one == key or one.endswith(f".{key}")), None)
-        if path is not None:
-            top = path.partition(".")[0]
-            hint = "" if top in RECIPE or "did you mean" in line else nearest(top, RECIPE)
-            return f"{file}: {path}: {line}{hint}"
-    return line
-
-
-def _paths(content: Any, above: str = "") -> Iterator[str]:
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield f"{above}{key}"
-            yield from _paths(value, f"{above}{key}.")
 
 
 class SaveConfig(SaveConfigCallback):

@@ -37,8 +37,8 @@ LAYERS = [
     ["models"],
     ["split", "memory", "padding"],
     ["optim"],
-    ["wire", "loggers"],
-    ["data", "availability", "link", "mistyped"],
+    ["wire", "loggers", "mistyped"],
+    ["data", "availability", "link", "recipe_files"],
     ["privacy", "rng", "files", "networks", "moved", "parts", "rendering", "arguments", "gguf", "usage"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
