@@ -58,6 +58,7 @@ def test_what_lost_more_than_noise_is_seen_whatever_the_goal(value: float, verdi
 def test_what_has_no_goal_is_only_compared() -> None:
     explains = guard.Ratio("some", "c", landed=1.0, tolerance=1.02)
     assert [explains.verdict(value) for value in (1.01, 1.03)] == ["", "WORSE"]
+    assert explains.reached(9.0)
 
 
 def test_more_may_be_better() -> None:
@@ -112,6 +113,7 @@ def test_a_module_that_fails_is_named_and_nothing_is_landed(
 
 
 def test_a_module_measures_on_one_thread_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(
         guard, "MEASURE", "import os, json; print(json.dumps([os.getpid(), os.environ['OMP_NUM_THREADS']]))"
     )
