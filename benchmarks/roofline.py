@@ -9,7 +9,8 @@ bandwidth of a copy and g the generator's seconds an element, the time over P + 
     1 + 8 (P m + d) / (B (P + 1) t)                      bytes alone, fp32
     1 + g P (m + d) / ((P + 1) t)                        each direction made twice, for its probe and for the update
 
-m is less than d where few rows of an embedding are looked up. The second bound is of the generator as it is. One thread.
+m is less than d where few rows of an embedding are looked up. The second bound is of the generator as it is.
+Seconds are the processor's, of one thread.
 """
 
 from __future__ import annotations

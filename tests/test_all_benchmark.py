@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -108,8 +109,19 @@ def test_a_module_that_fails_is_named_and_nothing_is_landed(
     monkeypatch.setattr(guard, "MEASURE", "raise SystemExit('no such ' + __import__('sys').argv[1])")
     before = goals.read_bytes()
     assert guard.main(["--quick", "--land"]) == 1
-    assert "some ... failed: no such some" in capsys.readouterr().err
+    assert "some failed: no such some" in capsys.readouterr().err
     assert goals.read_bytes() == before
+
+
+def test_two_modules_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def measured(module: str) -> dict[str, float]:
+        both.wait()
+        return {module: 1.0}
+
+    monkeypatch.setattr(guard, "measured", measured)
+    assert guard.measure(["a", "b"], 2) == ({"a": 1.0, "b": 1.0}, [])
 
 
 def test_a_module_measures_on_one_thread_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
