@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -161,19 +162,22 @@ def land(ratios: Sequence[Ratio], found: Mapping[str, float]) -> None:
     write_page()
 
 
-def measure(modules: Sequence[str]) -> tuple[dict[str, float], list[str]]:
-    """By ratio what the modules give, and the modules that gave nothing, each told as it comes."""
+def measure(modules: Sequence[str], jobs: int) -> tuple[dict[str, float], list[str]]:
+    """By ratio what the modules give, so many at a time, and those that gave nothing; each told when it is done."""
     found: dict[str, float] = {}
     failed = []
-    for number, module in enumerate(modules, 1):
-        began = time.monotonic()
-        print(f"[{number}/{len(modules)}] {module} ... ", end="", file=sys.stderr, flush=True)
-        try:
-            found |= measured(module)
-            print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
-        except RuntimeError as error:
-            failed.append(module)
-            print(f"failed: {error}", file=sys.stderr)
+    began = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        asked = {pool.submit(measured, module): module for module in modules}
+        for number, done in enumerate(as_completed(asked), 1):
+            said = "done"
+            try:
+                found |= done.result()
+            except RuntimeError as error:
+                failed.append(asked[done])
+                said = f"failed: {error}"
+            seconds = time.monotonic() - began
+            print(f"[{number}/{len(modules)}] {seconds:4.0f} s  {asked[done]} {said}", file=sys.stderr, flush=True)
     return found, failed
 
 
@@ -183,6 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="measure; without it, the commands of the long forms")
     parser.add_argument("--only", nargs="*", metavar="MODULE")
     parser.add_argument("--land", action="store_true", help="keep what was measured as the landed figures")
+    parser.add_argument("--jobs", type=int, default=2, help="modules at a time, one core each; 1 is the quietest")
     given = parser.parse_args(arguments)
     ratios = [one for one in read()[1] if one.module in (given.only or [one.module])]
     modules = [*dict.fromkeys(one.module for one in ratios)]
@@ -191,10 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_page()
         print("\n".join(f"python -m benchmarks.{module}" for module in modules))
         return 0
-    found, failed = measure(modules)
+    found, failed = measure(modules, given.jobs)
     if again := [*dict.fromkeys(one.module for one in ratios if one.name in found and one.worse(found[one.name]))]:
         print("worse than landed, so once more:", file=sys.stderr)
-        second = measure(again)[0]
+        second = measure(again, 1)[0]
         found |= {one.name: one.better(found[one.name], second[one.name]) for one in ratios if one.name in second}
     print("\n".join(table(ratios, found)))
     missing = [one.name for one in ratios if one.name not in found]

@@ -9,7 +9,8 @@ bandwidth of a copy and g the generator's seconds an element, the time over P + 
     1 + 8 (P m + d) / (B (P + 1) t)                      bytes alone, fp32
     1 + g P (m + d) / ((P + 1) t)                        each direction made twice, for its probe and for the update
 
-m is less than d where few rows of an embedding are looked up. The second bound is that of the generator as it is.
+m is less than d where few rows of an embedding are looked up. The second bound is of the generator as it is.
+Seconds are the processor's, of one thread.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ class Machine(NamedTuple):
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The median, after one to warm up."""
+    """Of the processor, so that other work on it counts little; the median, after one to warm up."""
     found = []
     for _ in range(repeats + 1):
-        began = time.perf_counter()
+        began = time.process_time()
         work()
-        found.append(time.perf_counter() - began)
+        found.append(time.process_time() - began)
     return statistics.median(found[1:])
 
 
@@ -102,9 +103,8 @@ def main() -> None:
     """Print the machine and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     here = machine(1024, 1 << 24, arguments.repeats)
     generator = ", ".join(f"{name} {1e9 * t:.2f}" for name, t in here.directions.items())

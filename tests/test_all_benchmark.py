@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_what_lost_more_than_noise_is_seen_whatever_the_goal(value: float, verdi
 def test_what_has_no_goal_is_only_compared() -> None:
     explains = guard.Ratio("some", "c", landed=1.0, tolerance=1.02)
     assert [explains.verdict(value) for value in (1.01, 1.03)] == ["", "WORSE"]
+    assert explains.reached(9.0)
 
 
 def test_more_may_be_better() -> None:
@@ -107,11 +109,23 @@ def test_a_module_that_fails_is_named_and_nothing_is_landed(
     monkeypatch.setattr(guard, "MEASURE", "raise SystemExit('no such ' + __import__('sys').argv[1])")
     before = goals.read_bytes()
     assert guard.main(["--quick", "--land"]) == 1
-    assert "some ... failed: no such some" in capsys.readouterr().err
+    assert "some failed: no such some" in capsys.readouterr().err
     assert goals.read_bytes() == before
 
 
+def test_two_modules_run_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def measured(module: str) -> dict[str, float]:
+        both.wait()
+        return {module: 1.0}
+
+    monkeypatch.setattr(guard, "measured", measured)
+    assert guard.measure(["a", "b"], 2) == ({"a": 1.0, "b": 1.0}, [])
+
+
 def test_a_module_measures_on_one_thread_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
     monkeypatch.setattr(
         guard, "MEASURE", "import os, json; print(json.dumps([os.getpid(), os.environ['OMP_NUM_THREADS']]))"
     )
