@@ -56,7 +56,7 @@ class Tokens(FederatedDataModule):
     def setup(self, stage: str) -> None:
         """Of every client, and one row to validate on."""
         self.clients = [[Example(row, list(row)) for row in rows] for rows in self.ids.tolist()]
-        self.validation_set = self.clients[0][:1]
+        self.validation_set = [self.clients[0][0]]
 
 
 class ByHand:

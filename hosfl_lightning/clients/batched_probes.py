@@ -94,8 +94,10 @@ class BatchedProbes:
         points = points_of(self.optimizer, basis)
         if self.refused or len(points) == 1:
             return None
+        names: Any = self.half.inputs
+        taken = {name: batch[name] for name in names}
         try:
-            values = self._values(evaluate, term, batch, basis, points)
+            values = self._values(evaluate, term, taken, basis, points)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -103,7 +105,7 @@ class BatchedProbes:
                 why = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ProbeBatchError(f"probe_batch={self.size}: the probes of a {type(self.half).__name__} cannot run "
                                       f"in one forward ({why}); set probe_batch: 1") from error  # fmt: skip
-            self.refused = True
+            self.plain[shapes_of(taken)] = Plain(1, [])  # these alone: what came before must not decide on others
             return None
         return estimated(self.optimizer, basis, values, base) if values else None
 
@@ -111,13 +113,11 @@ class BatchedProbes:
         self,
         evaluate: Callable[[Batch], Tensor],
         term: Callable[[Tensor], Tensor],
-        batch: Batch,
+        taken: Batch,
         basis: SharedDirections,
         points: list[Point],
     ) -> dict[Point, Tensor]:
         """By point; nothing where one by one is all that the memory bears."""
-        names: Any = self.half.inputs
-        taken = {name: batch[name] for name in names}
         plain = self._plain(evaluate, taken)
         width = -(-len(points) // -(-len(points) // plain.at_once))  # groups of one size, or nearly
         values: dict[Point, Tensor] = {}
@@ -128,7 +128,7 @@ class BatchedProbes:
 
     def _plain(self, evaluate: Callable[[Batch], Tensor], taken: Batch) -> Plain:
         """What is known of a batch of such shapes; who counts what a round costs does not see how it is found out."""
-        shapes = tuple(tensor.shape for tensor in taken.values())
+        shapes = shapes_of(taken)
         if shapes not in self.plain:
             ones = {name: torch.ones_like(tensor) for name, tensor in taken.items()}
             device = self.optimizer.device
@@ -150,6 +150,11 @@ class BatchedProbes:
     def _random_state(self) -> Tensor:
         device = self.optimizer.device
         return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def shapes_of(taken: Batch) -> tuple[torch.Size, ...]:
+    """Of what the half takes of a batch."""
+    return tuple(tensor.shape for tensor in taken.values())
 
 
 def check_size(size: object) -> None:
