@@ -15,6 +15,7 @@ from hosfl_lightning.clients import ForwardOnlyClient, LocalGradientClient
 from hosfl_lightning.clients.batched_probes import SHARE, BatchedProbes, ProbeBatchError
 from hosfl_lightning.memory import MemoryMeter, plain_forward_peak, storage_bytes
 from hosfl_lightning.optim import ForwardDifference, ZerothOrder
+from hosfl_lightning.optim.probe_batch import ProbeBatch, UnbatchedError
 from hosfl_lightning.split import Side
 from tests.clients.test_local_gradient import BESIDE, batch, model_of, multiplier_of
 
@@ -151,9 +152,25 @@ def test_what_cannot_be_batched_runs_one_by_one_or_is_an_error(kind: str) -> Non
     torch.manual_seed(0)
     auto = table_client("auto", kind)
     assert torch.equal(step(auto, 1), expected)
-    assert known(auto).refused
+    assert [plain.at_once for plain in known(auto).plain.values()] == [1]
     with pytest.raises(ProbeBatchError, match=r"probe_batch=2: the probes of a Table .* set probe_batch: 1"):
         step(table_client(2, kind), 1)
+
+
+def test_a_shape_that_cannot_be_batched_does_not_decide_on_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run that goes on, and meets it later or never, would have other bits."""
+    whole = ProbeBatch.__call__
+
+    def but_of_two(self: ProbeBatch, forward: Any, batch: dict[str, Tensor], *given: Any) -> Tensor:
+        if len(next(iter(batch.values()))) == 2:
+            raise UnbatchedError("two")
+        return whole(self, forward, batch, *given)
+
+    monkeypatch.setattr(ProbeBatch, "__call__", but_of_two)
+    who = table_client("auto")
+    for examples in (2, 1):
+        step(who, examples)
+    assert [plain.at_once > 1 for plain in known(who).plain.values()] == [False, True]
 
 
 def test_a_compiled_half_is_one_graph() -> None:
