@@ -62,7 +62,7 @@ def test_on_sequences_the_methods_are_in_their_order(found: dict[str, Any]) -> N
     assert hybrid < frozen + z / 2  # z is held once
     assert both < checkpointed < backprop
     assert zeroth < 1.5 * forward
-    assert 1 < ratio(rows, "HybridOrder", "lower_working_bytes", NAMES[0]) < 1.4
+    assert 1 <= ratio(rows, "HybridOrder", "lower_working_bytes", NAMES[0]) < 1.4
     assert ratio(rows, "backprop", "lower_working_bytes", NAMES[0]) > 2
 
 

@@ -231,9 +231,9 @@ class Rarely(SplitFedSGD):
         fails, most = call.round % 2 and not call.attempt, server.min_clients
         backward = server.backward
 
-        def before_the_answers(inbox: Any) -> Any:
+        def before_the_answers(*given: Any) -> Any:
             server.min_clients = 99 if fails else most
-            return backward(inbox)
+            return backward(*given)
 
         server.backward = before_the_answers
         try:
