@@ -16,7 +16,6 @@ import os
 import statistics
 import tempfile
 import threading
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from time import perf_counter
@@ -29,6 +28,7 @@ from torch import Tensor
 from torch.profiler import profile
 from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
+from benchmarks.client_step import seconds
 from hosfl_lightning import HOSFL, Orchestrator, SplitCausalLM
 from hosfl_lightning.data import FederatedDataModule
 from hosfl_lightning.data.tokenization import Example
@@ -185,13 +185,6 @@ def share(model: SplitCausalLM, batch: dict[str, Tensor]) -> float:
         run(model.client_half, batch)
     times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
     return sum(times.get(one, 0.0) for one in PRODUCTS) / sum(times.values())
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    began = perf_counter()
-    work()
-    return perf_counter() - began
 
 
 def ratio(eager: list[float], other: list[float]) -> float:

@@ -37,12 +37,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks.client_step import forwards, step
 from benchmarks.gpu_bench import PROBES, REAL, TINY, Bench
-from benchmarks.mezo import LR, MU, QUIET, MeZO
+from benchmarks.mezo import LR, MU, QUIET, Language, MeZO
 from hosfl_lightning.callbacks import ZerothOrderTraining
 from hosfl_lightning.files import write_json
 from hosfl_lightning.memory import storage_bytes
@@ -91,22 +91,6 @@ def client_step(bench: Bench) -> Cases:
 
     for words, name, _, dtype, full in bench.grid(False, True):
         yield words, partial(measured, name, dtype, full)
-
-
-class Language(L.LightningModule):
-    """A user's module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
-        self.log("train/loss", loss)
-        return loss
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=LR)
 
 
 class Turns(Callback):

@@ -61,16 +61,9 @@ QUIET: dict[str, Any] = {
 class Language(L.LightningModule):
     """A causal language model as users write it, which knows nothing of zeroth order."""
 
-    def __init__(self, full: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        config = OPTConfig(
-            vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, ffn_dim=1024,
-            word_embed_proj_dim=256, max_position_embeddings=512, dropout=0.0,
-        )  # fmt: skip
-        whole = OPTForCausalLM(config)
-        half = LoraHalf()
-        self.model = whole if full else add_lora(whole, 4, Lora(half, half), head=False).get_base_model()
+        self.model = model
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss: Tensor = self.model(input_ids=batch, labels=batch).loss
@@ -79,6 +72,17 @@ class Language(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), lr=LR)
+
+
+def opt_shaped(full: bool) -> nn.Module:
+    """Of random weights, trained in full or by LoRA."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=8, num_attention_heads=4, ffn_dim=1024,
+        word_embed_proj_dim=256, max_position_embeddings=512, dropout=0.0,
+    )  # fmt: skip
+    whole, half = OPTForCausalLM(config), LoraHalf()
+    return whole if full else add_lora(whole, 4, Lora(half, half), head=False).get_base_model()
 
 
 class MeZO:
@@ -198,7 +202,7 @@ def unsaid() -> Iterator[None]:
 
 def batches(measure: Callable[[], Any], row: Row, probes: int, count: int) -> list[tuple[float, float, float]]:
     """(step, batch, MeZO's) of all but the first batch, which checks that training_step repeats itself."""
-    module, other = Language(row.full), MeZO(Language(row.full).model, probes)
+    module, other = Language(opt_shaped(row.full)), MeZO(opt_shaped(row.full), probes)
     if measure is Bytes:  # the meter does not see into what inference mode keeps whole, as the loss
         other.without_grad = torch.no_grad
     ids = torch.randint(0, VOCABULARY, SHAPES[row.shape], generator=torch.Generator().manual_seed(0))
@@ -219,7 +223,7 @@ def time_ratios(row: Row, probes: int, count: int) -> tuple[float, float, float]
 
 def memory_ratio(row: Row, probes: int) -> tuple[float, float]:
     """Peak bytes of MeZO's step, and ours over it, both with the parameters."""
-    held = storage_bytes(Language(row.full).parameters())
+    held = storage_bytes(opt_shaped(row.full).parameters())
     _, ours, theirs = batches(Bytes, row, probes, 1)[0]
     return held + theirs, (held + ours) / (held + theirs)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.data.tokenization import Example, pad_token_id
-from hosfl_lightning.optim.randomness import submodules
+from hosfl_lightning.optim.submodules import submodules
 from hosfl_lightning.split import SplitError
 from hosfl_lightning.wire import SmashedData, UnlabelledData
 

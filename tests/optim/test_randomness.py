@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from hosfl_lightning.optim import ESTIMATORS, SGD, ZerothOrder
-from hosfl_lightning.optim.randomness import SameRandomness, submodules
+from hosfl_lightning.optim.randomness import SameRandomness
+from hosfl_lightning.optim.submodules import submodules
 
 X = torch.linspace(-1, 1, 48).view(6, 8)
 

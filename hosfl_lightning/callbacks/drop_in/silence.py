@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torchmetrics import Metric, MetricCollection
 
-from hosfl_lightning.optim.randomness import submodules
+from hosfl_lightning.optim.submodules import submodules
 
 
 @contextmanager
