@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from hosfl_lightning.optim.basis import SharedDirections
 from hosfl_lightning.optim.estimators import ESTIMATORS, Probes, measured
-from hosfl_lightning.optim.probing import _Probe
+from hosfl_lightning.optim.probing import Displacement
 from hosfl_lightning.optim.zeroth_order import ZerothOrder
 
 Point = tuple[int, float]
@@ -74,7 +74,7 @@ class ProbeBatch:
         leaves: list[nn.Module] = []
         inside: set[nn.Module] = set()
         tensors: dict[int, nn.Parameter] = {}
-        for reader, owned in self.optimizer._readers().of(self.module):
+        for reader, owned in self.optimizer.readers().of(self.module):
             tensors |= owned
             if reader not in inside:
                 leaves.append(reader)
@@ -143,7 +143,9 @@ class ProbeBatch:
         parameters, device = self.optimizer.parameters, self.optimizer.device
         stacks = {t: p.detach().repeat(len(points), *[1] * p.ndim) for t, p in tensors.items()}
         for i, (probe, scale) in enumerate(points):
-            one = _Probe(parameters, basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=device))
+            one = Displacement(
+                parameters, basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=device)
+            )
             for t, stack in stacks.items():
                 one.add_(stack[i], t)
         return {id(tensors[t]): stack for t, stack in stacks.items()}

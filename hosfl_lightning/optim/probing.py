@@ -44,7 +44,7 @@ def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, sca
     Raises:
         UnseenProbeError: While it was open, no submodule with such a tensor was called.
     """
-    with _layerwise(module, readers, _Probe(readers.parameters, stream, scale), _Layer, _Rows):
+    with _layerwise(module, readers, Displacement(readers.parameters, stream, scale), _Layer, _Rows):
         yield
 
 
@@ -52,7 +52,7 @@ def perturbed_layerwise(module: nn.Module, readers: Readers, stream: Stream, sca
 def perturbed_in_place(readers: Readers, stream: Stream, scale: Tensor) -> Iterator[None]:
     """The same bits where no hook runs, in a compiled module or an unknown one: all tensors at once, beside a copy."""
     probed = [(i, p) for i, p in enumerate(readers.parameters) if id(p) in readers.index]
-    everything = _Layer(probed, _Probe(readers.parameters, stream, scale), {})
+    everything = _Layer(probed, Displacement(readers.parameters, stream, scale), {})
     with fresh_autocast():
         try:
             everything.perturb()
@@ -78,7 +78,7 @@ def dual_layerwise(module: nn.Module, readers: Readers, stream: Stream) -> Itera
 
 @contextmanager
 def _layerwise(
-    module: nn.Module, readers: Readers, probe: _Probe, whole: type[_Layer], looked_up: type[_Layer]
+    module: nn.Module, readers: Readers, probe: Displacement, whole: type[_Layer], looked_up: type[_Layer]
 ) -> Iterator[None]:
     saved: Saved = {}
     layers, handles = [], []
@@ -103,7 +103,7 @@ def _layerwise(
                                "copy, or pass module=None")  # fmt: skip
 
 
-class _Probe:
+class Displacement:
     """``θ ← cast(fp32(θ) + μ u)`` for one tensor at a time.
 
     Small tensors share one generator call; what is kept of it is packed bits, not fp32 directions.
@@ -129,7 +129,7 @@ class _Probe:
             part.copy_(wide)
 
 
-class _Duals(_Probe):
+class _Duals(Displacement):
     """``θ + ε u`` in the place of one tensor at a time, wherever ``module`` holds it."""
 
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter], stream: Stream) -> None:

@@ -170,7 +170,7 @@ class ZerothOrder(torch.optim.Optimizer):
     def perturbed(self, basis: SharedDirections, probe: int, scale: float) -> AbstractContextManager[None]:
         """While it is open, the objective sees ``θ + scale · u_probe``; afterwards θ has its saved bits."""
         stream, alpha = basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=self.device)
-        readers = self._readers()
+        readers = self.readers()
         if readers.together is not None:
             return readers.together.perturbed(stream, alpha)
         if self.module is None or self.compiled:
@@ -181,10 +181,11 @@ class ZerothOrder(torch.optim.Optimizer):
     def dual(self, basis: SharedDirections, probe: int) -> Iterator[None]:
         """While it is open, the objective sees the dual numbers ``θ + ε u_probe``; what is compiled runs eagerly."""
         assert self.module is not None  # as __init__ asks
-        with eager(self.compiled), dual_layerwise(self.module, self._readers(), basis.streams[probe]):
+        with eager(self.compiled), dual_layerwise(self.module, self.readers(), basis.streams[probe]):
             yield
 
-    def _readers(self) -> Readers:
+    def readers(self) -> Readers:
+        """Who reads what the probes move, looked up once for as long as that is the same tensors."""
         parameters, probed = self.parameters, self.probed
         key = [probed and frozenset(probed), *((id(p), p.dtype, p.device) for p in parameters)]
         if self._known is None or self._known[0] != key:
@@ -269,7 +270,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     def _project(self, objective: Callable[[], Tensor], basis: SharedDirections, base: Tensor | None) -> Tensor:
         probes = Probes(basis.size, self.mu, partial(self.perturbed, basis), partial(self.dual, basis))
-        values, readers = measured(self.estimator, objective, probes, base), self._readers()
+        values, readers = measured(self.estimator, objective, probes, base), self.readers()
         if self.estimator.smoothed and not readers.effective:  # the host waits until then, and not in every step
             readers.effective = bool(values.any())
             if not readers.effective:
@@ -284,7 +285,7 @@ class ZerothOrder(torch.optim.Optimizer):
         """
         if self.module is not None:
             alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
-            with eager(self.compiled), perturbed_layerwise(self.module, self._readers(), basis.streams[0], alpha):
+            with eager(self.compiled), perturbed_layerwise(self.module, self.readers(), basis.streams[0], alpha):
                 objective()
 
     @override
