@@ -143,9 +143,8 @@ class ProbeBatch:
         parameters, device = self.optimizer.parameters, self.optimizer.device
         stacks = {t: p.detach().repeat(len(points), *[1] * p.ndim) for t, p in tensors.items()}
         for i, (probe, scale) in enumerate(points):
-            one = Displacement(
-                parameters, basis.streams[probe], torch.tensor(scale, dtype=torch.float32, device=device)
-            )
+            alpha = torch.tensor(scale, dtype=torch.float32, device=device)
+            one = Displacement(parameters, basis.streams[probe], alpha)
             for t, stack in stacks.items():
                 one.add_(stack[i], t)
         return {id(tensors[t]): stack for t, stack in stacks.items()}

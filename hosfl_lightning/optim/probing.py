@@ -116,6 +116,7 @@ class Displacement:
         self.batch = DirectionBatch(stream, small, device=parameters[0].device)
 
     def add_(self, parameter: Tensor, tensor: int) -> None:
+        """Move one, by its number in the directions."""
         flat = parameter.detach().view(-1)
         if tensor in self.position:
             wide = flat.float()

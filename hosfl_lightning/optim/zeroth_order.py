@@ -278,11 +278,7 @@ class ZerothOrder(torch.optim.Optimizer):
         return values
 
     def check_seen(self, objective: Callable[[], Tensor], basis: SharedDirections) -> None:
-        """Of probes that gave nothing but zeros: whether the objective runs what they move.
-
-        Raises:
-            UnseenProbeError: It calls no submodule of ``module`` that reads it.
-        """
+        """Of probes that gave nothing but zeros: raise `UnseenProbeError` unless the objective runs what they move."""
         if self.module is not None:
             alpha = torch.tensor(self.mu, dtype=torch.float32, device=self.device)
             with eager(self.compiled), perturbed_layerwise(self.module, self.readers(), basis.streams[0], alpha):
